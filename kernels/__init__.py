@@ -70,7 +70,7 @@ def choose_backend(query: Tensor, kernel_size: int, backend: str = "auto") -> st
 
 
 def _empty_like_map(query: Tensor) -> Tensor:
-    """An uninitialised (B, N, D, H, W) map: heads and channels innermost where query's channels are, else contiguous."""
+    """An uninitialised (B, N, D, H, W) map; heads and channels innermost where query's channels are, else contiguous."""
     b, n, d, h, w = query.shape
     if query.stride(2) == 1 and query.stride(4) != 1:
         return query.new_empty((b, h, w, n, d)).permute(0, 3, 4, 1, 2)
@@ -78,7 +78,7 @@ def _empty_like_map(query: Tensor) -> Tensor:
 
 
 def _to_layout(x: Tensor, like: Tensor) -> Tensor:
-    """`x` in the memory layout that `_empty_like_map(like)` has: the strides an operator promises must be the real ones."""
+    """`x` in the layout of `_empty_like_map(like)`: the strides that an operator promises must be the real ones."""
     target = _empty_like_map(like)
     return x if x.stride() == target.stride() else target.copy_(x)
 
@@ -165,6 +165,13 @@ def _backward(ctx, grad_out, grad_lse):
 torch.library.register_autograd("sasa::local_attention", _backward, setup_context=_setup_context)
 
 
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """The dtype of autocast where it is on for the device, else None (also for devices without autocast, as meta)."""
+    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
+        return torch.get_autocast_dtype(device.type)
+    return None
+
+
 def local_attention(
     query: Tensor,
     key: Tensor | None,
@@ -199,9 +206,8 @@ def local_attention(
         ValueError: shapes, dtypes or options that do not fit, or a backend that cannot serve the call.
     """
     _check(query, key, value, rel_row, rel_col, kernel_size, border, backend)
-    device = query.device.type
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
+    dtype = autocast_dtype(query.device)
+    if dtype is not None:
         query, key, value, rel_row, rel_col = (
             x if x is None or x.dtype == torch.float64 else x.to(dtype) for x in (query, key, value, rel_row, rel_col)
         )

@@ -1,0 +1,348 @@
+"""The two layers of Stand-Alone Self-Attention in Vision Models (Ramachandran et al. 2019, arXiv 1906.05909).
+
+`LocalAttention2d` takes the place of a 3x3 convolution (section 3.1); `AttentionStem` that of the first convolution
+(section 3.3). They own the parameters and check the arguments; the mathematics is in `kernels`.
+
+Shapes: B batch, C channels, H x W map, N heads, D = C / N head width, K window side.
+
+Decisions where the paper is silent or ambiguous; each has a switch where ports or the paper's ablations differ:
+    projections          dense: every head sees all input channels. The text describes grouped ones, but only dense
+                         ones fit the paper's tables. `grouped=True` is the text.
+    embeddings           per head, rows in the first half of a head's channels and columns in the second half, so that
+                         every head sees both. `share_embeddings=True`: one table for all heads.
+    border               keys outside the map are masked (weight 0). `border="zero"`: zero keys and values that stay in
+                         the softmax, as ports do.
+    scale of the logits  none, as in the paper. `scale=` multiplies them.
+    downsampling         attention at the incoming resolution, then an average pool right after it, before its batch
+                         norm; rounds up, so any size works and meets the stride-2 shortcut.
+    absolute position    2-D sinusoids (rows in the first half of the channels, columns in the second) added to the
+                         layer's input, so to queries, keys and values, as Vaswani et al. 2017 do at their input.
+    stem windows         `window="block"`: aligned 4x4 blocks that do not overlap (ImageNet form, followed by a 4x4 max
+                         pool); a ragged last block attends within what there is of it. `window="sliding"`: the 4x4
+                         window around each pixel, values mixed by the offset in it (small-image form, no pool), since
+                         aligned blocks without a pool give equal pixels of a block equal features.
+    stem values          m = 4 value matrices, e = D; the mixture is shared by the heads. `values="plain"` has one
+                         matrix and no mixture; `values="conv"` takes them from a 4x4 convolution (Table 7).
+    precision            logits and softmax in at least fp32 (fp32 for half types, fp64 for fp64).
+    initialisation       see `reset_parameters` of each layer.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kernels import BORDERS, autocast_dtype, check_backend, local_attention
+from kernels import stem as stem_kernels
+
+POSITIONS = ("relative", "absolute", "none")
+WINDOWS = ("block", "sliding")
+VALUES = ("mixture", "plain", "conv")
+
+
+class LocalAttention2d(nn.Module):
+    """Local multi-head self-attention over a K x K window, with relative row and column embeddings.
+
+    (B, in_channels, H, W) -> (B, out_channels, ceil(H / stride), ceil(W / stride)); any H and W.
+
+    Args:
+        in_channels, out_channels: channels of the input and of the output, multiples of `num_heads`.
+        kernel_size: K, the side of the window; an even one reaches (K-1)//2 back and K//2 ahead.
+        stride: side and stride of the average pool after the attention; 1 for none.
+        num_heads: N; each head owns out_channels / N channels.
+        position: "relative" (q.r in the logits), "absolute" (2-D sinusoids added to the input) or "none" (Table 5).
+        content: False drops q.k and the key projection (Table 6); needs position="relative".
+        border: "mask" or "zero", see the head of this file.
+        grouped: each head projects its own in_channels / N input channels only.
+        share_embeddings: one pair of embedding tables for all heads: `rel_row`, `rel_col` of shape (1, D/2, K).
+        scale: factor of the logits, above 0.
+        backend: of `kernels.local_attention`.
+        embedding_std: standard deviation of the embeddings at initialisation; None: see `reset_parameters`.
+
+    Parameters: `query`, `key`, `value` (1x1 convolutions, no bias), `rel_row`, `rel_col` (N, D/2, K).
+
+    Raises:
+        ValueError: an argument out of its range, or an input of another rank or channel count.
+
+    Source: Ramachandran et al. 2019, equations 2 and 3.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int = 7,
+        *,
+        stride: int = 1,
+        num_heads: int = 8,
+        position: str = "relative",
+        content: bool = True,
+        border: str = "mask",
+        grouped: bool = False,
+        share_embeddings: bool = False,
+        scale: float = 1.0,
+        backend: str = "auto",
+        embedding_std: float | None = None,
+    ) -> None:
+        super().__init__()
+        _check_heads(in_channels, out_channels, num_heads)
+        _check_positive_integer("kernel_size", kernel_size)
+        _check_positive_integer("stride", stride)
+        _check_choice("position", position, POSITIONS)
+        _check_choice("border", border, BORDERS)
+        check_backend(backend)
+        head_dim = out_channels // num_heads
+        if position == "relative" and head_dim % 2:
+            raise ValueError(
+                f"out_channels={out_channels} with num_heads={num_heads} gives a head width of {head_dim}: it must be "
+                "even with position='relative', one half for rows and one for columns"
+            )
+        if position == "absolute" and in_channels % 4:
+            raise ValueError(f"in_channels={in_channels}: must be a multiple of 4 with position='absolute'")
+        if not content and position != "relative":
+            raise ValueError(f"content=False leaves no logits with position={position!r}: it needs 'relative'")
+        if not (scale > 0 and math.isfinite(scale)):
+            raise ValueError(f"scale={scale}: must be a finite number above 0")
+        if embedding_std is not None and not (embedding_std >= 0 and math.isfinite(embedding_std)):
+            raise ValueError(f"embedding_std={embedding_std}: must be None or a finite number of at least 0")
+
+        self.in_channels, self.out_channels = in_channels, out_channels
+        self.kernel_size, self.stride, self.num_heads, self.head_dim = kernel_size, stride, num_heads, head_dim
+        self.position, self.content, self.border = position, content, border
+        self.grouped, self.share_embeddings = grouped, share_embeddings
+        self.scale, self.backend, self.embedding_std = float(scale), backend, embedding_std
+
+        groups = num_heads if grouped else 1
+        self.query = nn.Conv2d(in_channels, out_channels, 1, groups=groups, bias=False)
+        self.key = nn.Conv2d(in_channels, out_channels, 1, groups=groups, bias=False) if content else None
+        self.value = nn.Conv2d(in_channels, out_channels, 1, groups=groups, bias=False)
+        if position == "relative":
+            tables = 1 if share_embeddings else num_heads
+            self.rel_row = nn.Parameter(torch.empty(tables, head_dim // 2, kernel_size))
+            self.rel_col = nn.Parameter(torch.empty(tables, head_dim // 2, kernel_size))
+        else:
+            self.register_parameter("rel_row", None)
+            self.register_parameter("rel_col", None)
+        # The last window of a ragged map averages the pixels that it has.
+        self.pool = nn.AvgPool2d(stride, stride, ceil_mode=True, count_include_pad=False) if stride > 1 else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Normal weights, such that for inputs of unit variance q.k and q.r each have standard deviation 1.
+
+        The logits are a sum over D channels and are not divided by sqrt(D). Weights of the usual spread give q.k a
+        standard deviation of sqrt(D), which saturates the softmax of wide heads at the start. Queries, keys and
+        embeddings of variance D^(-1/2) / scale make it 1 for every head width. Values keep unit variance.
+        """
+        fan_in = self.query.weight[0].numel()
+        logit_variance = self.head_dim**-0.5 / self.scale
+        nn.init.normal_(self.query.weight, std=math.sqrt(logit_variance / fan_in))
+        if self.key is not None:
+            nn.init.normal_(self.key.weight, std=math.sqrt(logit_variance / fan_in))
+        nn.init.normal_(self.value.weight, std=fan_in**-0.5)
+        if self.rel_row is not None:
+            std = math.sqrt(logit_variance) if self.embedding_std is None else self.embedding_std
+            nn.init.normal_(self.rel_row, std=std)
+            nn.init.normal_(self.rel_col, std=std)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, in_channels, H, W) -> (B, out_channels, ceil(H / stride), ceil(W / stride))."""
+        _check_input(x, self.in_channels)
+        if self.position == "absolute":
+            x = x + sinusoids(self.in_channels, *x.shape[-2:], dtype=x.dtype, device=x.device)
+        query, key, value = self._project(x)
+        rel_row, rel_col = self.rel_row, self.rel_col
+        if rel_row is not None and self.share_embeddings:
+            rel_row, rel_col = (r.expand(self.num_heads, -1, -1) for r in (rel_row, rel_col))
+        out = local_attention(
+            query, key, value, rel_row, rel_col,
+            kernel_size=self.kernel_size, border=self.border, scale=self.scale, backend=self.backend,
+        )  # fmt: skip
+        out = out.flatten(1, 2)  # (B, N, D, H, W) -> (B, C, H, W)
+        return out if self.pool is None else self.pool(out)
+
+    def _project(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Queries, keys and values, each (B, N, D, H, W): slices of one product where the projections are dense."""
+        layers = [layer for layer in (self.query, self.key, self.value) if layer is not None]
+        heads = (self.num_heads, self.head_dim)
+        if self.grouped:  # a grouped product interleaves the three by head; three products cost the same arithmetic
+            parts = [layer(x).unflatten(1, heads) for layer in layers]
+        else:
+            weight = torch.cat([layer.weight for layer in layers])
+            parts = F.conv2d(x, weight).unflatten(1, (len(layers), *heads)).unbind(1)
+        return (*parts,) if self.content else (parts[0], None, parts[1])
+
+    def extra_repr(self) -> str:
+        shown = f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, num_heads={self.num_heads}"
+        defaults = {"stride": 1, "position": "relative", "content": True, "border": "mask", "grouped": False}
+        defaults |= {"share_embeddings": False, "scale": 1.0, "backend": "auto"}
+        return shown + "".join(f", {k}={getattr(self, k)}" for k, v in defaults.items() if getattr(self, k) != v)
+
+
+class AttentionStem(nn.Module):
+    """Attention over the pixels of the image in place of the first convolution: softmax over q.k, spatially aware values.
+
+    (B, in_channels, H, W) -> (B, out_channels, H, W); batch norm, ReLU and pool belong to the network.
+
+    Args:
+        in_channels, out_channels: 3 and 64 in the paper; out_channels a multiple of `num_heads`.
+        block_size: S, the side of the window, 4 in the paper.
+        window: "block" (aligned, not overlapping) or "sliding" (stride 1, around each pixel).
+        num_heads: N, 4 in the paper.
+        num_mixtures: m, the number of value matrices.
+        values: "mixture" (sum_m p(a, b, m) W_V^m), "plain" (one matrix) or "conv" (an S x S convolution) (Table 7).
+        border: "mask" or "zero", for keys outside the image.
+        backend: of `kernels.local_attention`, which serves window="sliding" with values="conv".
+
+    Parameters: `query`, `key`, `value` (convolutions without bias; `value` holds the m matrices one after the other),
+    `emb_row`, `emb_col` (e, S), `emb_mix` (m, e) with e = out_channels / N.
+
+    Raises:
+        ValueError: an argument out of its range, or an input of another rank or channel count.
+
+    Source: Ramachandran et al. 2019, section 3.3 and Table 7.
+    """
+
+    def __init__(
+        self,
+        in_channels: int = 3,
+        out_channels: int = 64,
+        *,
+        block_size: int = 4,
+        window: str = "block",
+        num_heads: int = 4,
+        num_mixtures: int = 4,
+        values: str = "mixture",
+        border: str = "mask",
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        _check_positive_integer("in_channels", in_channels)
+        _check_heads(None, out_channels, num_heads)
+        _check_positive_integer("block_size", block_size)
+        _check_positive_integer("num_mixtures", num_mixtures)
+        _check_choice("window", window, WINDOWS)
+        _check_choice("values", values, VALUES)
+        _check_choice("border", border, BORDERS)
+        check_backend(backend)
+        self.in_channels, self.out_channels, self.num_heads = in_channels, out_channels, num_heads
+        self.block_size, self.window, self.num_mixtures = block_size, window, num_mixtures
+        self.values, self.border, self.backend = values, border, backend
+        self.head_dim = out_channels // num_heads
+
+        self.query = nn.Conv2d(in_channels, out_channels, 1, bias=False)
+        self.key = nn.Conv2d(in_channels, out_channels, 1, bias=False)
+        matrices = num_mixtures if values == "mixture" else 1
+        self.value = nn.Conv2d(
+            in_channels, matrices * out_channels, block_size if values == "conv" else 1, padding="same", bias=False
+        )
+        if values == "mixture":
+            self.emb_row = nn.Parameter(torch.empty(self.head_dim, block_size))
+            self.emb_col = nn.Parameter(torch.empty(self.head_dim, block_size))
+            self.emb_mix = nn.Parameter(torch.empty(num_mixtures, self.head_dim))
+        else:
+            for name in ("emb_row", "emb_col", "emb_mix"):
+                self.register_parameter(name, None)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Normal weights, such that q.k and the logits of the mixture have standard deviation 1, values variance 1.
+
+        As in `LocalAttention2d.reset_parameters`, for inputs of unit variance; (emb_row + emb_col) . emb_mix is a sum
+        of 2 * e products.
+        """
+        logit_std = self.head_dim**-0.25 / math.sqrt(self.in_channels)
+        nn.init.normal_(self.query.weight, std=logit_std)
+        nn.init.normal_(self.key.weight, std=logit_std)
+        nn.init.normal_(self.value.weight, std=self.value.weight[0].numel() ** -0.5)
+        if self.emb_row is not None:
+            for embedding in (self.emb_row, self.emb_col, self.emb_mix):
+                nn.init.normal_(embedding, std=(2 * self.head_dim) ** -0.25)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, in_channels, H, W) -> (B, out_channels, H, W)."""
+        _check_input(x, self.in_channels)
+        conv_values = self.value(x) if self.values == "conv" else None
+        dtype = autocast_dtype(x.device)
+        if dtype is None:
+            return self._attend(x, conv_values)
+        # Autocast would narrow the products behind the logits too: they stay wide, the output is narrowed.
+        with torch.autocast(x.device.type, enabled=False):
+            return self._attend(x.to(self.query.weight.dtype), conv_values).to(dtype)
+
+    def _attend(self, x: Tensor, conv_values: Tensor | None) -> Tensor:
+        if self.window == "sliding" and conv_values is not None:
+            heads = (self.num_heads, self.head_dim)
+            query, key, value = (y.to(x.dtype).unflatten(1, heads) for y in (self.query(x), self.key(x), conv_values))
+            return local_attention(
+                query, key, value, None, None,
+                kernel_size=self.block_size, border=self.border, backend=self.backend,
+            ).flatten(1, 2)  # fmt: skip
+        forms = stem_kernels.logit_forms(self.query.weight.flatten(1), self.key.weight.flatten(1), self.num_heads)
+        if conv_values is not None:
+            return stem_kernels.block_attention(x, forms, conv_values.to(x.dtype), self.block_size, self.border)
+        value_weight = self.value.weight.flatten(1).unflatten(0, (-1, self.out_channels))  # (M, N * D, C)
+        mixture = self._mixture()  # (P, M)
+        if self.window == "sliding":
+            return stem_kernels.sliding_attention(x, forms, mixture, value_weight, self.border)
+        value = stem_kernels.mixed_block_values(x, mixture, value_weight)
+        return stem_kernels.block_attention(x, forms, value, self.block_size, self.border)
+
+    def _mixture(self) -> Tensor:
+        """p(a, b, m) as (P, M); with plain values the one matrix has weight 1 everywhere."""
+        if self.emb_row is None:
+            return self.query.weight.new_ones(self.block_size**2, 1)
+        return stem_kernels.mixture_weights(self.emb_row, self.emb_col, self.emb_mix)
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.in_channels}, {self.out_channels}, block_size={self.block_size}, window={self.window!r}, "
+            f"num_heads={self.num_heads}, num_mixtures={self.num_mixtures}, values={self.values!r}, "
+            f"border={self.border!r}"
+        )
+
+
+def sinusoids(channels: int, height: int, width: int, *, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Absolute positions: sines and cosines of the row in the first half of the channels, of the column in the second.
+
+    -> (channels, height, width); wavelengths from 2 pi to 10000 * 2 pi pixels, as in Vaswani et al. 2017, section 3.5.
+    """
+    quarter = channels // 4
+    frequency = 10000.0 ** (-torch.arange(quarter, device=device, dtype=torch.float32) / quarter)
+
+    def encode(length: int) -> Tensor:  # -> (channels / 2, length)
+        angle = frequency[:, None] * torch.arange(length, device=device, dtype=torch.float32)
+        return torch.cat((angle.sin(), angle.cos()))
+
+    rows = encode(height)[:, :, None].expand(-1, -1, width)
+    cols = encode(width)[:, None, :].expand(-1, height, -1)
+    return torch.cat((rows, cols)).to(dtype)
+
+
+def _check_choice(name: str, got: str, allowed: tuple[str, ...]) -> None:
+    if got not in allowed:
+        raise ValueError(f"{name}={got!r}: allowed are {', '.join(allowed)}")
+
+
+def _check_positive_integer(name: str, got: int) -> None:
+    if not isinstance(got, int) or got < 1:
+        raise ValueError(f"{name}={got!r}: must be an integer of at least 1")
+
+
+def _check_heads(in_channels: int | None, out_channels: int, num_heads: int) -> None:
+    """Heads own equal slices of the output channels, and of the input channels when the projections are grouped."""
+    _check_positive_integer("num_heads", num_heads)
+    for name, channels in (("in_channels", in_channels), ("out_channels", out_channels)):
+        if channels is None:
+            continue
+        _check_positive_integer(name, channels)
+        if channels % num_heads:
+            raise ValueError(f"{name}={channels}: must be a multiple of num_heads={num_heads}")
+
+
+def _check_input(x: Tensor, channels: int) -> None:
+    if x.dim() != 4:
+        raise ValueError(f"the input must be (B, {channels}, H, W), got shape {tuple(x.shape)}")
+    if x.shape[1] != channels:
+        raise ValueError(f"the input must have in_channels={channels} channels, got {x.shape[1]}: {tuple(x.shape)}")

@@ -1,0 +1,89 @@
+"""Attention of the stem as functions of tensors: logits q.k of an image of few channels, values that know their place.
+
+A head's logits need no queries or keys of head width: q.k = x^T (Wq^T Wk) y is a form of the C x C image channels, so
+nothing wider than the image is unfolded. The value of a key at position p of its window is one mixed matrix of that
+position times the pixel, sum_m p(a, b, m) W_V^m.
+
+Shapes: B batch, C image channels (3), H x W image, N heads, D head width, S window side, M mixtures, P = S * S
+positions of a window (row-major). Source: Ramachandran et al. 2019, section 3.3.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels.reference import accumulate_dtype, windows
+
+
+def logit_forms(query_weight: Tensor, key_weight: Tensor, num_heads: int) -> Tensor:
+    """Wq^T Wk of each head: 2 x (N * D, C) -> (N, C, C), so that logit = x_query^T form x_key."""
+    query_weight = query_weight.unflatten(0, (num_heads, -1))  # (N, D, C)
+    key_weight = key_weight.unflatten(0, (num_heads, -1))
+    return query_weight.transpose(1, 2) @ key_weight
+
+
+def mixture_weights(emb_row: Tensor, emb_col: Tensor, emb_mix: Tensor) -> Tensor:
+    """p(a, b, m) = softmax over m of (emb_row(a) + emb_col(b)) . emb_mix(m): 2 x (e, S), (M, e) -> (P, M)."""
+    place = emb_row[:, :, None] + emb_col[:, None, :]  # (e, S, S)
+    return (emb_mix @ place.flatten(1)).softmax(0).t()
+
+
+def block_attention(x: Tensor, forms: Tensor, value: Tensor, block_size: int, border: str) -> Tensor:
+    """Attention inside aligned, non-overlapping S x S blocks: x (B, C, H, W), value (B, N * D, H, W) -> (B, N * D, H, W).
+
+    A ragged last block attends within what there is of it (`mask`), or over its zero-filled rest too (`zero`).
+    """
+    height, width = x.shape[-2:]
+    pixels = to_blocks(x.to(accumulate_dtype(x.dtype)), block_size)  # (B, H/S, W/S, P, C)
+    logits = torch.einsum("bhwqc,ncd,bhwkd->bhwnqk", pixels, forms.to(pixels.dtype), pixels)
+    if border == "mask":
+        inside = to_blocks(x.new_ones(1, 1, height, width), block_size)[..., 0] > 0  # (1, H/S, W/S, P)
+        logits = logits.masked_fill(~inside[:, :, :, None, None, :], float("-inf"))
+    attn = logits.softmax(-1).to(value.dtype)
+    num_heads = forms.shape[0]
+    values = to_blocks(value, block_size).unflatten(-1, (num_heads, -1)).transpose(3, 4)  # (B, H/S, W/S, N, P, D)
+    out = (attn @ values).transpose(3, 4).flatten(-2)  # (B, H/S, W/S, P, N * D)
+    return from_blocks(out, block_size, height, width)
+
+
+def sliding_attention(x: Tensor, forms: Tensor, mixture: Tensor, value_weight: Tensor, border: str) -> Tensor:
+    """Attention over the S x S window around each pixel, values mixed by the offset in the window.
+
+    x (B, C, H, W), mixture p (P, M), value_weight (M, N * D, C) -> (B, N * D, H, W). The window of an even S reaches
+    (S-1)//2 back and S//2 ahead.
+    """
+    acc = accumulate_dtype(x.dtype)
+    num_heads, size = forms.shape[0], round(mixture.shape[0] ** 0.5)
+    neighbours = windows(x, size).flatten(-2)  # (B, C, H, W, P)
+    wide = neighbours.to(acc)
+    logits = torch.einsum("bchw,ncd,bdhwp->bhwnp", x.to(acc), forms.to(acc), wide)
+    if border == "mask":
+        inside = windows(x.new_ones(x.shape[-2:]), size).flatten(-2) > 0  # (H, W, P)
+        logits = logits.masked_fill(~inside[None, :, :, None, :], float("-inf"))
+    attn = logits.softmax(-1).to(value_weight.dtype)  # (B, H, W, N, P)
+    # The M * C inputs of a head, each weighted by attention and mixture, are all its values need.
+    inputs = torch.einsum("bchwp,pm->bhwpmc", neighbours.to(attn.dtype), mixture.to(attn.dtype)).flatten(-2)
+    mixed = attn @ inputs  # (B, H, W, N, M * C)
+    weight = value_weight.unflatten(1, (num_heads, -1)).permute(1, 2, 0, 3).flatten(2)  # (N, D, M * C)
+    return torch.einsum("bhwni,ndi->bndhw", mixed, weight).flatten(1, 2)
+
+
+def mixed_block_values(x: Tensor, mixture: Tensor, value_weight: Tensor) -> Tensor:
+    """v_ab = (sum_m p(a, b, m) W_V^m) x_ab, (a, b) the position inside the block: (B, C, H, W) -> (B, N * D, H, W)."""
+    height, width = x.shape[-2:]
+    size = round(mixture.shape[0] ** 0.5)
+    matrices = torch.einsum("pm,moc->poc", mixture, value_weight)  # (P, N * D, C)
+    return from_blocks(torch.einsum("bhwpc,poc->bhwpo", to_blocks(x, size), matrices), size, height, width)
+
+
+def to_blocks(x: Tensor, size: int) -> Tensor:
+    """(B, C, H, W) -> (B, ceil(H/S), ceil(W/S), P, C), a ragged last block filled up with zeros."""
+    x = F.pad(x, (0, -x.shape[-1] % size, 0, -x.shape[-2] % size))
+    x = x.unflatten(-1, (-1, size)).unflatten(-3, (-1, size))  # (B, C, H/S, S, W/S, S)
+    return x.permute(0, 2, 4, 3, 5, 1).flatten(3, 4)
+
+
+def from_blocks(x: Tensor, size: int, height: int, width: int) -> Tensor:
+    """The inverse of `to_blocks`: (B, ceil(H/S), ceil(W/S), P, C) -> (B, C, H, W)."""
+    x = x.unflatten(3, (size, size)).permute(0, 5, 1, 3, 2, 4)  # (B, C, H/S, S, W/S, S)
+    return x.flatten(4, 5).flatten(2, 3)[:, :, :height, :width]

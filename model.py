@@ -1,0 +1,252 @@
+"""ResNets whose 3x3 convolutions are local attention (Ramachandran et al. 2019, section 3.2), and their twins.
+
+image -> stem -> layer1..4, each a row of blocks -> global average pool -> fc. A `Bottleneck` is 1x1 -> batch norm ->
+ReLU -> local attention or 3x3 convolution -> batch norm -> ReLU -> 1x1 -> batch norm, plus the shortcut. Any stage can
+be attention or convolution; widths, depths and shortcuts are ResNet's (He et al. 2016).
+
+Two forms: ImageNet (7x7 stride-2 convolution and 3x3 max pool, or block attention and 4x4 max pool) and small images
+(3x3 stride-1 convolution, or sliding attention, no pool).
+"""
+
+import inspect
+from collections.abc import Collection, Iterable
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from attention import AttentionStem, LocalAttention2d
+
+STAGES = (1, 2, 3, 4)
+MIN_SIZE = 8  # pixels: the smallest image side that the networks are built for and tested with
+
+
+class Bottleneck(nn.Module):
+    """1x1, spatial layer, 1x1, plus the shortcut: (B, inplanes, H, W) -> (B, 4 * planes, ceil(H/stride), ceil(W/stride)).
+
+    `attention` makes the spatial layer: called as attention(planes, planes, stride=stride); None is a 3x3 convolution.
+    """
+
+    expansion = 4
+
+    def __init__(self, inplanes: int, planes: int, stride: int = 1, attention=None) -> None:
+        super().__init__()
+        width = planes * self.expansion
+        self.conv1 = nn.Conv2d(inplanes, planes, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(planes)
+        self.spatial = (
+            conv3x3(planes, planes, stride) if attention is None else attention(planes, planes, stride=stride)
+        )
+        self.bn2 = nn.BatchNorm2d(planes)
+        self.conv3 = nn.Conv2d(planes, width, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(width)
+        self.relu = nn.ReLU(inplace=True)
+        self.downsample = shortcut(inplanes, width, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        identity = x if self.downsample is None else self.downsample(x)
+        out = self.relu(self.bn1(self.conv1(x)))
+        out = self.relu(self.bn2(self.spatial(out)))
+        out = self.bn3(self.conv3(out))
+        return self.relu(out + identity)
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions plus the shortcut: (B, inplanes, H, W) -> (B, planes, ceil(H/stride), ceil(W/stride))."""
+
+    expansion = 1
+
+    def __init__(self, inplanes: int, planes: int, stride: int = 1, attention=None) -> None:
+        super().__init__()
+        if attention is not None:
+            raise ValueError("a BasicBlock has no attention form: the Naive networks need attention_stages=()")
+        self.conv1 = conv3x3(inplanes, planes, stride)
+        self.bn1 = nn.BatchNorm2d(planes)
+        self.conv2 = conv3x3(planes, planes)
+        self.bn2 = nn.BatchNorm2d(planes)
+        self.relu = nn.ReLU(inplace=True)
+        self.downsample = shortcut(inplanes, planes, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        identity = x if self.downsample is None else self.downsample(x)
+        out = self.relu(self.bn1(self.conv1(x)))
+        out = self.bn2(self.conv2(out))
+        return self.relu(out + identity)
+
+
+# The one table of variants: block, blocks in each stage, stages that are attention by default.
+VARIANTS: dict[str, tuple[type[nn.Module], tuple[int, ...], tuple[int, ...]]] = {
+    "ResNet26": (Bottleneck, (1, 2, 4, 1), STAGES),
+    "ResNet38": (Bottleneck, (2, 3, 5, 2), STAGES),
+    "ResNet50": (Bottleneck, (3, 4, 6, 3), STAGES),
+    "NaiveResNet26": (BasicBlock, (1, 2, 4, 1), ()),
+    "NaiveResNet38": (BasicBlock, (2, 3, 5, 2), ()),
+}
+
+
+class ResNet(nn.Module):
+    """(B, 3, H, W) with H, W >= 8 -> logits (B, num_classes).
+
+    Args:
+        block: Bottleneck or BasicBlock.
+        layers: blocks in each of the four stages.
+        num_classes: classes of the classifier; 0 for none, the output is then the pooled features.
+        stem: the attention stem instead of the convolution; its options are passed as `stem_*`.
+        small_images: the CIFAR form instead of the ImageNet form.
+        attention_stages: the stages (of 1 to 4) whose spatial layers are attention; () is the convolution twin.
+        zero_init_residual: each residual branch starts at zero (the last batch norm's weight).
+        **layer_options: of `LocalAttention2d`, for every attention stage, and with the prefix `stem_` of
+            `AttentionStem`.
+
+    Raises:
+        ValueError: an unknown stage, an option's value out of its range, or an input of another shape.
+        TypeError: an option that neither layer has.
+    """
+
+    def __init__(
+        self,
+        block: type[nn.Module],
+        layers: Iterable[int],
+        num_classes: int = 1000,
+        stem: bool = False,
+        *,
+        small_images: bool = False,
+        attention_stages: Collection[int] = STAGES,
+        zero_init_residual: bool = False,
+        **layer_options,
+    ) -> None:
+        super().__init__()
+        unknown = [stage for stage in attention_stages if stage not in STAGES]
+        if unknown:
+            raise ValueError(f"attention_stages={tuple(attention_stages)}: {unknown[0]!r} is not a stage of 1 to 4")
+        stem_options = {k.removeprefix("stem_"): v for k, v in layer_options.items() if k.startswith("stem_")}
+        layer_options = {k: v for k, v in layer_options.items() if not k.startswith("stem_")}
+        _check_options(LocalAttention2d, layer_options, "")
+        _check_options(AttentionStem, stem_options, "stem_")
+
+        self.small_images, self.zero_init_residual = small_images, zero_init_residual
+        self.stem = make_stem(64, stem, small_images, stem_options)
+        attention = partial(LocalAttention2d, **layer_options)
+        inplanes = 64
+        for stage, (planes, depth) in enumerate(zip((64, 128, 256, 512), layers, strict=True), start=1):
+            blocks = []
+            for i in range(depth):
+                stride = 2 if i == 0 and stage > 1 else 1
+                blocks.append(block(inplanes, planes, stride, attention if stage in attention_stages else None))
+                inplanes = planes * block.expansion
+            self.add_module(f"layer{stage}", nn.Sequential(*blocks))
+        self.num_features = inplanes
+        self.avgpool = nn.AdaptiveAvgPool2d(1)
+        self.fc = nn.Identity()
+        self.reset_classifier(num_classes)
+        self._initialise()
+
+    def _initialise(self) -> None:
+        """He et al. 2015 for convolutions, fan-out; attention layers have initialised their own projections."""
+        own = {
+            m
+            for layer in self.modules()
+            if isinstance(layer, LocalAttention2d | AttentionStem)
+            for m in layer.modules()
+        }
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d) and module not in own:
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        if self.zero_init_residual:
+            for module in self.modules():
+                if isinstance(module, Bottleneck | BasicBlock):
+                    last = module.bn3 if isinstance(module, Bottleneck) else module.bn2
+                    nn.init.zeros_(last.weight)
+
+    def reset_classifier(self, num_classes: int) -> None:
+        """A new, freshly initialised `fc` for `num_classes` classes; 0: none, forward then gives pooled features."""
+        if num_classes < 0:
+            raise ValueError(f"num_classes={num_classes}: must be at least 0")
+        like = next(self.parameters())
+        self.num_classes = num_classes
+        self.fc = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
+        self.fc.to(device=like.device, dtype=like.dtype)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """(B, 3, H, W) -> (B, num_features, h, w), the map before the global pool."""
+        if x.dim() != 4 or x.shape[1] != 3:
+            raise ValueError(f"the input must be (B, 3, H, W), got shape {tuple(x.shape)}")
+        if min(x.shape[-2:]) < MIN_SIZE:
+            raise ValueError(f"the image must be at least {MIN_SIZE}x{MIN_SIZE}, got {x.shape[-2]}x{x.shape[-1]}")
+        x = self.stem(x)
+        return self.layer4(self.layer3(self.layer2(self.layer1(x))))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.avgpool(self.forward_features(x))
+        return self.fc(torch.flatten(x, 1))
+
+
+def make_stem(out_channels: int, attention: bool, small_images: bool, options: dict) -> nn.Sequential:
+    """The layers before stage 1. ImageNet form: stride 4 in all; small images: stride 1."""
+    if attention:
+        layer = AttentionStem(3, out_channels, **{"window": "sliding" if small_images else "block"} | options)
+        pool = nn.MaxPool2d(4, 4, ceil_mode=True)
+    else:
+        side, stride = (3, 1) if small_images else (7, 2)
+        layer = nn.Conv2d(3, out_channels, side, stride, padding=side // 2, bias=False)
+        pool = nn.MaxPool2d(3, 2, padding=1)
+    layers = [layer, nn.BatchNorm2d(out_channels), nn.ReLU(inplace=True)]
+    return nn.Sequential(*layers) if small_images else nn.Sequential(*layers, pool)
+
+
+def conv3x3(inplanes: int, planes: int, stride: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(inplanes, planes, 3, stride, padding=1, bias=False)
+
+
+def shortcut(inplanes: int, width: int, stride: int) -> nn.Sequential | None:
+    """The projection of a block that changes the map's shape; None where the input passes as it is."""
+    if stride == 1 and inplanes == width:
+        return None
+    return nn.Sequential(nn.Conv2d(inplanes, width, 1, stride, bias=False), nn.BatchNorm2d(width))
+
+
+def _check_options(layer: type[nn.Module], options: dict, prefix: str) -> None:
+    """Python would say so too, but only where a layer is really built: a convolution twin would swallow a typo."""
+    parameters = set(inspect.signature(layer).parameters) - {"in_channels", "out_channels", "stride"}
+    for name in options:
+        if name not in parameters:
+            allowed = ", ".join(prefix + p for p in sorted(parameters))
+            raise TypeError(f"unknown option {prefix}{name}: allowed are {allowed}")
+
+
+def build(name: str, num_classes: int = 1000, stem: bool = False, **options) -> ResNet:
+    """The network of that name (a key of `VARIANTS`, any case) with the options of `ResNet`.
+
+    Raises:
+        ValueError: an unknown name, or as `ResNet` does.
+    """
+    names = {variant.lower(): variant for variant in VARIANTS}
+    if name.lower() not in names:
+        raise ValueError(f"model name {name!r}: allowed are {', '.join(VARIANTS)}")
+    block, layers, stages = VARIANTS[names[name.lower()]]
+    return ResNet(block, layers, num_classes, stem, **{"attention_stages": stages} | options)
+
+
+def ResNet26(num_classes: int = 1000, stem: bool = False, **options) -> ResNet:
+    """26 layers, blocks 1-2-4-1, local attention; options of `ResNet`."""
+    return build("ResNet26", num_classes, stem, **options)
+
+
+def ResNet38(num_classes: int = 1000, stem: bool = False, **options) -> ResNet:
+    """38 layers, blocks 2-3-5-2, local attention; options of `ResNet`."""
+    return build("ResNet38", num_classes, stem, **options)
+
+
+def ResNet50(num_classes: int = 1000, stem: bool = False, **options) -> ResNet:
+    """50 layers, blocks 3-4-6-3, local attention; options of `ResNet`."""
+    return build("ResNet50", num_classes, stem, **options)
+
+
+def NaiveResNet26(num_classes: int = 1000, stem: bool = False, **options) -> ResNet:
+    """The block counts of ResNet26 with BasicBlock convolutions; options of `ResNet`."""
+    return build("NaiveResNet26", num_classes, stem, **options)
+
+
+def NaiveResNet38(num_classes: int = 1000, stem: bool = False, **options) -> ResNet:
+    """The block counts of ResNet38 with BasicBlock convolutions; options of `ResNet`."""
+    return build("NaiveResNet38", num_classes, stem, **options)
