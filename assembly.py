@@ -1,0 +1,257 @@
+"""From a command to a run: which configuration, folder and state, then device, data, network and optimizer."""
+
+import dataclasses
+import json
+import time
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import checkpoint
+import preprocess
+from attention import LocalAttention2d
+from audit import count_flops, count_parameters
+from checkpoint import BEST, LAST, PREVIOUS, Progress
+from config import Command, Config, ConfigError, rate_factor, resolve
+from kernels import check_backend
+from model import build
+from monitor import Monitor, write_json
+from optim import build_ema, build_optimizer, set_batch_norm_momentum
+from preprocess import DataInfo
+from signals import StopRequest
+
+SMALL_FORM_LIMIT = 64  # pixels: images up to this side get the small form of the network
+RUN_FILES = (LAST, PREVIOUS, BEST, "config.json", "log.jsonl", "summary.json")
+AMP_NAMES = {None: "off", torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+
+@dataclass
+class Data:
+    info: DataInfo
+    train: Any
+    holdout: Any  # None without --holdout
+    test: Any
+
+    @property
+    def val(self) -> Any:
+        """What the epochs are watched on: the held-out images, else the test split."""
+        return self.test if self.holdout is None else self.holdout
+
+
+@dataclass
+class Run:
+    """Everything that trains; `network` is `model`, compiled where asked for."""
+
+    config: Config
+    folder: Path
+    device: torch.device
+    data: Data
+    model: nn.Module
+    network: nn.Module
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler | None
+    ema: nn.Module | None
+    autocast: Any
+    progress: Progress = field(default_factory=Progress)
+    best: dict[str, Tensor] | None = None  # weights that the held-out images selected
+    monitor: Monitor | None = None
+    stop: StopRequest = field(default_factory=StopRequest)
+    saved_at: float = field(default_factory=time.monotonic)
+    save_failures: int = 0
+
+    @property
+    def scored_model(self) -> nn.Module:
+        """The network that is evaluated and kept: the moving average where there is one."""
+        return self.model if self.ema is None else self.ema.module
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self.data.train.steps_per_epoch(self.config.batch_size, accumulate=self.config.accumulate)
+
+
+def plan(command: Command) -> tuple[Config, Path, dict[str, Any] | None]:
+    """The run's Config, its folder, and the state to go on from (None: from step 0)."""
+    given = {key: value for key, value in command.given.items() if value != "auto"}
+    if command.resume:
+        state = checkpoint.load_run(Path(command.resume))
+        folder = (
+            Path(given.get("output_dir", "runs"), given["name"]) if "name" in given else Path(command.resume).parent
+        )
+        return resumed_config(state["config"], given), folder, state
+    config = resolve(given, given.get("dataset") or auto_dataset(given))
+    folder = Path(config.output_dir, config.name or config.default_name())
+    if command.resume is None:
+        refuse_other_run(folder, command.overwrite)
+        return config, folder, None
+    found = checkpoint.newest(folder)
+    if found is None:
+        print(f"--resume: no checkpoint was ever written to {folder}: starting at step 0")
+        if (folder / "config.json").exists():
+            config = resumed_config(json.loads((folder / "config.json").read_text()), given)
+        return config, folder, None
+    state, path, problems = found
+    for problem in problems:
+        print(f"--resume: {problem}: using {path.name}, the whole one before it")
+    if path.name == PREVIOUS and (folder / LAST).exists():  # the next save must not put a damaged file in its place
+        (folder / LAST).replace(folder / f"damaged-{LAST}")
+    return resumed_config(state["config"], given), folder, state
+
+
+def resumed_config(saved: dict[str, Any], given: dict[str, Any]) -> Config:
+    """The saved configuration with what the command line may change.
+
+    Raises:
+        ConfigError: flags of the command line that would change the result.
+    """
+    config = dataclasses.replace(Config.from_dict(saved), **{"max_steps": None} | given)
+    changed = checkpoint.changed_keys(saved, config)
+    if changed:
+        raise ConfigError(f"--resume: the run was started with another configuration: {'; '.join(changed)}")
+    return config
+
+
+def auto_dataset(given: dict[str, Any]) -> str:
+    has_gpu = torch.cuda.is_available() and given.get("device") != "cpu"
+    name, reason = preprocess.resolve_auto(given.get("data_dir", "datasets"), has_gpu)
+    print(f"--dataset auto: {name}, {reason}")
+    return name
+
+
+def refuse_other_run(folder: Path, overwrite: bool) -> None:
+    """A folder that holds a run is not trained into; with --overwrite the run's files are removed."""
+    held = [folder / name for name in RUN_FILES if (folder / name).exists()]
+    if held and not overwrite:
+        raise ConfigError(
+            f"{folder} already holds a run: --resume goes on with it, --overwrite replaces it, --name names another"
+        )
+    for path in held + list(folder.glob("events.out.tfevents.*")):
+        path.unlink()
+
+
+def pick_device(name: str) -> torch.device:
+    """Raises ConfigError where there is no such device."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ConfigError(f"--device {name}: allowed are auto, cpu, cuda, cuda:N") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"--device {name}: allowed are auto, cpu, cuda, cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices")
+    return device
+
+
+def pick_amp(name: str, device: torch.device) -> torch.dtype | None:
+    """The dtype of mixed precision, None for none. Raises ConfigError where the device has not got it."""
+    has_bf16 = device.type == "cpu" or torch.cuda.is_bf16_supported()
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" and has_bf16 else None
+    if name == "fp16" and device.type != "cuda":
+        raise ConfigError(f"--amp fp16: needs a CUDA device, this run is on {device.type}; allowed here are off, bf16")
+    if name == "bf16" and not has_bf16:
+        raise ConfigError("--amp bf16: this GPU has no bfloat16; allowed here are off, fp16")
+    return next(dtype for dtype, amp_name in AMP_NAMES.items() if amp_name == name)
+
+
+def load_data(config: Config, device: torch.device) -> Data:
+    holdout = config.holdout if config.holdout < 1 else int(config.holdout)
+    return Data(
+        *preprocess.load(
+            dataset=config.dataset, data_dir=config.data_dir, img_size=config.img_size, holdout=holdout,
+            seed=config.seed, skip_bad_images=config.skip_bad_images, num_workers=config.num_workers, device=device,
+        )
+    )  # fmt: skip
+
+
+def build_model(config: Config, num_classes: int) -> nn.Module:
+    """Raises ConfigError for options that do not go together in a layer."""
+    torch.manual_seed(config.seed)
+    try:
+        check_backend(config.backend)
+        return build(config.model_name, num_classes, config.stem, **config.layer_options())
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def set_up(config: Config, folder: Path) -> Run:
+    """Device, data, network and optimizer of a run, and its folder with config.json."""
+    device = pick_device(config.device)
+    amp = pick_amp(config.amp, device)
+    if config.deterministic:
+        torch.use_deterministic_algorithms(True)
+    make_folder(folder)
+    data = load_data(config, device)
+    config = dataclasses.replace(
+        config, form=form_of(config, data.info), img_size=data.info.image_size, amp=AMP_NAMES[amp], name=folder.name
+    )
+    model = build_model(config, data.info.num_classes).to(device)
+    set_batch_norm_momentum(model, config.recipe_value("bn_momentum"))
+    if config.channels_last:
+        model = model.to(memory_format=torch.channels_last)
+    run = Run(
+        config, folder, device, data, model,
+        network=torch.compile(model) if config.compile else model,
+        optimizer=build_optimizer(model, config, device),
+        scaler=torch.amp.GradScaler() if amp is torch.float16 else None,
+        ema=build_ema(model, config.ema),
+        autocast=partial(torch.autocast, device.type, dtype=amp, enabled=amp is not None),
+    )  # fmt: skip
+    describe(run)
+    write_json(folder / "config.json", config.to_dict())
+    return run
+
+
+def form_of(config: Config, info: DataInfo) -> str:
+    if config.form != "auto":
+        return config.form
+    return "small" if info.image_size <= SMALL_FORM_LIMIT else "imagenet"
+
+
+def make_folder(folder: Path) -> None:
+    """Raises ConfigError where the folder cannot be written to: before an hour of training, not after."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".probe"
+        probe.write_text("")
+        probe.unlink()
+    except OSError as error:
+        raise ConfigError(f"--output-dir: {folder} cannot be written to: {error.strerror}") from error
+
+
+def describe(run: Run) -> None:
+    """What is about to run, for a person."""
+    config, info, cpu = run.config, run.data.info, run.device.type == "cpu"
+    device = f"CPU, {torch.get_num_threads()} threads" if cpu else torch.cuda.get_device_name(run.device)
+    precision = "fp32" if config.amp == "off" else config.amp
+    val = f"{info.holdout_size} held out" if info.holdout_size else "none held out: val figures are the test split's"
+    stages = sum(isinstance(module, LocalAttention2d) for module in run.model.modules())
+    batch = config.batch_size * config.accumulate
+    factor = rate_factor(config.recipe, config.dataset, batch)
+    flops = count_flops(run.model, info.image_size).total
+    print(f"device    {device}, {precision}, torch {torch.__version__}")
+    print(f"data      {info.name}: {info.train_size} train and {info.test_size} test images, {val}")
+    print(f"          {info.num_classes} classes, fed at {info.image_size}x{info.image_size}")
+    print(f"model     {config.model_name}, {'attention' if config.stem else 'convolution'} stem, {config.form} form")
+    print(f"          {stages} attention layers, {count_parameters(run.model):,} parameters, {flops:,} FLOPs an image")
+    print(
+        f"recipe    {config.recipe}: {config.epochs} epochs of {run.steps_per_epoch} steps of {batch} images, seed {config.seed}"
+    )
+    print(
+        f"          {config.optimizer}, peak rate {config.lr:g} (scaled by {factor:g} for this batch), seed {config.seed}"
+    )
+    print(f"folder    {run.folder}; watch it with: tensorboard --logdir {run.folder.parent}", flush=True)
+
+
+def initialise(run: Run, path: Path) -> None:
+    """--init-from: the weights of a checkpoint, and a list of what was not taken."""
+    lines = checkpoint.transfer_weights(run.model, checkpoint.weights_of(checkpoint.load(path)))
+    print(f"--init-from {path}: weights taken, {len(lines)} exceptions")
+    for line in lines:
+        print(f"  {line}")
+    run.ema = build_ema(run.model, run.config.ema)

@@ -1,0 +1,367 @@
+"""Train a network, resume a run, evaluate a checkpoint: set-up -> epochs -> evaluation. `python train.py --help`.
+
+Exit codes: 0 done; 2 wrong usage or data; 75 stopped by a signal with its state saved; 1 anything else.
+"""
+
+import sys
+
+from config import Command, Config, ConfigError, fail, parse_command_line
+
+if __name__ == "__main__":
+    COMMAND = parse_command_line()  # before torch is imported: --help and a wrong flag answer at once
+
+import dataclasses
+import math
+import resource
+import time
+from functools import partial
+from itertools import islice
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+import checkpoint
+import preprocess
+from assembly import Run, build_model, initialise, load_data, pick_amp, pick_device, plan, set_up
+from audit import count_flops, count_parameters
+from checkpoint import BEST, CheckpointError
+from evaluation import Evaluation, evaluate
+from monitor import WRONG_SHOWN, Monitor, write_json
+from optim import learning_rate
+from preprocess import DataError
+
+STOPPED = 75  # exit code: stopped by a signal, state saved (EX_TEMPFAIL: run the same command with --resume)
+EVAL_BATCH = 256
+SAVE_GAP_SECONDS = 60.0  # an epoch's end this soon after a save need not save again
+SAVE_FAILURES = 3  # in a row: then the run stops instead of training on without a checkpoint
+SKIPPED_STEPS = 10  # in a row, by fp16's scaler: then the run has diverged
+
+
+class TrainingError(Exception):
+    """The run cannot go on: exit code 1."""
+
+
+class Stopped(Exception):
+    """A signal asked the run to stop, and its state is saved."""
+
+
+def main(command: Command) -> int:
+    """Do what the command line says; returns the exit code."""
+    try:
+        if command.evaluate is not None:
+            return evaluate_checkpoint(command)
+        config, folder, state = plan(command)
+        run = set_up(config, folder)
+        if command.init_from is not None:
+            initialise(run, Path(command.init_from))
+        if state is not None:
+            run.progress = checkpoint.restore(state, run.model, run.optimizer, run.scaler, run.ema)
+            run.best = state["best"]
+        return train(run)
+    except (ConfigError, DataError, CheckpointError) as error:
+        fail(error)
+
+
+# ---- training -------------------------------------------------------------------------------------------------------
+
+
+def train(run: Run) -> int:
+    """All epochs that are left, then the summary; returns the exit code."""
+    config, progress = run.config, run.progress
+    run.monitor = Monitor(run.folder, progress.rows, progress.step, bars=config.progress and sys.stderr.isatty())
+    run.stop.install()
+    if progress.step == 0:
+        first, _ = next(iter(batches(run)))
+        run.monitor.start(0, config, str(run.model), preprocess.denormalise(first, run.data.info))
+    else:
+        print(f"resumed   at step {progress.step}, epoch {progress.epoch + 1}, batch {progress.batch}", flush=True)
+    result = None
+    try:
+        with run.monitor.epochs(config.epochs, progress.epoch) as bar:
+            while progress.epoch < config.epochs and (progress.batch or not ended(run)):
+                train_epoch(run)
+                result = finish_epoch(run)
+                bar.update()
+                if ended(run):
+                    break
+        finish(run, result)
+    except Stopped:
+        print(f"stopped by {run.stop.received} at step {progress.step}, saved: the same command with --resume goes on")
+        return STOPPED
+    except TrainingError as error:
+        print(f"train.py: {error}", file=sys.stderr)
+        return 1
+    finally:
+        run.monitor.close()
+    return 0
+
+
+def ended(run: Run) -> bool:
+    return run.config.max_steps is not None and run.progress.step >= run.config.max_steps
+
+
+def augment_config(config: Config) -> preprocess.AugmentConfig:
+    base = preprocess.default_augment(config.dataset, config.recipe, config.img_size)
+    return dataclasses.replace(base, mixup=config.mixup, cutmix=config.cutmix, randaugment=config.randaugment)
+
+
+def batches(run: Run):
+    """The open epoch's batches from the next one on: `accumulate` pairs a step."""
+    config, progress = run.config, run.progress
+    return run.data.train.batches(
+        progress.epoch, progress.batch, batch_size=config.batch_size, accumulate=config.accumulate, seed=config.seed,
+        augment=augment_config(config),
+    )  # fmt: skip
+
+
+def train_epoch(run: Run) -> None:
+    """The rest of the open epoch, or up to --max-steps; saves by the clock and on a signal."""
+    config, progress = run.config, run.progress
+    run.network.train()
+    pairs = batches(run)
+    with run.monitor.batches(run.steps_per_epoch, progress.batch, progress.epoch) as bar:
+        while progress.batch < run.steps_per_epoch and not ended(run):
+            started = time.perf_counter()
+            step = train_step(run, islice(pairs, config.accumulate))
+            elapsed = time.perf_counter() - started
+            progress.batch += 1
+            progress.step += 1
+            progress.seconds += elapsed
+            progress.epoch_seconds += elapsed
+            bar.update()
+            bar.set_postfix(loss=f"{step['train/loss']:.3f}", top1=f"{100 * progress.correct / progress.images:.1f}%",
+                            images=f"{progress.images / progress.epoch_seconds:.0f}/s", refresh=False)  # fmt: skip
+            run.monitor.step(progress.step, step)
+            if run.stop.received is not None:
+                save_or_end(run)
+                raise Stopped
+            if config.save_minutes and time.monotonic() - run.saved_at >= 60 * config.save_minutes:
+                save(run)
+
+
+def train_step(run: Run, pairs) -> dict[str, float]:
+    """One optimizer step over the pairs; adds to the epoch's sums and returns the step's figures.
+
+    Raises:
+        TrainingError: a loss or gradient that is not finite; nothing was updated.
+    """
+    config, progress = run.config, run.progress
+    rate = learning_rate(config, progress.step, run.steps_per_epoch)
+    for group in run.optimizer.param_groups:
+        group["lr"] = rate
+    run.optimizer.zero_grad(set_to_none=True)
+    loss = correct = torch.zeros((), device=run.device)
+    images_seen = 0
+    for images, targets in pairs:
+        if config.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        with run.autocast():
+            logits = run.network(images)
+        part = F.cross_entropy(logits.float(), targets, label_smoothing=config.label_smoothing) / config.accumulate
+        (part if run.scaler is None else run.scaler.scale(part)).backward()
+        labels = targets if targets.ndim == 1 else targets.argmax(1)
+        loss = loss + part.detach()
+        correct = correct + (logits.detach().argmax(1) == labels).sum()
+        images_seen += len(images)
+    if run.scaler is not None:
+        run.scaler.unscale_(run.optimizer)
+    parameters = [p for p in run.model.parameters() if p.grad is not None]
+    norm = torch.nn.utils.clip_grad_norm_(parameters, config.clip_grad or math.inf)
+    loss, norm, correct = torch.stack((loss, norm, correct)).tolist()  # the step's one wait for the device
+    guard(run, loss, norm, rate)
+    if run.scaler is None:
+        run.optimizer.step()
+    else:
+        run.scaler.step(run.optimizer)
+        run.scaler.update()
+    if run.ema is not None:
+        run.ema.update_parameters(run.model)
+    progress.last_loss = loss
+    progress.loss_sum += loss * images_seen
+    progress.correct += correct
+    progress.images += images_seen
+    return {
+        "train/loss": loss,
+        "train/top1_pct": 100 * correct / images_seen,
+        "train/lr": rate,
+        "train/grad_norm": norm,
+    }
+
+
+def guard(run: Run, loss: float, norm: float, rate: float) -> None:
+    """Stop before an update that would spoil the weights.
+
+    fp16's scaler meets an infinite gradient now and then, lowers its scale and skips the step: only many in a row, or a
+    loss that is not finite, stop such a run.
+    """
+    progress = run.progress
+    progress.skipped = progress.skipped + 1 if run.scaler is not None and not math.isfinite(norm) else 0
+    what = None
+    if not math.isfinite(loss):
+        what = f"the loss is {loss}"
+    elif not math.isfinite(norm) and (run.scaler is None or progress.skipped >= SKIPPED_STEPS):
+        what = f"the gradient's norm is {norm}"
+    if what is not None:
+        last = "none" if progress.last_loss is None else f"{progress.last_loss:.4f}"
+        raise TrainingError(
+            f"{what} at step {progress.step + 1}, epoch {progress.epoch + 1}, rate {rate:.3g}; "
+            f"last finite loss {last}. Nothing was updated, the checkpoints of {run.folder} are as they were. "
+            "Try a lower --lr, a longer --warmup-epochs, --clip-grad 1, or --amp off"
+        )
+
+
+def finish_epoch(run: Run) -> Evaluation:
+    """Validation, the epoch's row everywhere, selection, and a save where one is due."""
+    config, progress, info = run.config, run.progress, run.data.info
+    complete = progress.batch == run.steps_per_epoch
+    if not complete:  # cut by --max-steps: saved as it stands, so that a later resume finishes the epoch exactly
+        save_or_end(run)
+    result = evaluate(run.scored_model, run.data.val, info.num_classes, EVAL_BATCH, run.autocast, WRONG_SHOWN)
+    row = {
+        "epoch": progress.epoch + 1,
+        "step": progress.step,
+        "train_loss": progress.loss_sum / progress.images,
+        "train_top1_pct": 100 * progress.correct / progress.images,
+        "val_loss": result.loss,
+        "val_top1_pct": result.top1_pct,
+        "val_top5_pct": result.top5_pct,
+        "lr": learning_rate(config, progress.step - 1, run.steps_per_epoch),
+        "images_per_s": progress.images / progress.epoch_seconds,
+        "epoch_s": progress.epoch_seconds,
+        "peak_mem_mib": peak_memory_mib(run.device),
+    }
+    run.monitor.epoch(progress.step, row, result, config.epochs)
+    if run.data.holdout is not None and (progress.best_top1 is None or result.top1_pct > progress.best_top1):
+        progress.best_top1, progress.best_epoch = result.top1_pct, progress.epoch + 1
+        run.best = {name: value.detach().cpu().clone() for name, value in run.scored_model.state_dict().items()}
+    if complete:
+        progress.rows.append(row)
+        progress.open_epoch()
+        due = config.save_every and progress.epoch % config.save_every == 0 and progress.epoch < config.epochs
+        if due and time.monotonic() - run.saved_at >= SAVE_GAP_SECONDS:
+            save(run)
+    return result
+
+
+def peak_memory_mib(device: torch.device) -> float:
+    """Of the device's allocator on CUDA, of the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+
+
+def save(run: Run) -> bool:
+    """Write last.pt; a failure (a full disk) is said and survived, up to SAVE_FAILURES in a row.
+
+    Raises:
+        TrainingError: too many failures in a row.
+    """
+    run.monitor.flush()
+    state = checkpoint.run_state(run.config, run.model, run.optimizer, run.scaler, run.ema, run.best, run.progress)
+    run.saved_at = time.monotonic()
+    try:
+        checkpoint.save(state, run.folder)
+    except OSError as error:
+        run.save_failures += 1
+        run.monitor.say(f"save failed ({run.save_failures} in a row): {error}; the last whole file is kept")
+        if run.save_failures >= SAVE_FAILURES:
+            raise TrainingError(
+                f"{SAVE_FAILURES} saves failed in a row: stopping at step {run.progress.step}"
+            ) from error
+        return False
+    run.save_failures = 0
+    return True
+
+
+def save_or_end(run: Run) -> None:
+    """A save that the run cannot go on without. Raises TrainingError."""
+    if not save(run):
+        raise TrainingError("the state could not be saved")
+
+
+def finish(run: Run, result: Evaluation | None) -> None:
+    """The end of a run: the kept weights' score on the test split, summary.json, best.pt, last.pt."""
+    config, progress, info = run.config, run.progress, run.data.info
+    if run.best is None:
+        about = "the last epoch (no images held out to select by)"
+        weights, epoch = run.scored_model.state_dict(), progress.epoch
+    else:
+        about = (
+            f"best top-1 ({progress.best_top1:.2f}%) on {info.holdout_size} held-out training images, "
+            f"epoch {progress.best_epoch}"
+        )
+        weights, epoch = run.best, progress.best_epoch
+        result = None
+    if result is None:
+        scored = build_model(config, info.num_classes).to(run.device)
+        scored.load_state_dict(weights)
+        result = evaluate(scored, run.data.test, info.num_classes, EVAL_BATCH, run.autocast, WRONG_SHOWN)
+    wrong = [preprocess.denormalise(image[None], info)[0] for image, _, _ in result.wrong]
+    run.monitor.evaluated(progress.step, result, wrong, info.class_names)
+    metrics = {"hparam/test_top1_pct": result.top1_pct, "hparam/test_loss": result.loss}
+    run.monitor.hparams(config, metrics)
+    if progress.batch == 0:
+        save_or_end(run)
+    checkpoint.save(checkpoint.weights_state(config, weights, epoch, progress.step, about), run.folder, BEST)
+    write_json(run.folder / "summary.json", {
+        "test_top1_pct": result.top1_pct,
+        "test_top5_pct": result.top5_pct,
+        "test_loss": result.loss,
+        "test_images": result.images,
+        "parameters": count_parameters(run.model),
+        "flops_per_image": count_flops(run.model, info.image_size).total,
+        "epochs": progress.epoch,
+        "steps": progress.step,
+        "seconds": progress.seconds,
+        "selected": about,
+        "bad_images": len(getattr(run.data.train, "bad_images", ())),
+        "device": str(run.device),
+        "torch": str(torch.__version__),
+    })  # fmt: skip
+    run.monitor.say(
+        f"test top-1 {result.top1_pct:.2f}%, top-5 {result.top5_pct:.2f}% on {result.images} images; "
+        f"{about}; trained {progress.seconds:.0f} s; {run.folder / 'summary.json'}"
+    )
+
+
+# ---- evaluation -----------------------------------------------------------------------------------------------------
+
+
+def evaluate_checkpoint(command: Command) -> int:
+    """--evaluate: the checkpoint's own configuration, its data set or another --data-dir of the same kind."""
+    path = Path(command.evaluate)
+    state = checkpoint.load(path)
+    saved = Config.from_dict(state["config"])
+    given = {key: value for key, value in command.given.items() if value != "auto"}
+    allowed = ("batch_size", "amp", "skip_bad_images")
+    config = dataclasses.replace(saved, **given)
+    comparable = dataclasses.replace(config, **{key: getattr(saved, key) for key in allowed})
+    changed = checkpoint.changed_keys(state["config"], comparable)
+    if changed:
+        raise ConfigError(f"--evaluate rebuilds the checkpoint's own network and data set: {'; '.join(changed)}")
+    device = pick_device(config.device)
+    amp = pick_amp(config.amp if "amp" in given else "auto", device)
+    data = load_data(dataclasses.replace(config, holdout=0.0), device)
+    weights = checkpoint.weights_of(state)
+    classes = weights["fc.weight"].shape[0]
+    if data.info.num_classes != classes:
+        raise DataError(f"{config.data_dir}: {data.info.num_classes} classes, but the checkpoint {path} has {classes}")
+    model = build_model(config, classes).to(device)
+    checkpoint.load_weights(model, weights)
+    autocast = partial(torch.autocast, device.type, dtype=amp, enabled=amp is not None)
+    batch_size = config.batch_size if "batch_size" in given else EVAL_BATCH
+    result = evaluate(model, data.test, classes, batch_size, autocast)
+    print(f"{path}: {config.model_name} on the test split of {config.dataset}, {result.images} images")
+    width = max(len(name) for name in data.info.class_names)
+    for name, accuracy, count in zip(
+        data.info.class_names, result.per_class_pct(), result.confusion.sum(1).tolist(), strict=True
+    ):
+        shown = "     -" if accuracy is None else f"{accuracy:6.2f}"
+        print(f"  {name:{width}}  {shown}%  of {count}")
+    print(f"test top-1 {result.top1_pct:.3f}%, top-5 {result.top5_pct:.3f}%, loss {result.loss:.4f}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(COMMAND))
