@@ -233,18 +233,15 @@ def describe(run: Run) -> None:
     stages = sum(isinstance(module, LocalAttention2d) for module in run.model.modules())
     batch = config.batch_size * config.accumulate
     factor = rate_factor(config.recipe, config.dataset, batch)
+    scaling = f"a recipe's rate is scaled by {factor:g} here"
     flops = count_flops(run.model, info.image_size).total
     print(f"device    {device}, {precision}, torch {torch.__version__}")
     print(f"data      {info.name}: {info.train_size} train and {info.test_size} test images, {val}")
     print(f"          {info.num_classes} classes, fed at {info.image_size}x{info.image_size}")
     print(f"model     {config.model_name}, {'attention' if config.stem else 'convolution'} stem, {config.form} form")
     print(f"          {stages} attention layers, {count_parameters(run.model):,} parameters, {flops:,} FLOPs an image")
-    print(
-        f"recipe    {config.recipe}: {config.epochs} epochs of {run.steps_per_epoch} steps of {batch} images, seed {config.seed}"
-    )
-    print(
-        f"          {config.optimizer}, peak rate {config.lr:g} (scaled by {factor:g} for this batch), seed {config.seed}"
-    )
+    print(f"recipe    {config.recipe}: {config.epochs} epochs of {run.steps_per_epoch} steps of {batch} images")
+    print(f"          {config.optimizer}, peak rate {config.lr:g} ({scaling}), seed {config.seed}")
     print(f"folder    {run.folder}; watch it with: tensorboard --logdir {run.folder.parent}", flush=True)
 
 
