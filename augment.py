@@ -1,0 +1,266 @@
+"""Augmentation of whole batches on the device, and mixing: pure functions of images and of numbers drawn beforehand.
+
+Nothing here touches a global random state. `draw` makes every random number of one step, for the whole global batch,
+from a numpy generator on the CPU; `rows` cuts out one process's part; `augment` and `mix` apply it. What an image
+becomes is therefore the same on a CPU and on a GPU up to rounding, and bitwise the same whatever the number of
+processes: every quantity is computed for the global batch before it is cut, and applied element by element.
+
+Shapes: B batch, C channels (1 for gray sets until `preprocess` expands them to 3), H x W image.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+RANDAUGMENT_OPS = 2  # torchvision's default: two operations an image, at magnitude 9 of 31
+
+
+@dataclass(frozen=True)
+class AugmentConfig:
+    """What is done to training images; all zero is nothing. Lengths are in pixels of the image as it is fed.
+
+    pad: random crop out of an image padded by this much on each side, which is a shift of up to `pad` pixels
+    flip: mirrored left to right, half of the time
+    rotate, translate, zoom: one affine resampling: up to this many degrees, this share of the side, this scale +-
+    cutout: side of a square set to the data set's mean, centred anywhere, clipped at the border
+    randaugment: torchvision v2's RandAugment, before the affine resampling
+    mixup, cutmix: alpha of the Beta distribution; where both are given, each step takes one of them, evenly
+    reflect: what a shifted or rotated image shows beyond its border: itself mirrored, rather than black
+    """
+
+    pad: int = 0
+    flip: bool = False
+    rotate: float = 0.0
+    translate: float = 0.0
+    zoom: float = 0.0
+    cutout: int = 0
+    randaugment: bool = False
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    reflect: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("pad", "rotate", "translate", "zoom", "cutout", "mixup", "cutmix"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value >= 0):
+                raise ValueError(f"{name} must be finite and not negative, got {value}")
+        for name in ("translate", "zoom"):
+            if getattr(self, name) >= 1:
+                raise ValueError(f"{name} is a share of the image and must be below 1, got {getattr(self, name)}")
+
+    @property
+    def affine(self) -> bool:
+        return bool(self.rotate or self.translate or self.zoom)
+
+    @property
+    def geometric(self) -> bool:
+        """Whether it does what RandomResizedCrop does for image trees."""
+        return bool(self.pad or self.affine)
+
+
+_PURPOSES = ("order", "augment", "mix", "holdout", "sample")  # the place is part of every stream: append only
+
+
+def stream(seed: int, purpose: str, *key: int) -> np.random.Generator:
+    """The random numbers that belong to this purpose and key alone, such as (epoch, step)."""
+    return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(_PURPOSES.index(purpose), *key)))
+
+
+class Draws(NamedTuple):
+    """Random numbers of B images; None where the configuration does not ask for them."""
+
+    shift: Tensor | None  # (B, 2) int64, rows and columns by which the crop starts off the image
+    flip: Tensor | None  # (B,) bool
+    theta: Tensor | None  # (B, 2, 3) output position -> input position, both in [-1, 1]
+    cutout: Tensor | None  # (B, 2) int64, row and column of the first pixel of the square (may lie outside)
+    ops: Tensor | None  # (B, RANDAUGMENT_OPS) int64, 2 * operation + sign
+
+
+class Mix(NamedTuple):
+    """One step's mixing: image = weight * own + (1 - weight) * partner, or the partner's pixels inside the box."""
+
+    weight: float
+    box: tuple[int, int, int, int] | None  # top, left, bottom, right; None is mixup
+
+
+def draw(rng: np.random.Generator, count: int, height: int, width: int, config: AugmentConfig) -> Draws:
+    """Everything random about `count` images, in a fixed order: each kind's numbers do not depend on the others."""
+    uniform = rng.random((count, 8), dtype=np.float32).astype(np.float64)
+    signed = 2 * uniform - 1
+    shift = flip = theta = cutout = ops = None
+    if config.pad:
+        shift = torch.from_numpy(np.floor(uniform[:, :2] * (2 * config.pad + 1)).astype(np.int64) - config.pad)
+    if config.flip:
+        flip = torch.from_numpy(uniform[:, 2] < 0.5)
+    if config.affine:
+        theta = _theta(
+            np.deg2rad(config.rotate * signed[:, 3]),
+            config.translate * signed[:, 4:6],
+            1 + config.zoom * signed[:, 6],
+            height / width,
+        )
+    # Drawn last and by their own calls, so that asking for them leaves the numbers above as they are.
+    centre = rng.integers(0, (height, width), (count, 2))
+    choice = rng.integers(0, 2 * len(_randaugment_names()), (count, RANDAUGMENT_OPS)) if config.randaugment else None
+    if config.cutout:
+        cutout = torch.from_numpy(centre - config.cutout // 2)
+    if choice is not None:
+        ops = torch.from_numpy(choice)
+    return Draws(shift, flip, theta, cutout, ops)
+
+
+def _theta(angle: np.ndarray, shift: np.ndarray, scale: np.ndarray, aspect: float) -> Tensor:
+    """(B, 2, 3) matrices that turn by angle (counter-clockwise as seen), enlarge by scale, move by shift.
+
+    angle (B,) in radians; shift (B, 2) share of the side, down and right; scale (B,); aspect is H / W, because
+    a rotation in positions that run from -1 to 1 along both sides would be a shear where the sides differ.
+    """
+    cos, sin = np.cos(angle) / scale, np.sin(angle) / scale
+    down, right = 2 * shift[:, 0], 2 * shift[:, 1]  # the side is 2 long
+    x = np.stack((cos, -sin * aspect, -cos * right + sin * aspect * down), 1)  # (B, 3)
+    y = np.stack((sin / aspect, cos, -sin / aspect * right - cos * down), 1)
+    return torch.from_numpy(np.stack((x, y), 1).astype(np.float32))  # (B, 2, 3)
+
+
+def rows(draws: Draws, index: Tensor) -> Draws:
+    """The draws of the images at these positions of the global batch."""
+    return Draws(*(None if field is None else field[index] for field in draws))
+
+
+def augment(images: Tensor, draws: Draws, config: AugmentConfig) -> Tensor:
+    """(B, C, H, W) uint8 -> (B, C, H, W), cropped, flipped, RandAugmented, resampled; uint8 unless resampled.
+
+    Cutout and mixing come after normalisation: `cutout` and `mix`.
+    """
+    device = images.device
+
+    def there(field: Tensor | None) -> Tensor | None:
+        return None if field is None else field.to(device, non_blocking=True)
+
+    if draws.shift is not None or draws.flip is not None:
+        images = crop_flip(images, there(draws.shift), there(draws.flip), config.reflect)
+    if draws.ops is not None:
+        images = randaugment(images, draws.ops)
+    if draws.theta is not None:
+        images = resample(images.float(), there(draws.theta), config.reflect)
+    return images
+
+
+def crop_flip(images: Tensor, shift: Tensor | None, flip: Tensor | None, reflect: bool = False) -> Tensor:
+    """Each image shifted by its own offset, then mirrored: one gather. (B, C, H, W) -> the same shape.
+
+    shift (B, 2): output row r shows input row r + shift[0]; |shift| below the side where reflect is True.
+    """
+    batch, channels, height, width = images.shape
+    row = torch.arange(height, device=images.device)[None]  # (1, H)
+    col = torch.arange(width, device=images.device)[None]  # (1, W)
+    if flip is not None:
+        col = torch.where(flip[:, None], width - 1 - col, col)  # (B, W)
+    if shift is not None:
+        row, col = row + shift[:, :1], col + shift[:, 1:]  # (B, H), (B, W)
+    if reflect:  # about the first and the last pixel, which are not repeated
+        row = (height - 1) - ((height - 1) - row.abs()).abs()
+        col = (width - 1) - ((width - 1) - col.abs()).abs()
+    source = row.clamp(0, height - 1)[:, :, None] * width + col.clamp(0, width - 1)[:, None, :]  # (B, H, W)
+    source = source.flatten(1)[:, None].expand(batch, channels, height * width)
+    out = images.flatten(2).gather(2, source).view(batch, channels, height, width)
+    if shift is not None and not reflect:
+        inside = ((row >= 0) & (row < height))[:, :, None] & ((col >= 0) & (col < width))[:, None, :]  # (B, H, W)
+        out.mul_(inside[:, None])
+    return out
+
+
+def resample(images: Tensor, theta: Tensor, reflect: bool = False) -> Tensor:
+    """Bilinear affine resampling, black beyond the border. (B, C, H, W) float, theta (B, 2, 3) -> (B, C, H, W).
+
+    The grid is made by products and sums of elements: affine_grid's batched product may round differently when the
+    batch is cut among processes.
+    """
+    height, width = images.shape[2:]
+    y = ((2 * torch.arange(height, device=images.device) + 1) / height - 1)[:, None]  # (H, 1), centres of pixels
+    x = ((2 * torch.arange(width, device=images.device) + 1) / width - 1)[None]  # (1, W)
+    t = theta[..., None, None]  # (B, 2, 3, 1, 1)
+    grid = t[:, :, 0] * x + t[:, :, 1] * y + t[:, :, 2]  # (B, 2, H, W), x then y
+    border = "reflection" if reflect else "zeros"
+    return F.grid_sample(images, grid.permute(0, 2, 3, 1), mode="bilinear", padding_mode=border, align_corners=False)
+
+
+def randaugment(images: Tensor, ops: Tensor) -> Tensor:
+    """torchvision v2's RandAugment, each image with its own operations. (B, C, H, W) uint8 -> the same.
+
+    Images that drew the same operation go through it together, which on a GPU is what makes it affordable; the
+    operations look at one image at a time, so batch mates change nothing. ops (B, rounds) on the CPU.
+    """
+    from torchvision.transforms import v2  # here, not above: a second of import that few runs need
+
+    policy, names = v2.RandAugment(), _randaugment_names()
+    height, width = images.shape[2:]
+    for drawn in ops.unbind(1):
+        out = images.clone()
+        for op in drawn.unique().tolist():
+            name, negative = names[op // 2], op % 2
+            values, signed = policy._AUGMENTATION_SPACE[name]
+            values = values(policy.num_magnitude_bins, height, width)
+            magnitude = 0.0 if values is None else float(values[policy.magnitude])
+            chosen = (drawn == op).nonzero()[:, 0].to(images.device, non_blocking=True)
+            out[chosen] = policy._apply_image_or_video_transform(
+                images[chosen],
+                name,
+                -magnitude if signed and negative else magnitude,
+                interpolation=policy.interpolation,
+                fill=policy._fill,
+            )
+        images = out
+    return images
+
+
+def _randaugment_names() -> list[str]:
+    from torchvision.transforms import v2
+
+    return list(v2.RandAugment._AUGMENTATION_SPACE)
+
+
+def cutout(images: Tensor, corner: Tensor, side: int) -> Tensor:
+    """A square of each image set to zero, which after normalisation is the mean. (B, C, H, W), corner (B, 2)."""
+    corner = corner.to(images.device, non_blocking=True)
+    height, width = images.shape[2:]
+    row = torch.arange(height, device=images.device) - corner[:, :1]  # (B, H)
+    col = torch.arange(width, device=images.device) - corner[:, 1:]  # (B, W)
+    hole = ((row >= 0) & (row < side))[:, :, None] & ((col >= 0) & (col < side))[:, None, :]  # (B, H, W)
+    return images.masked_fill(hole[:, None], 0)
+
+
+def draw_mix(rng: np.random.Generator, height: int, width: int, config: AugmentConfig) -> Mix | None:
+    """One step's mixing, as torchvision v2's MixUp and CutMix draw it: one weight, one box for the whole batch."""
+    if not (config.mixup or config.cutmix):
+        return None
+    choose_mixup = rng.random() < 0.5
+    if config.mixup and (choose_mixup or not config.cutmix):
+        return Mix(rng.beta(config.mixup, config.mixup), None)
+    half = 0.5 * math.sqrt(1 - rng.beta(config.cutmix, config.cutmix))
+    centre_y, centre_x = int(rng.integers(height)), int(rng.integers(width))
+    top, bottom = max(centre_y - int(half * height), 0), min(centre_y + int(half * height), height)
+    left, right = max(centre_x - int(half * width), 0), min(centre_x + int(half * width), width)
+    # The weight is the share of pixels that the clipped box leaves, not the one that was drawn.
+    return Mix(1 - (bottom - top) * (right - left) / (height * width), (top, left, bottom, right))
+
+
+def mix(images: Tensor, labels: Tensor, num_classes: int, drawn: Mix) -> tuple[Tensor, Tensor]:
+    """Each image mixed with the one before it, as torchvision v2's MixUp and CutMix pair them.
+
+    images (B + 1, C, H, W) float and labels (B + 1,) int64, where row 0 is the predecessor of row 1 in the global
+    batch (its last image for the first) -> images (B, C, H, W), soft targets (B, num_classes) that sum to 1.
+    """
+    targets = F.one_hot(labels, num_classes).to(images.dtype)
+    targets = targets[1:] * drawn.weight + targets[:-1] * (1 - drawn.weight)
+    if drawn.box is None:
+        return images[1:] * drawn.weight + images[:-1] * (1 - drawn.weight), targets
+    top, left, bottom, right = drawn.box
+    mixed = images[1:].clone()
+    mixed[..., top:bottom, left:right] = images[:-1, :, top:bottom, left:right]
+    return mixed, targets
