@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import random
 import time
 from dataclasses import dataclass, field
 from functools import partial
@@ -171,7 +172,6 @@ def load_data(config: Config, device: torch.device) -> Data:
 
 def build_model(config: Config, num_classes: int) -> nn.Module:
     """Raises ConfigError for options that do not go together in a layer."""
-    torch.manual_seed(config.seed)
     try:
         check_backend(config.backend)
         return build(config.model_name, num_classes, config.stem, **config.layer_options())
@@ -190,6 +190,8 @@ def set_up(config: Config, folder: Path) -> Run:
     config = dataclasses.replace(
         config, form=form_of(config, data.info), img_size=data.info.image_size, amp=AMP_NAMES[amp], name=folder.name
     )
+    random.seed(config.seed)
+    torch.manual_seed(config.seed)
     model = build_model(config, data.info.num_classes).to(device)
     set_batch_norm_momentum(model, config.recipe_value("bn_momentum"))
     if config.channels_last:

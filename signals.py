@@ -2,7 +2,6 @@
 
 import os
 import signal
-import sys
 import time
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -28,7 +27,7 @@ class StopRequest:
         now = time.monotonic()
         if self.received is None:
             self.received, self._first = signal.Signals(number).name, now
-            # os.write: a signal may arrive inside print, which is not reentrant
-            os.write(sys.stderr.fileno(), f"\n{self.received}: saving at the next step\n".encode())
+            # descriptor 2 at once: a signal may arrive inside print, which is not reentrant
+            os.write(2, f"\n{self.received}: saving at the next step\n".encode())
         elif now - self._first > REPEAT_SECONDS:
             os._exit(128 + number)

@@ -10,6 +10,7 @@ from config import Command, Config, ConfigError, fail, parse_command_line
 if __name__ == "__main__":
     COMMAND = parse_command_line()  # before torch is imported: --help and a wrong flag answer at once
 
+import copy
 import dataclasses
 import math
 import resource
@@ -294,7 +295,7 @@ def finish(run: Run, result: Evaluation | None) -> None:
         weights, epoch = run.best, progress.best_epoch
         result = None
     if result is None:
-        scored = build_model(config, info.num_classes).to(run.device)
+        scored = copy.deepcopy(run.model)
         scored.load_state_dict(weights)
         result = evaluate(scored, run.data.test, info.num_classes, EVAL_BATCH, run.autocast, WRONG_SHOWN)
     wrong = [preprocess.denormalise(image[None], info)[0] for image, _, _ in result.wrong]
