@@ -31,7 +31,7 @@ def evaluate(model: nn.Module, split, num_classes: int, batch_size: int, autocas
     `autocast` makes the context to compute in. Top-5 is top-`num_classes` where there are fewer than five.
 
     Raises:
-        RuntimeError: the number of images seen is not the split's.
+        RuntimeError: the number of images seen is not the split's, less the unreadable ones that it skipped.
     """
     training = model.training
     model.eval()
@@ -50,8 +50,9 @@ def evaluate(model: nn.Module, split, num_classes: int, batch_size: int, autocas
         for i in (predicted != labels).nonzero().flatten().tolist()[: keep_wrong - len(wrong)]:
             wrong.append((images[i].cpu(), labels[i].item(), predicted[i].item()))
     model.train(training)
-    if seen != len(split):
-        raise RuntimeError(f"evaluated {seen} images of a split of {len(split)}")
+    expected = len(split) - len(split.bad_images)
+    if seen != expected:
+        raise RuntimeError(f"evaluated {seen} images of a split of {expected}")
     confusion = confusion.view(num_classes, num_classes)
     right = confusion.diagonal().sum().item()
     return Evaluation(seen, loss_sum / seen, 100 * right / seen, 100 * top5 / seen, confusion, wrong)

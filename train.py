@@ -316,7 +316,7 @@ def finish(run: Run, result: Evaluation | None) -> None:
         "steps": progress.step,
         "seconds": progress.seconds,
         "selected": about,
-        "bad_images": len(getattr(run.data.train, "bad_images", ())),
+        "bad_images": sum(len(split.bad_images) for split in (run.data.train, run.data.holdout, run.data.test) if split),
         "device": str(run.device),
         "torch": str(torch.__version__),
     })  # fmt: skip
