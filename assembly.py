@@ -38,6 +38,10 @@ class Data:
     test: Any
 
     @property
+    def splits(self) -> list:
+        return [split for split in (self.train, self.holdout, self.test) if split is not None]
+
+    @property
     def val(self) -> Any:
         """What the epochs are watched on: the held-out images, else the test split."""
         return self.test if self.holdout is None else self.holdout

@@ -45,9 +45,9 @@ def parameter_groups(model: nn.Module, weight_decay: float, embedding_weight_dec
 
 
 def build_optimizer(model: nn.Module, config: Config, device: torch.device) -> torch.optim.Optimizer:
-    """SGD or AdamW on the groups of `parameter_groups`, fused on CUDA; the rate is set before each step."""
+    """SGD or AdamW on the groups of `parameter_groups`, fused; the rate is set before each step."""
     groups = parameter_groups(model, config.weight_decay, config.embedding_weight_decay)
-    fused = True if device.type == "cuda" else None
+    fused = device.type in ("cpu", "cuda")  # one pass over the weights instead of one for each operation
     if config.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=config.lr, fused=fused)
     nesterov = config.recipe_value("nesterov") and config.momentum > 0

@@ -316,7 +316,7 @@ def finish(run: Run, result: Evaluation | None) -> None:
         "steps": progress.step,
         "seconds": progress.seconds,
         "selected": about,
-        "bad_images": sum(len(split.bad_images) for split in (run.data.train, run.data.holdout, run.data.test) if split),
+        "bad_images": sum(len(split.bad_images) for split in run.data.splits),
         "device": str(run.device),
         "torch": str(torch.__version__),
     })  # fmt: skip
