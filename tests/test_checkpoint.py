@@ -101,7 +101,9 @@ def test_a_full_disk_leaves_the_old_files_and_no_temporary_one(tmp_path, monkeyp
     checkpoint.save(small_state(step=2), tmp_path)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     opened = builtins.open
-    monkeypatch.setattr(builtins, "open", lambda p, m="r", **k: FullDisk(opened(p, m), room) if m == "wb" else opened(p, m, **k))
+    monkeypatch.setattr(
+        builtins, "open", lambda p, m="r", **k: FullDisk(opened(p, m), room) if m == "wb" else opened(p, m, **k)
+    )
     with pytest.raises(OSError, match="not written"):
         checkpoint.save(small_state(step=3), tmp_path)
     monkeypatch.undo()

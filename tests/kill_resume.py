@@ -1,0 +1,91 @@
+"""Kill a DIGITS run with SIGKILL at random moments, resume it each time, and compare with the run that was not killed.
+
+    python tests/kill_resume.py [--kills 30] [--epochs 4] [--seed 0]
+
+Exits 0 when the final weights, optimizer, generators and log rows are bitwise equal, 1 when not. test_kill_resume.py
+runs a short form of it.
+"""
+
+import argparse
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+import runs  # noqa: E402 (a script: its folder must be on the path first)
+
+
+def command(folder: Path, epochs: int, *more: str) -> list[str]:
+    """A run that saves after about every second of training."""
+    flags = f"--dataset DIGITS --epochs {epochs} --batch-size 16 --holdout 0.1 --ema 0.9 --mixup 0.2 --no-progress"
+    flags += f" --save-minutes 0.02 --save-every 0 --output-dir {folder} --name run --device cpu"
+    return [sys.executable, str(ROOT / "train.py"), *flags.split(), *more]
+
+
+def run_to_end(folder: Path, epochs: int, *more: str) -> None:
+    done = subprocess.run(command(folder, epochs, *more), capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"train.py ended with {done.returncode}:\n{done.stdout}{done.stderr}")
+
+
+def wait_for_start(folder: Path, process: subprocess.Popen) -> None:
+    """Until the run writes into its folder: kills before that hit nothing but imports."""
+    before = time.time()
+    while process.poll() is None and not any(
+        path.stat().st_mtime > before for path in (folder / "run").glob("events.out.tfevents.*")
+    ):
+        time.sleep(0.05)
+
+
+def kill_and_resume(folder: Path, kills: int, epochs: int, rng: random.Random) -> int:
+    """The run, killed up to `kills` times, then resumed to its end; returns how many kills hit it before its end."""
+    hits = 0
+    for _ in range(kills):
+        process = subprocess.Popen(
+            command(folder, epochs, "--resume"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        wait_for_start(folder, process)
+        time.sleep(rng.uniform(0.0, 5.0))
+        if process.poll() is None:
+            process.send_signal(signal.SIGKILL)
+            hits += 1
+        process.wait()
+        if (folder / "run" / "summary.json").exists():
+            break
+    run_to_end(folder, epochs, "--resume")
+    return hits
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kills", type=int, default=30)
+    parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    output = Path(tempfile.mkdtemp(prefix="kill_resume-"))
+    try:
+        run_to_end(output / "straight", options.epochs)
+        started = time.monotonic()
+        hits = kill_and_resume(output / "killed", options.kills, options.epochs, random.Random(options.seed))
+        a, b = output / "straight" / "run", output / "killed" / "run"
+        wrong = runs.differences(runs.state_without_times(a), runs.state_without_times(b))
+        wrong += runs.differences(
+            runs.state_without_times(a, "best.pt"), runs.state_without_times(b, "best.pt"), "best"
+        )
+        wrong += [] if runs.log_rows(a) == runs.log_rows(b) else ["log.jsonl"]
+    finally:
+        shutil.rmtree(output)
+    verdict = f"{len(wrong)} differences: {wrong[:5]}" if wrong else "bitwise equal to the run that was not killed"
+    print(f"{hits} kills in {time.monotonic() - started:.0f} s: {verdict}")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,456 @@
+"""The C++ kernel: the definition in fp64 is its yardstick; every thread count gives the same bits; building it never
+costs a user more than the speed."""
+
+import itertools
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import kernels
+from kernels import cpu, reference
+
+ROOT = Path(__file__).resolve().parents[1]
+NAMES = ("out", "lse", "grad query", "grad key", "grad value", "grad rel_row", "grad rel_col")
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
+LAYOUTS = ("nchw", "channels_last", "fused", "strange")
+
+needs_kernel = pytest.mark.skipif(cpu.unusable() is not None, reason=f"no CPU kernel: {cpu.unusable()}")
+
+
+def make_map(shape, layout, dtype):
+    b, n, d, h, w = shape
+    if layout == "channels_last":
+        return torch.randn(b, h, w, n, d, dtype=dtype).permute(0, 3, 4, 1, 2)
+    if layout == "strange":  # W outermost, every second element
+        return torch.randn(w, n, b, d, 2 * h, dtype=dtype)[..., ::2].permute(2, 1, 3, 4, 0)
+    return torch.randn(shape, dtype=dtype)
+
+
+def make_inputs(shape, size, layout="nchw", dtype=torch.float32, embeddings=True, content=True):
+    """grad_out, query, key, value, rel_row, rel_col."""
+    b, n, d, h, w = shape
+    if layout == "fused":
+        query, key, value = torch.randn(b, 3, n, d, h, w, dtype=dtype).unbind(1)
+    else:
+        query, key, value = (make_map(shape, layout, dtype) for _ in range(3))
+    rel = [torch.randn(n, d // 2, size, dtype=dtype) if embeddings else None for _ in range(2)]
+    return [make_map(shape, layout, dtype), query, key if content else None, value, *rel]
+
+
+def both_ways(module, inputs, size, border, scale):
+    grad, *rest = inputs
+    out, lse = module.forward(*rest, size, border, scale)
+    return out, lse, *module.backward(grad, *rest, out, lse, size, border, scale)
+
+
+def check(inputs, size, border="mask", scale=0.7):
+    dtype = inputs[0].dtype
+    expected = both_ways(reference, [None if x is None else x.double() for x in inputs], size, border, scale)
+    got = both_ways(cpu, inputs, size, border, scale)
+    for name, a, b in zip(NAMES, got, expected, strict=True):
+        if b is None:
+            assert a is None, name
+            continue
+        if name != "lse":
+            assert a.dtype == dtype, name
+        error = (a.double() - b).abs().max() / b.abs().max().clamp_min(1.0)
+        assert error <= TOLERANCE[dtype], f"{name}: {error:.2e} of the largest value"
+
+
+# ---- values --------------------------------------------------------------------------------------------------------
+
+MAPS = ((1, 1), (2, 2), (4, 4), (5, 3), (3, 11), (7, 7), (8, 8), (13, 9), (14, 14), (6, 33))
+
+
+@needs_kernel
+@pytest.mark.parametrize("border", kernels.BORDERS)
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 7, 8, 13])
+def test_matches_the_definition_on_every_map(size, border):
+    for i, (height, width) in enumerate(MAPS):
+        check(make_inputs((2, 8, (4, 6, 10)[i % 3], height, width), size, LAYOUTS[i % 4]), size, border)
+
+
+@needs_kernel
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("heads", [1, 2, 3, 8, 16])
+def test_matches_the_definition_for_every_layout(heads, layout):
+    for dtype, (height, width) in itertools.product((torch.float64, torch.float32), ((7, 7), (5, 14), (9, 20))):
+        check(make_inputs((3, heads, 8, height, width), 7, layout, dtype), 7)
+
+
+@needs_kernel
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("embeddings", "content"), [(True, True), (False, True), (True, False)])
+def test_matches_the_definition_without_parts(dtype, embeddings, content):
+    for border in kernels.BORDERS:
+        check(make_inputs((2, 4, 4, 6, 9), 5, "nchw", dtype, embeddings, content), 5, border)
+
+
+@needs_kernel
+@pytest.mark.parametrize("width", [1, 3, 4, 8, 12, 16, 24, 32, 64])
+def test_matches_the_definition_for_every_head_width(width):
+    check(make_inputs((2, 8, width, 6, 10), 7, "fused", embeddings=width % 2 == 0), 7)
+
+
+@needs_kernel
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    shape=st.tuples(*(st.integers(1, top) for top in (3, 9, 5, 17, 19))),
+    size=st.integers(1, 13),
+    border=st.sampled_from(kernels.BORDERS),
+    layout=st.sampled_from(LAYOUTS),
+    dtype=st.sampled_from((torch.float64, torch.float32)),
+    parts=st.sampled_from(((True, True), (False, True), (True, False))),
+)
+def test_matches_the_definition_anywhere(shape, size, border, layout, dtype, parts):
+    b, n, half, h, w = shape
+    check(make_inputs((b, n, 2 * half, h, w), size, layout, dtype, *parts), size, border)
+
+
+@needs_kernel
+@pytest.mark.slow
+@pytest.mark.parametrize("border", kernels.BORDERS)
+@pytest.mark.parametrize("size", range(1, 14))
+def test_matches_the_definition_exhaustively(size, border):
+    maps = [*MAPS, (17, 28), (9, 56), (32, 32)]
+    for (height, width), heads, depth, layout in itertools.product(maps, (1, 6, 8), (2, 8, 16), LAYOUTS):
+        check(make_inputs((2, heads, depth, height, width), size, layout), size, border)
+
+
+@needs_kernel
+def test_a_large_map_is_cut_to_a_modest_scratch():
+    check(make_inputs((1, 8, 2, 10, 700), 7), 7)
+
+
+@needs_kernel
+def test_gradcheck_and_opcheck():
+    _, *inputs = make_inputs((2, 2, 4, 4, 5), 3, dtype=torch.float64)
+    inputs = [x.requires_grad_() for x in inputs]
+    for border in kernels.BORDERS:
+        call = (3, border, 0.5, "cpu")
+        assert torch.autograd.gradcheck(lambda *x, c=call: torch.ops.sasa.local_attention(*x, *c)[0], inputs)
+        torch.library.opcheck(torch.ops.sasa.local_attention.default, (*inputs, *call))
+
+
+@needs_kernel
+def test_large_logits():
+    """+-1e4, exact in fp32: softmax and gradients as good as the definition's own fp32."""
+    for size in (3, 7):
+        grad, query, key, value, row, col = make_inputs((2, 8, 4, 6, 9), size)
+        query = torch.zeros_like(query)
+        query[:, :, 0], query[:, :, 1] = torch.randint(-1, 2, query[:, :, 0].shape) * 100.0, 1.0
+        key = torch.randint(-1, 2, key.shape).float()
+        key[:, :, 0] = 100.0
+        inputs = [grad, query, key, value, row * 0.01, col * 0]
+        expected = both_ways(reference, [x.double() for x in inputs], size, "mask", 1.0)
+        assert expected[1].abs().max() > 9e3
+        for name, a, b in zip(NAMES, both_ways(cpu, inputs, size, "mask", 1.0), expected, strict=True):
+            assert (a - b).abs().max() <= 1e-3 * b.abs().max(), name
+
+
+@needs_kernel
+@pytest.mark.parametrize("bad", [float("inf"), -float("inf"), float("nan"), 1e30])
+@pytest.mark.parametrize("border", kernels.BORDERS)
+def test_infinities_and_nans_are_the_definition_s(border, bad):
+    for i, which in itertools.product(range(8), range(6)):
+        size, heads, (height, width) = (1, 3, 4, 7)[i % 4], (1, 8)[i % 2], ((1, 3), (7, 9), (4, 17))[i % 3]
+        inputs = make_inputs((2, heads, 4, height, width), size, content=i != 5 or which == 2)
+        place = tuple(int(torch.randint(0, n, ())) for n in inputs[which].shape) if inputs[which] is not None else None
+        if place is None:
+            continue
+        inputs[which][place] = bad
+        expected = both_ways(reference, inputs, size, border, 0.5)
+        for name, a, b in zip(NAMES, both_ways(cpu, inputs, size, border, 0.5), expected, strict=True):
+            if b is None:
+                continue
+            for test in (torch.isnan, torch.isposinf, torch.isneginf):
+                assert torch.equal(test(a), test(b)), (name, which, size)
+
+
+@needs_kernel
+def test_writes_in_the_layout_promised_and_into_given_tensors():
+    for layout in LAYOUTS:
+        grad, *inputs = make_inputs((2, 8, 4, 7, 9), 5, layout)
+        out, lse = cpu.forward(*inputs, 5, "mask", 1.0)
+        assert out.stride() == kernels._empty_like_map(inputs[0]).stride()
+        expected = cpu.backward(grad, *inputs, out, lse, 5, "mask", 1.0)
+        for given_layout in LAYOUTS:
+            into = [make_map((2, 8, 4, 7, 9), given_layout, torch.float32).fill_(float("nan")) for _ in range(3)]
+            got = cpu.backward(grad, *inputs, out, lse, 5, "mask", 1.0, tuple(into))
+            assert all(a is b for a, b in zip(got, into, strict=False))
+            assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+    expanded = torch.ones((), dtype=torch.float32).expand(2, 8, 4, 7, 9)
+    got = cpu.backward(expanded, *inputs, out, lse, 5, "mask", 1.0)
+    dense = cpu.backward(expanded.contiguous(), *inputs, out, lse, 5, "mask", 1.0)
+    assert all(torch.equal(a, b) for a, b in zip(got, dense, strict=True))
+
+
+@needs_kernel
+def test_says_what_it_does_not_take():
+    x = torch.randn(1, 2, 4, 5, 5)
+    assert cpu.unsupported(x, 13) is None
+    assert "14" in cpu.unsupported(x, 14)
+    assert "meta" in cpu.unsupported(x.to("meta"), 7)
+    assert "int" in cpu.unsupported(x.int(), 7)
+    assert kernels.choose_backend(x, 7) == "cpu"
+    assert kernels.choose_backend(x, 14) != "cpu"
+    empty = x[:0]
+    out, lse = cpu.forward(empty, empty, empty, None, None, 3, "mask", 1.0)
+    assert out.shape == empty.shape
+    assert lse.shape == (0, 2, 5, 5)
+    assert cpu.backward(empty, empty, empty, empty, None, None, out, lse, 3, "mask", 1.0)[1].shape == empty.shape
+
+
+# ---- threads -------------------------------------------------------------------------------------------------------
+
+
+@needs_kernel
+@pytest.mark.parametrize("shape", [(3, 8, 8, 12, 14), (1, 2, 4, 40, 9), (2, 3, 6, 7, 7)])
+def test_every_thread_count_gives_the_same_bits(shape):
+    inputs = make_inputs(shape, 7)
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 2, 3, 4, 7):
+            torch.set_num_threads(threads)
+            results.append(both_ways(cpu, inputs, 7, "mask", 1.0))
+    finally:
+        torch.set_num_threads(before)
+    for result in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
+
+
+@needs_kernel
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="reads /proc")
+def test_uses_torch_s_threads_and_no_second_runtime():
+    code = """
+from kernels import cpu
+assert cpu.unusable() is None and cpu._parallel_region() != 0
+x = torch.randn(4, 8, 8, 16, 16)
+threads = lambda: len(os.listdir("/proc/self/task"))
+torch.set_num_threads(3)
+torch.randn(2000000).exp_()
+before = threads()
+for _ in range(5):
+    cpu.forward(x, x, x, None, None, 7, "mask", 1.0)
+assert threads() == before, (before, threads())
+libraries = {line.split()[-1] for line in open("/proc/self/maps") if "omp" in line and "/" in line}
+assert len([p for p in libraries if os.path.basename(p).startswith(("libgomp", "libomp", "libiomp"))]) == 1, libraries
+"""
+    assert run_python(code).returncode == 0
+
+
+@needs_kernel
+def test_a_forked_child_does_not_hang():
+    code = """
+from kernels import cpu
+torch.set_num_threads(4)
+x = torch.randn(4, 8, 8, 16, 16)
+expected = cpu.forward(x, x, x, None, None, 7, "mask", 1.0)[0]  # the parent's pool of threads exists
+child = os.fork()
+if child == 0:
+    os._exit(0 if torch.equal(cpu.forward(x, x, x, None, None, 7, "mask", 1.0)[0], expected) else 3)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+class Images(torch.utils.data.Dataset):
+    def __len__(self):
+        return 4
+    def __getitem__(self, i):
+        return cpu.forward(x, x, x, None, None, 7, "mask", 1.0)[0]
+for batch in torch.utils.data.DataLoader(Images(), num_workers=2):
+    assert torch.equal(batch[0], expected)
+"""
+    assert run_python(code, timeout=60).returncode == 0
+
+
+# ---- memory --------------------------------------------------------------------------------------------------------
+
+
+@needs_kernel
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in KiB on Linux")
+def test_keeps_nothing_of_the_windows_size():
+    """Peak memory of forward and backward grows by a few maps; K * K copies of one would be 196 MiB."""
+    code = """
+import resource
+from kernels import cpu
+shape = (2, 8, 16, 64, 64)
+inputs = [torch.randn(shape) for _ in range(4)]
+rel = [torch.randn(8, 8, 7) for _ in range(2)]
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+cpu.unusable()
+small = [x[:, :, :, :8, :8] for x in inputs]
+out, lse = cpu.forward(*small[:3], *rel, 7, "mask", 1.0)
+cpu.backward(small[3], *small[:3], *rel, out, lse, 7, "mask", 1.0)
+before = peak()
+out, lse = cpu.forward(*inputs[:3], *rel, 7, "mask", 1.0)
+cpu.backward(inputs[3], *inputs[:3], *rel, out, lse, 7, "mask", 1.0)
+print(peak() - before)
+"""
+    done = run_python(code)
+    assert done.returncode == 0, done.stderr
+    map_mib = 2 * 8 * 16 * 64 * 64 * 4 / 2**20
+    assert float(done.stdout) < 4 * map_mib + 2 * 12 + 4  # out and three gradients; two threads' scratch; slack
+
+
+# ---- the build -----------------------------------------------------------------------------------------------------
+
+
+def run_python(code, env=None, timeout=120, prelude=""):
+    header = f"{prelude}\nimport os, sys\nsys.path.insert(0, {str(ROOT)!r})\nimport torch\n"
+    clean = {k: v for k, v in os.environ.items() if k not in ("CXX", "SASA_BACKEND")}
+    return subprocess.run(
+        [sys.executable, "-c", header + code], capture_output=True, text=True, timeout=timeout, env={**clean, **(env or {})}
+    )
+
+
+USE = """
+from kernels import choose_backend, local_attention
+x = torch.randn(1, 2, 4, 5, 5)
+local_attention(x, x, x, None, None, kernel_size=3)
+print(choose_backend(x, 3))
+"""
+
+
+@pytest.fixture
+def compiler(tmp_path):
+    """A compiler that counts its calls and delivers the library already built, so that no test waits for a real one."""
+    library = cpu._library()
+    if isinstance(library, str):
+        pytest.skip(f"no CPU kernel: {library}")
+    script = tmp_path / "c++"
+    script.write_text(
+        f"""#!/bin/sh
+[ "$1" = --version ] && echo "a compiler" && exit
+echo called >> {tmp_path}/calls
+sleep 1
+while [ "$1" != -o ]; do shift; done
+exec cat {library._name} > "$2"
+"""
+    )
+    script.chmod(0o755)
+
+    def calls():
+        path = tmp_path / "calls"
+        return len(path.read_text().splitlines()) if path.exists() else 0
+
+    return {"CXX": str(script), "SASA_CACHE_DIR": str(tmp_path / "cache"), "TMPDIR": str(tmp_path)}, calls
+
+
+def test_many_processes_build_once(compiler):
+    env, calls = compiler
+    header = f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nimport torch\n"
+    command = [sys.executable, "-c", header + USE]
+    started = [
+        subprocess.Popen(command, env={**os.environ, **env}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for _ in range(8)
+    ]
+    results = [(*process.communicate(timeout=120), process.returncode) for process in started]
+    assert [(out.strip(), code) for out, _, code in results] == [("cpu", 0)] * 8, results
+    assert calls() == 1
+    said = [err for _, err, _ in results if err]
+    assert len(said) == 1
+    assert "building the CPU kernel once" in said[0]
+    assert len(said[0].splitlines()) == 1
+
+
+def test_a_damaged_library_is_built_again(compiler):
+    env, calls = compiler
+    assert run_python(USE, env).stdout.strip() == "cpu"
+    (library,) = Path(env["SASA_CACHE_DIR"]).glob("*.so")
+    whole = library.read_bytes()
+    for damaged in (whole[: len(whole) // 2], whole[:100], b"", whole[:5000] + b"x" + whole[5001:]):
+        library.write_bytes(damaged)
+        before = calls()
+        done = run_python(USE, env)
+        assert (done.stdout.strip(), done.returncode) == ("cpu", 0), done.stderr
+        assert calls() == before + 1
+    assert run_python(USE, env).stderr == ""
+    assert sorted(p.suffix for p in Path(env["SASA_CACHE_DIR"]).iterdir()) == [".lock", ".so"]
+
+
+def test_importing_builds_nothing(compiler):
+    env, calls = compiler
+    done = run_python("import kernels.cpu", env)
+    assert (done.returncode, done.stderr, calls()) == (0, "", 0)
+    assert not Path(env["SASA_CACHE_DIR"]).exists()
+
+
+@pytest.mark.parametrize("folder", ["read-only", "a file", "full"])
+def test_another_folder_serves_where_the_cache_cannot_be_written(compiler, tmp_path, folder):
+    env, calls = compiler
+    cache = Path(env["SASA_CACHE_DIR"])
+    prelude = ""
+    if folder == "a file":
+        cache.write_text("")
+    elif folder == "read-only":
+        cache.mkdir()
+        # Permissions do not stop root: refuse what a read-only file system refuses.
+        prelude = f"""
+import builtins, errno, os
+opened = builtins.open
+def refuse(path, mode="r", *rest, **named):
+    if str(path).startswith({str(cache)!r}) and "r" not in mode:
+        raise OSError(errno.EROFS, "Read-only file system")
+    return opened(path, mode, *rest, **named)
+builtins.open = refuse
+"""
+    else:  # the compiler finds no room there
+        script = Path(env["CXX"])
+        script.write_text(
+            script.read_text().replace(
+                "exec cat",
+                f'case "$2" in {cache}*) echo "error writing: No space left on device" >&2; exit 1;; esac\nexec cat',
+            )
+        )
+    done = run_python(USE, env, prelude=prelude)
+    assert (done.stdout.strip(), done.returncode) == ("cpu", 0), done.stderr
+    assert calls() == (2 if folder == "full" else 1)
+    assert not list(tmp_path.glob("cache/*.part"))
+
+
+def test_no_room_anywhere_leaves_the_next_backend(compiler):
+    env, _ = compiler
+    limit = "import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))"
+    done = run_python(USE, env, prelude=limit)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() != "cpu"
+    assert "SASA_CACHE_DIR" in done.stderr
+    assert not list(Path(env["SASA_CACHE_DIR"]).glob("*.so"))
+
+
+@pytest.mark.parametrize(
+    ("script", "expected"),
+    [
+        (None, "install g++"),
+        ('#!/bin/sh\n[ "$1" = --version ] && exit\necho "cc1plus: a strange error" >&2\nexit 1\n', "a strange error"),
+        ('#!/bin/sh\n[ "$1" = --version ] && exit\nwhile [ "$1" != -o ]; do shift; done\necho junk > "$2"\n', "does not load"),
+    ],
+)
+def test_without_a_working_compiler_the_next_backend_serves(tmp_path, script, expected):
+    env = {"SASA_CACHE_DIR": str(tmp_path / "cache"), "PATH": str(tmp_path)}
+    if script is not None:
+        (tmp_path / "broken").write_text(script)
+        (tmp_path / "broken").chmod(0o755)
+        env = {**env, "PATH": os.environ["PATH"], "CXX": str(tmp_path / "broken")}
+    done = run_python(USE + "local_attention(x, x, x, None, None, kernel_size=5)", env)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() != "cpu"
+    lines = [line for line in done.stderr.splitlines() if "building" not in line]
+    assert len(lines) == 1, done.stderr
+    assert expected in lines[0]
+
+
+@needs_kernel
+def test_asking_again_is_cheap():
+    cpu.unusable()
+    start = time.perf_counter()
+    for _ in range(1000):
+        cpu.unusable()
+    assert time.perf_counter() - start < 0.1
