@@ -1,0 +1,45 @@
+"""What every test shares: the repository root on the path, a fixed seed, and a reason printed for skipped GPU tests."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+if str(ROOT) not in sys.path:  # the project is run from its checkout, not installed
+    sys.path.insert(0, str(ROOT))
+
+
+# The tensors of these tests are small: a second thread only waits, and on a busy machine slows them a lot.
+# Tests of threads ask for them by `threads`; subprocesses have their own.
+torch.set_num_threads(1)
+
+
+def pytest_report_header(config):
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    return f"torch {torch.__version__}, {torch.get_num_threads()} threads, CUDA device: {device}"
+
+
+def pytest_collection_modifyitems(config, items):
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="needs a CUDA device, torch sees none here")
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def _seed(monkeypatch):
+    """Each test draws the same numbers alone and in the suite, and the caller's SASA_BACKEND does not leak in."""
+    torch.manual_seed(0)
+    monkeypatch.delenv("SASA_BACKEND", raising=False)
+
+
+@pytest.fixture
+def threads():
+    """A function that sets torch's threads for this test only."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
