@@ -25,7 +25,7 @@ from torch import Tensor
 
 BORDERS = ("mask", "zero")
 # Fastest first: "auto" takes the first that is usable here and takes the call.
-_MODULES = {"reference": "kernels.reference"}
+_MODULES = {"cpu": "kernels.cpu", "tiled": "kernels.tiled", "reference": "kernels.reference"}
 
 
 def _module(name: str) -> ModuleType:
