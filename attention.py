@@ -33,8 +33,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels import BORDERS, autocast_dtype, check_backend, local_attention
+from kernels import BORDERS, autocast_dtype, check_backend, local_attention, local_attention_packed
 from kernels import stem as stem_kernels
+from kernels.reference import accumulate_dtype
 
 POSITIONS = ("relative", "absolute", "none")
 WINDOWS = ("block", "sliding")
@@ -151,27 +152,23 @@ class LocalAttention2d(nn.Module):
         _check_input(x, self.in_channels)
         if self.position == "absolute":
             x = x + sinusoids(self.in_channels, *x.shape[-2:], dtype=x.dtype, device=x.device)
-        query, key, value = self._project(x)
         rel_row, rel_col = self.rel_row, self.rel_col
         if rel_row is not None and self.share_embeddings:
             rel_row, rel_col = (r.expand(self.num_heads, -1, -1) for r in (rel_row, rel_col))
-        out = local_attention(
-            query, key, value, rel_row, rel_col,
-            kernel_size=self.kernel_size, border=self.border, scale=self.scale, backend=self.backend,
-        )  # fmt: skip
+        options = {
+            "kernel_size": self.kernel_size, "border": self.border, "scale": self.scale, "backend": self.backend,
+        }  # fmt: skip
+        heads = (self.num_heads, self.head_dim)
+        if self.grouped:  # a grouped product would interleave the three by head; three cost the same arithmetic
+            query, value = self.query(x).unflatten(1, heads), self.value(x).unflatten(1, heads)
+            key = self.key(x).unflatten(1, heads) if self.content else None
+            out = local_attention(query, key, value, rel_row, rel_col, **options)
+        else:
+            layers = [layer for layer in (self.query, self.key, self.value) if layer is not None]
+            qkv = F.conv2d(x, torch.cat([layer.weight for layer in layers]))  # (B, 3 * C, H, W), one product
+            out = local_attention_packed(qkv.unflatten(1, (len(layers), *heads)), rel_row, rel_col, **options)
         out = out.flatten(1, 2)  # (B, N, D, H, W) -> (B, C, H, W)
         return out if self.pool is None else self.pool(out)
-
-    def _project(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Queries, keys and values, each (B, N, D, H, W): slices of one product where the projections are dense."""
-        layers = [layer for layer in (self.query, self.key, self.value) if layer is not None]
-        heads = (self.num_heads, self.head_dim)
-        if self.grouped:  # a grouped product interleaves the three by head; three products cost the same arithmetic
-            parts = [layer(x).unflatten(1, heads) for layer in layers]
-        else:
-            weight = torch.cat([layer.weight for layer in layers])
-            parts = F.conv2d(x, weight).unflatten(1, (len(layers), *heads)).unbind(1)
-        return (*parts,) if self.content else (parts[0], None, parts[1])
 
     def extra_repr(self) -> str:
         shown = f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, num_heads={self.num_heads}"
@@ -181,7 +178,7 @@ class LocalAttention2d(nn.Module):
 
 
 class AttentionStem(nn.Module):
-    """Attention over the pixels of the image in place of the first convolution: softmax over q.k, spatially aware values.
+    """Attention over the image's pixels in place of the first convolution: softmax over q.k, spatially aware values.
 
     (B, in_channels, H, W) -> (B, out_channels, H, W); batch norm, ReLU and pool belong to the network.
 
@@ -308,11 +305,11 @@ def sinusoids(channels: int, height: int, width: int, *, dtype: torch.dtype, dev
 
     -> (channels, height, width); wavelengths from 2 pi to 10000 * 2 pi pixels, as in Vaswani et al. 2017, section 3.5.
     """
-    quarter = channels // 4
-    frequency = 10000.0 ** (-torch.arange(quarter, device=device, dtype=torch.float32) / quarter)
+    quarter, wide = channels // 4, accumulate_dtype(dtype)
+    frequency = 10000.0 ** (-torch.arange(quarter, device=device, dtype=wide) / quarter)
 
     def encode(length: int) -> Tensor:  # -> (channels / 2, length)
-        angle = frequency[:, None] * torch.arange(length, device=device, dtype=torch.float32)
+        angle = frequency[:, None] * torch.arange(length, device=device, dtype=wide)
         return torch.cat((angle.sin(), angle.cos()))
 
     rows = encode(height)[:, :, None].expand(-1, -1, width)

@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 MODELS = ("ResNet26", "ResNet38", "ResNet50", "NaiveResNet26", "NaiveResNet38")
 DATASETS = ("DIGITS", "CIFAR10", "CIFAR100", "MNIST", "FashionMNIST", "IMAGENET", "FOLDER")
 USAGE_ERROR = 2  # exit code of wrong usage or data
+MAX_INT = 2**31 - 1  # of every integer flag: beyond it floats, timers and progress bars overflow
 
 
 class ConfigError(ValueError):
@@ -60,7 +61,7 @@ class Config:
         nargs="*",
         metavar="N",
     )
-    kernel_size: int = option(7, "side of the attention window, pixels", low=1)
+    kernel_size: int = option(7, "side of the attention window, pixels", low=1, high=1023)
     num_heads: int = option(8, "heads of each attention layer (the stem has 4)", low=1)
     position: str = option("relative", "position information", choices=("relative", "absolute", "none"))
     content: bool = option(True, "drop q.k: attention by q.r alone (Table 6)", flag="--no-content")
@@ -77,7 +78,7 @@ class Config:
         "auto", "windows of the attention stem; auto: sliding in the small form", choices=("auto", "block", "sliding")
     )
     stem_values: str = option("mixture", "values of the attention stem (Table 7)", choices=("mixture", "plain", "conv"))
-    stem_mixtures: int = option(4, "value matrices of the attention stem", low=1)
+    stem_mixtures: int = option(4, "value matrices of the attention stem", low=1, high=1024)
     zero_init_residual: bool = option(False, "each residual branch starts at zero")
     backend: str = option("auto", "kernel of the attention (python -m kernels lists them)", free=True)
 
@@ -112,7 +113,7 @@ class Config:
     mixup: float | None = from_recipe("mixup's alpha, 0 for none", kind=float, low=0)
     cutmix: float | None = from_recipe("cutmix's alpha, 0 for none", kind=float, low=0)
     randaugment: bool = option(False, "torchvision's RandAugment")
-    seed: int = option(0, "seed of weights, order and augmentation", low=0, high=2**31 - 1)
+    seed: int = option(0, "seed of weights, order and augmentation", low=0)
 
     # Machine
     device: str = option("auto", "auto, cpu, cuda or cuda:N", free=True)
@@ -212,7 +213,7 @@ _ADAMW = _PLAIN | {
 # The default recipe of each data set. DIGITS' was found by trials (README); the others follow it or the family's
 # practice and say so in README.
 _DEFAULT = {
-    "DIGITS": _ADAMW | {"epochs": 30, "batch_size": 32, "lr": 1e-3, "lr_batch": 32, "warmup_epochs": 3},
+    "DIGITS": _ADAMW | {"epochs": 16, "batch_size": 32, "lr": 1e-3, "lr_batch": 32, "warmup_epochs": 3, "ema": 0.99},
     "MNIST": _ADAMW | {"epochs": 20, "batch_size": 64, "lr": 1e-3, "lr_batch": 64, "warmup_epochs": 2},
     "FashionMNIST": _ADAMW | {"epochs": 30, "batch_size": 64, "lr": 1e-3, "lr_batch": 64, "warmup_epochs": 2},
     "CIFAR10": _ADAMW | {
@@ -370,6 +371,8 @@ def _number(kind: type, text: str, said: str) -> int | float:
         value = kind(text)
     except ValueError:
         raise ConfigError(f"{said}: must be {'an integer' if kind is int else 'a number'}") from None
+    if kind is int and abs(value) > MAX_INT:
+        raise ConfigError(f"{said[:60]}: must be at most {MAX_INT}")
     if not math.isfinite(value):
         raise ConfigError(f"{said}: must be finite")
     return value

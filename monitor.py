@@ -13,7 +13,7 @@ from config import Config
 from evaluation import Evaluation
 
 SCALAR_EVERY = 10  # steps between points of the training curves
-TILE = 64  # pixels: small images are enlarged to about this side in pictures
+TILE, CAPTIONED_TILE = 64, 96  # pixels: small images are enlarged to about this side in pictures
 BATCH_SHOWN, WRONG_SHOWN = 32, 24  # images
 
 
@@ -76,7 +76,7 @@ class Monitor:
     def evaluated(self, step: int, result: Evaluation, images: list[Tensor], class_names: tuple[str, ...]) -> None:
         """Wrong predictions with their labels (`images`: those of result.wrong in [0, 1]) and the confusion matrix."""
         if images:
-            captions = [f"{class_names[label]} > {class_names[guess]}" for _, label, guess in result.wrong]
+            captions = [(class_names[label], class_names[guess]) for _, label, guess in result.wrong]
             self.writer.add_image("images/wrong_label_then_prediction", captioned(images, captions), step)
         self.writer.add_image("images/confusion_matrix", confusion_picture(result.confusion, class_names), step)
 
@@ -114,10 +114,14 @@ def write_json(path: Path, values: dict[str, Any]) -> None:
 
 # ---- pictures: (3, H, W) float in [0, 1] ----------------------------------------------------------------------------
 
+LINE = 14  # pixels: height of a line of PIL's own font
+CELL, LABELLED_CLASSES, NAME_SHOWN = 36, 20, 14  # of a confusion matrix: pixels, classes, characters
+DARK = (8, 48, 107)  # the colour of a full cell
 
-def enlarge(images: Tensor) -> Tensor:
-    """Whole-number nearest-neighbour enlargement of (B, 3, H, W) to at least TILE pixels where smaller."""
-    factor = max(1, -(-TILE // images.shape[-1]))
+
+def enlarge(images: Tensor, side: int = TILE) -> Tensor:
+    """Whole-number nearest-neighbour enlargement of (B, 3, H, W) to at least `side` pixels where smaller."""
+    factor = max(1, -(-side // images.shape[-1]))
     return images.repeat_interleave(factor, -1).repeat_interleave(factor, -2)
 
 
@@ -127,47 +131,68 @@ def grid(images: Tensor) -> Tensor:
     return make_grid(enlarge(images.float().cpu()), nrow=8, padding=2, pad_value=0.5)
 
 
-def captioned(images: list[Tensor], captions: list[str]) -> Tensor:
-    """Images in rows of 8, each with its caption below."""
+def captioned(images: list[Tensor], captions: list[tuple[str, str]]) -> Tensor:
+    """Images in rows of 8, each with its label and below it what it was taken for."""
     from torchvision.utils import make_grid
 
-    tiles = enlarge(torch.stack(images).float().cpu())
-    width = tiles.shape[-1]
-    labelled = [torch.cat((tile, text_strip(text, width)), dim=-2) for tile, text in zip(tiles, captions, strict=True)]
+    tiles = enlarge(torch.stack(images).float().cpu(), CAPTIONED_TILE)
+    labelled = []
+    for tile, (label, guess) in zip(tiles, captions, strict=True):
+        lines = text_strip(label, tile.shape[-1], "white"), text_strip(f"> {guess}", tile.shape[-1], "orange")
+        labelled.append(torch.cat((tile, *lines), dim=-2))  # (3, H + 2 LINE, W)
     return make_grid(labelled, nrow=8, padding=2, pad_value=0.5)
 
 
-def text_strip(text: str, width: int, height: int = 12) -> Tensor:
-    """White text on black, cut at the right: (3, height, width)."""
+def text_strip(text: str, width: int, fill: str) -> Tensor:
+    """A line of text on black, cut at the right: (3, LINE, width)."""
     from PIL import Image, ImageDraw
     from torchvision.transforms.v2.functional import pil_to_tensor
 
-    strip = Image.new("RGB", (width, height))
-    ImageDraw.Draw(strip).text((1, 0), text, fill="white")
+    strip = Image.new("RGB", (width, LINE))
+    ImageDraw.Draw(strip).text((2, 0), printable(text), fill=fill)
     return pil_to_tensor(strip).float() / 255
 
 
+def printable(text: str) -> str:
+    """PIL's own font may lack everything beyond Latin-1, and then raises."""
+    return text.encode("latin-1", "replace").decode("latin-1")
+
+
 def confusion_picture(confusion: Tensor, class_names: tuple[str, ...]) -> Tensor:
-    """Rows the label, columns the prediction: white none of the row, dark blue all of it; counts up to 20 classes."""
+    """Rows the label, columns the prediction: white none of the row, dark blue all of it; counts up to 20 classes.
+
+    The cells are the lower right square of the picture.
+    """
     from PIL import Image, ImageDraw
-    from torchvision.transforms.v2.functional import pil_to_tensor
+    from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 
     classes = len(confusion)
-    cell = 36 if classes <= 20 else max(1, 600 // classes)
-    margin = 90 if classes <= 20 else 0
-    shares = confusion / confusion.sum(1, keepdim=True).clamp(min=1)
-    picture = Image.new("RGB", (margin + classes * cell, margin // 3 + classes * cell), "white")
+    cell = CELL if classes <= LABELLED_CLASSES else max(1, 600 // classes)
+    shares = confusion / confusion.sum(1, keepdim=True).clamp(min=1)  # (classes, classes)
+    cells = 1 + shares * (torch.tensor(DARK).view(3, 1, 1) / 255 - 1)  # (3, classes, classes)
+    cells = enlarge(cells[None], classes * cell)[0]  # (3, classes * cell, classes * cell)
+    if classes > LABELLED_CLASSES:
+        return cells
+    names = [printable(name)[:NAME_SHOWN] for name in class_names]
+    widest = round(max(ImageDraw.Draw(Image.new("RGB", (1, 1))).textlength(name) for name in names))
+    left, top = max(widest, 30) + 8, (widest if widest > CELL - 4 else LINE) + LINE + 8
+    picture = Image.new("RGB", (left + cells.shape[-1], top + cells.shape[-2]), "white")
+    picture.paste(to_pil_image((cells * 255).round().byte()), (left, top))
     draw = ImageDraw.Draw(picture)
-    for row in range(classes):
-        y = margin // 3 + row * cell
-        if margin:
-            draw.text((2, y + cell // 3), class_names[row][:14], fill="black")
-            draw.text((margin + row * cell + 2, 10), class_names[row][:5], fill="black")
-        for column in range(classes):
-            share, count = shares[row, column].item(), confusion[row, column].item()
-            x = margin + column * cell
-            shade = tuple(round(255 + share * (dark - 255)) for dark in (8, 48, 107))
-            draw.rectangle((x, y, x + cell - 1, y + cell - 1), fill=shade)
-            if margin and count:
-                draw.text((x + 4, y + cell // 3), str(count), fill="white" if share > 0.5 else "black")
+    draw.text((left, 1), "prediction", fill="gray")
+    draw.text((2, top - LINE - 2), "label", fill="gray")
+    for i, name in enumerate(names):
+        width = draw.textlength(name)
+        draw.text((left - 5 - width, top + i * cell + (cell - LINE) // 2), name, fill="black")
+        title = Image.new("RGB", (max(round(width), 1) + 1, LINE), "white")
+        ImageDraw.Draw(title).text((0, 0), name, fill="black")
+        if widest > CELL - 4:
+            title = title.rotate(90, expand=True)
+        picture.paste(title, (left + i * cell + (cell - title.width) // 2, top - title.height - 3))
+        for j, (share, count) in enumerate(zip(shares[i].tolist(), confusion[i].tolist(), strict=True)):
+            if count:
+                text = str(count)
+                x = left + j * cell + (cell - draw.textlength(text)) // 2
+                fill = "white" if share > 0.5 else "black"
+                draw.text((x, top + i * cell + (cell - LINE) // 2), text, fill=fill)
     return pil_to_tensor(picture).float() / 255

@@ -8,11 +8,13 @@ A backend is a module with four functions:
     unusable()                        why it cannot run on this machine, or None
     unsupported(query, kernel_size)   why it cannot take this call, or None
     forward(query, key, value, rel_row, rel_col, kernel_size, border, scale) -> out, lse
-    backward(grad_out, query, key, value, rel_row, rel_col, out, lse, kernel_size, border, scale)
-        -> gradients of query, key, value, rel_row, rel_col (None where the input is None)
+    backward(grad_out, query, key, value, rel_row, rel_col, out, lse, kernel_size, border, scale, into)
+        -> gradients of query, key, value, rel_row, rel_col (None where the input is None), the first three written to
+        the tensors of `into` (any strides) unless that is None
 out and lse (natural log-sum-exp of the logits) mean the same in each, so forward and backward can be of two backends.
 
-Shapes: B batch, N heads, D head width, H x W map, K window side.
+Shapes: B batch, N heads, D head width, H x W map, K window side, P = 3 maps of a fused projection (query, key, value; 2
+without key).
 """
 
 import importlib
@@ -70,11 +72,19 @@ def choose_backend(query: Tensor, kernel_size: int, backend: str = "auto") -> st
 
 
 def _empty_like_map(query: Tensor) -> Tensor:
-    """An uninitialised (B, N, D, H, W) map; heads and channels innermost where query's channels are, else contiguous."""
+    """An uninitialised (B, N, D, H, W) map; heads and channels innermost where query's are, else contiguous."""
     b, n, d, h, w = query.shape
     if query.stride(2) == 1 and query.stride(4) != 1:
         return query.new_empty((b, h, w, n, d)).permute(0, 3, 4, 1, 2)
     return query.new_empty((b, n, d, h, w))
+
+
+def _empty_like_packed(qkv: Tensor) -> Tensor:
+    """As `_empty_like_map`, for a fused projection (B, P, N, D, H, W)."""
+    b, p, n, d, h, w = qkv.shape
+    if qkv.stride(3) == 1 and qkv.stride(5) != 1:
+        return qkv.new_empty((b, h, w, p, n, d)).permute(0, 3, 4, 5, 1, 2)
+    return qkv.new_empty((b, p, n, d, h, w))
 
 
 def _to_layout(x: Tensor, like: Tensor) -> Tensor:
@@ -83,11 +93,19 @@ def _to_layout(x: Tensor, like: Tensor) -> Tensor:
     return x if x.stride() == target.stride() else target.copy_(x)
 
 
+def _maps(query: Tensor, key: Tensor | None, value: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor]:
+    """query, key, value; without `value`, they are the slices of a fused projection in `query`'s place."""
+    if value is not None:
+        return query, key, value
+    parts = query.unbind(1)
+    return parts[0], parts[1] if len(parts) == 3 else None, parts[-1]
+
+
 @torch.library.custom_op("sasa::local_attention", mutates_args=())
 def _local_attention(
     query: Tensor,
     key: Optional[Tensor],
-    value: Tensor,
+    value: Optional[Tensor],
     rel_row: Optional[Tensor],
     rel_col: Optional[Tensor],
     kernel_size: int,
@@ -95,6 +113,7 @@ def _local_attention(
     scale: float,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
+    query, key, value = _maps(query, key, value)
     module = _module(choose_backend(query, kernel_size, backend))
     out, lse = module.forward(query, key, value, rel_row, rel_col, kernel_size, border, scale)
     return _to_layout(out, query), lse.contiguous()
@@ -102,9 +121,26 @@ def _local_attention(
 
 @_local_attention.register_fake
 def _(query, key, value, rel_row, rel_col, kernel_size, border, scale, backend):
+    query, _, _ = _maps(query, key, value)
     b, n, _, h, w = query.shape
     acc = torch.float64 if query.dtype == torch.float64 else torch.float32
     return _empty_like_map(query), query.new_empty((b, n, h, w), dtype=acc)
+
+
+def _empty_gradients(query, key, value, rel_row, rel_col) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Uninitialised gradients; an empty one for an absent input, since an operator returns tensors only.
+
+    The gradient of a fused projection is one tensor, whose slices are written: nothing is concatenated.
+    """
+
+    def embedding(x):
+        return query.new_empty(0) if x is None else torch.empty_like(x, memory_format=torch.contiguous_format)
+
+    if value is None:
+        maps = (_empty_like_packed(query), query.new_empty(0), query.new_empty(0))
+    else:
+        maps = tuple(query.new_empty(0) if x is None else _empty_like_map(query) for x in (query, key, value))
+    return *maps, embedding(rel_row), embedding(rel_col)
 
 
 @torch.library.custom_op("sasa::local_attention_backward", mutates_args=())
@@ -112,7 +148,7 @@ def _local_attention_backward(
     grad_out: Tensor,
     query: Tensor,
     key: Optional[Tensor],
-    value: Tensor,
+    value: Optional[Tensor],
     rel_row: Optional[Tensor],
     rel_col: Optional[Tensor],
     out: Tensor,
@@ -122,26 +158,22 @@ def _local_attention_backward(
     scale: float,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    module = _module(choose_backend(query, kernel_size, backend))
-    grads = module.backward(grad_out, query, key, value, rel_row, rel_col, out, lse, kernel_size, border, scale)
-    grad_query, grad_key, grad_value, grad_row, grad_col = grads
-    absent = query.new_empty(0)  # an operator returns tensors only; autograd below turns these back into None
-    return (
-        _to_layout(grad_query, query),
-        absent if key is None else _to_layout(grad_key, query),
-        _to_layout(grad_value, query),
-        absent.clone() if rel_row is None else grad_row.contiguous(),
-        absent.clone() if rel_col is None else grad_col.contiguous(),
+    grads = _empty_gradients(query, key, value, rel_row, rel_col)
+    into = _maps(grads[0], None if key is None else grads[1], None if value is None else grads[2])
+    q, k, v = _maps(query, key, value)
+    module = _module(choose_backend(q, kernel_size, backend))
+    *_, grad_row, grad_col = module.backward(
+        grad_out, q, k, v, rel_row, rel_col, out, lse, kernel_size, border, scale, into
     )
+    if rel_row is not None:
+        grads[3].copy_(grad_row)
+        grads[4].copy_(grad_col)
+    return grads
 
 
 @_local_attention_backward.register_fake
 def _(grad_out, query, key, value, rel_row, rel_col, out, lse, kernel_size, border, scale, backend):
-    def embedding(x):
-        return query.new_empty(0) if x is None else x.new_empty(x.shape)
-
-    grad_key = query.new_empty(0) if key is None else _empty_like_map(query)
-    return _empty_like_map(query), grad_key, _empty_like_map(query), embedding(rel_row), embedding(rel_col)
+    return _empty_gradients(query, key, value, rel_row, rel_col)
 
 
 def _setup_context(ctx, inputs, output):
@@ -152,14 +184,12 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, grad_out, grad_lse):
-    query, key, value, rel_row, rel_col, out, lse = ctx.saved_tensors
+    inputs, saved = ctx.saved_tensors[:5], ctx.saved_tensors
     if grad_out is None:
         return (None,) * 9
-    dq, dk, dv, drow, dcol = _local_attention_backward(
-        grad_out, query, key, value, rel_row, rel_col, out, lse, *ctx.options
-    )
-    has_key, has_rel = key is not None, rel_row is not None
-    return dq, dk if has_key else None, dv, drow if has_rel else None, dcol if has_rel else None, None, None, None, None
+    grads = _local_attention_backward(grad_out, *saved, *ctx.options)
+    grads = [None if x is None else grad for x, grad in zip(inputs, grads, strict=True)]
+    return *grads, None, None, None, None
 
 
 torch.library.register_autograd("sasa::local_attention", _backward, setup_context=_setup_context)
@@ -205,25 +235,56 @@ def local_attention(
     Raises:
         ValueError: shapes, dtypes or options that do not fit, or a backend that cannot serve the call.
     """
-    _check(query, key, value, rel_row, rel_col, kernel_size, border, backend)
+    _check_maps(query, key, value)
+    return _attend((query, key, value), query, key is not None, rel_row, rel_col, kernel_size, border, scale, backend)
+
+
+def local_attention_packed(
+    qkv: Tensor,
+    rel_row: Tensor | None,
+    rel_col: Tensor | None,
+    *,
+    kernel_size: int,
+    border: str = "mask",
+    scale: float = 1.0,
+    backend: str = "auto",
+) -> Tensor:
+    """`local_attention` of a fused projection, whose gradient comes out as one tensor too: nothing is concatenated.
+
+    qkv (B, P, N, D, H, W), P = 3 for query, key and value, or 2 for query and value, any strides -> (B, N, D, H, W).
+
+    Raises:
+        ValueError: as `local_attention`.
+    """
+    if qkv.dim() != 6 or qkv.shape[1] not in (2, 3):
+        raise ValueError(f"qkv must be (B, 3 or 2, N, D, H, W), got shape {tuple(qkv.shape)}")
+    has_key = qkv.shape[1] == 3
+    return _attend((qkv, None, None), qkv[:, 0], has_key, rel_row, rel_col, kernel_size, border, scale, backend)
+
+
+def _attend(maps, query, has_key: bool, rel_row, rel_col, kernel_size, border, scale, backend) -> Tensor:
+    """The checks that both ways in share, autocast, and the operator."""
+    _check(query, has_key, rel_row, rel_col, kernel_size, border, backend)
+    tensors = (*maps, rel_row, rel_col)
     dtype = autocast_dtype(query.device)
     if dtype is not None:
-        query, key, value, rel_row, rel_col = (
-            x if x is None or x.dtype == torch.float64 else x.to(dtype) for x in (query, key, value, rel_row, rel_col)
-        )
-    _check_dtypes(query, key, value, rel_row, rel_col)
-    out, _ = _local_attention(query, key, value, rel_row, rel_col, kernel_size, border, float(scale), backend)
+        tensors = tuple(x if x is None or x.dtype == torch.float64 else x.to(dtype) for x in tensors)
+    _check_dtypes(*tensors)
+    out, _ = _local_attention(*tensors, kernel_size, border, float(scale), backend)
     return out
 
 
-def _check(query, key, value, rel_row, rel_col, kernel_size, border, backend) -> None:
+def _check_maps(query: Tensor, key: Tensor | None, value: Tensor) -> None:
     if query.dim() != 5:
         raise ValueError(f"query must be (B, N, D, H, W), got shape {tuple(query.shape)}")
-    if not query.is_floating_point():
-        raise ValueError(f"query must be of a floating dtype, got {query.dtype}")
     for name, x in (("key", key), ("value", value)):
         if x is not None and x.shape != query.shape:
             raise ValueError(f"{name} must have query's shape {tuple(query.shape)}, got {tuple(x.shape)}")
+
+
+def _check(query: Tensor, has_key: bool, rel_row, rel_col, kernel_size, border, backend) -> None:
+    if not query.is_floating_point():
+        raise ValueError(f"query must be of a floating dtype, got {query.dtype}")
     if kernel_size < 1:
         raise ValueError(f"kernel_size must be at least 1, got {kernel_size}")
     if border not in BORDERS:
@@ -232,7 +293,7 @@ def _check(query, key, value, rel_row, rel_col, kernel_size, border, backend) ->
         raise ValueError(f"backend={backend!r}: allowed are {', '.join(('auto', *_MODULES))}")
     if (rel_row is None) != (rel_col is None):
         raise ValueError("rel_row and rel_col must both be given or both be None")
-    if key is None and rel_row is None:
+    if not has_key and rel_row is None:
         raise ValueError("key=None leaves no logits without rel_row and rel_col")
     if rel_row is None:
         return

@@ -17,16 +17,18 @@
 // Infinities and NaNs must come out as in the definition: build without -ffast-math.
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
 #include <limits>
-#include <memory>
+#include <new>
 #include <system_error>
 #include <thread>
 #include <type_traits>
+#include <utility>
 #include <vector>
 #if defined(__AVX512VL__) || defined(__AVX2__)
 #include <immintrin.h>
@@ -46,11 +48,11 @@ constexpr int kRegisters = 32;
 constexpr int kRegisters = 16;
 #endif
 #if defined(__AVX512F__)
-constexpr int kLanes = 16;
+constexpr int kVectorBytes = 64;
 #elif defined(__AVX2__)
-constexpr int kLanes = 8;
+constexpr int kVectorBytes = 32;
 #else
-constexpr int kLanes = 4;
+constexpr int kVectorBytes = 16;
 #endif
 constexpr int ROWS = 4;
 
@@ -61,7 +63,7 @@ struct Map {  // a (B, N, D, H, W) tensor with strides in elements
 };
 
 struct Call {  // one forward or backward call, as kernels/cpu.py packs it; the order of the fields is the interface
-    i64 is_double, batch, heads, width, height, columns, window, zero_border, threads;
+    i64 batch, heads, width, height, columns, window, zero_border, threads;
     i64 parallel;  // address of GOMP_parallel of the OpenMP runtime that torch has loaded, or 0
     i64 query[6], key[6], value[6], out[6], lse[6], rel_row[4], rel_col[4];  // pointer, strides in elements
     i64 grad_out[6], grad_query[6], grad_key[6], grad_value[6], grad_row, grad_col;
@@ -82,21 +84,52 @@ struct Job {
     const void* plan;
     i64 tasks;
     std::size_t scratch_bytes;
+    std::array<i64, 9> layout;  // what the layout of the scratch follows from
     std::atomic<i64> next{0};
     std::atomic<bool> out_of_memory{false};
+};
+
+// A thread keeps its scratch from call to call: fresh pages cost more than the arithmetic of a small map.
+constexpr std::size_t kKeptBytes = 8 << 20;  // the largest measured shape has 2.5 MB
+
+struct Arena {
+    char* memory = nullptr;
+    std::size_t bytes = 0;
+    std::array<i64, 9> layout{};
+
+    ~Arena() { std::free(memory); }
+
+    // Zeros, or what earlier tasks of the same layout left: the gaps and halos, which no task fills, are zeros.
+    char* claim(const Job& job) {
+        if (layout == job.layout) return memory;
+        layout = {};
+        if (bytes < job.scratch_bytes) {
+            std::free(memory);
+            bytes = round_up(job.scratch_bytes, 64);
+            memory = static_cast<char*>(std::aligned_alloc(64, bytes));
+            if (!memory) return bytes = 0, nullptr;
+        }
+        std::memset(memory, 0, job.scratch_bytes);
+        layout = job.layout;
+        return memory;
+    }
+
+    void trim() {
+        if (bytes <= kKeptBytes) return;
+        std::free(memory);
+        memory = nullptr, bytes = 0, layout = {};
+    }
 };
 
 void work(void* argument) {
     Job& job = *static_cast<Job*>(argument);
     i64 index = job.next++;
     if (index >= job.tasks) return;
-    std::unique_ptr<void, void (*)(void*)> scratch(std::aligned_alloc(64, round_up(job.scratch_bytes, 64)), std::free);
-    if (!scratch) {
-        job.out_of_memory = true;
-        return;
-    }
-    std::memset(scratch.get(), 0, job.scratch_bytes);  // gaps and halos of every task are zeros, and stay so
-    for (; index < job.tasks; index = job.next++) job.task(job.plan, index, static_cast<char*>(scratch.get()));
+    static thread_local Arena arena;
+    char* scratch = arena.claim(job);
+    if (!scratch) job.out_of_memory = true;
+    for (; scratch && index < job.tasks; index = job.next++) job.task(job.plan, index, scratch);
+    arena.trim();
 }
 
 // Torch's own OpenMP threads where they can be had, so that the two do not compete for cores; else threads of the call.
@@ -203,7 +236,7 @@ struct Simd {
     static INLINE void interleave(V (&v)[L]) {
         for (int round = 1; round < G; round *= 2) {
             V t[L];
-            for (int i = 0; i < G / 2; ++i) zip(v[i], v[i + G / 2], t[2 * i], t[2 * i + 1]);
+            for (int i = 0; i < G / 2; ++i) zip(v[i], v[i + G / 2], t[2 * i], t[2 * i + 1], Lanes{});
             for (int i = 0; i < G; ++i) v[i] = t[i];
         }
     }
@@ -211,19 +244,26 @@ struct Simd {
     static INLINE void separate(V (&v)[L]) {
         for (int round = 1; round < G; round *= 2) {
             V t[L];
-            for (int i = 0; i < G / 2; ++i) unzip(v[2 * i], v[2 * i + 1], t[i], t[i + G / 2]);
+            for (int i = 0; i < G / 2; ++i) unzip(v[2 * i], v[2 * i + 1], t[i], t[i + G / 2], Lanes{});
             for (int i = 0; i < G; ++i) v[i] = t[i];
         }
     }
-    static INLINE void zip(V a, V b, V& low, V& high) {
-        Mask l, h;
-        for (int i = 0; i < L; ++i) l[i] = i / 2 + i % 2 * L, h[i] = l[i] + L / 2;
-        low = __builtin_shuffle(a, b, l), high = __builtin_shuffle(a, b, h);
+    template <int... AT>
+    static INLINE V shuffle(V a, V b) {
+#if defined(__clang__)
+        return __builtin_shufflevector(a, b, AT...);
+#else
+        return __builtin_shuffle(a, b, Mask{AT...});
+#endif
     }
-    static INLINE void unzip(V a, V b, V& even, V& odd) {
-        Mask e, o;
-        for (int i = 0; i < L; ++i) e[i] = 2 * i, o[i] = 2 * i + 1;
-        even = __builtin_shuffle(a, b, e), odd = __builtin_shuffle(a, b, o);
+    using Lanes = std::make_integer_sequence<int, L>;
+    template <int... I>
+    static INLINE void zip(V a, V b, V& low, V& high, std::integer_sequence<int, I...>) {
+        low = shuffle<(I / 2 + I % 2 * L)...>(a, b), high = shuffle<(I / 2 + I % 2 * L + L / 2)...>(a, b);
+    }
+    template <int... I>
+    static INLINE void unzip(V a, V b, V& even, V& odd, std::integer_sequence<int, I...>) {
+        even = shuffle<2 * I...>(a, b), odd = shuffle<(2 * I + 1)...>(a, b);
     }
 };
 
@@ -279,8 +319,8 @@ struct Kernel : Simd<T, L> {
         guard = round_up(i64(ahead) * G, L);
         pitch = round_up(W * G + i64(ahead) * G, L);
         plane = round_up(lanes + i64(K - 1) * G, L);
-        key_slots = ROWS + K - 1, query_slots = backward ? round_up(2 * ROWS + K - 2, ROWS) : ROWS;
-        score_slots = 2 * ROWS + K - 2;
+        key_slots = std::min<i64>(H, ROWS + K - 1), score_slots = std::min<i64>(H, 2 * ROWS + K - 2);
+        query_slots = backward ? round_up(score_slots, ROWS) : ROWS;
         reach.resize(vectors), reached.resize(vectors), live.resize(vectors * K), edge.resize(vectors);
         for (int v = 0; v < vectors; ++v) {
             reach[v] = span(v, G), reached[v] = {};
@@ -977,28 +1017,24 @@ struct Kernel : Simd<T, L> {
     bool execute() {
         if (backward && has_rel) partial.resize(B * N * D * K);
         Scratch s{};
-        Job job{task, this, tasks, lay_out(nullptr, s)};
+        Job job{task, this, tasks, lay_out(nullptr, s), {D, H, W, K, G, backward, has_key, has_rel, zero}};
         if (!run(job, call)) return false;
         if (backward && has_rel) sum_partials();
         return true;
     }
 };
 
-template <class T, int L>
-int execute(const Call& call, double scale, bool backward) {
+}  // namespace
+
+// 0, or 1 where memory ran out. The maps are of type SASA_REAL.
+extern "C" int sasa_local_attention(const std::int64_t* fields, double scale, int backward) {
+    using T = SASA_REAL;
     try {
-        return Kernel<T, L>(call, static_cast<T>(scale), backward).execute() ? 0 : 1;
+        const Call& call = *reinterpret_cast<const Call*>(fields);
+        return Kernel<T, kVectorBytes / sizeof(T)>(call, static_cast<T>(scale), backward).execute() ? 0 : 1;
     } catch (const std::bad_alloc&) {
         return 1;
     }
-}
-
-}  // namespace
-
-// 0, or 1 where memory ran out.
-extern "C" int sasa_local_attention(const std::int64_t* fields, double scale, int backward) {
-    const Call& call = *reinterpret_cast<const Call*>(fields);
-    return call.is_double ? execute<double, kLanes / 2>(call, scale, backward) : execute<float, kLanes>(call, scale, backward);
 }
 
 extern "C" int sasa_call_fields() { return sizeof(Call) / sizeof(std::int64_t); }

@@ -1,10 +1,10 @@
 """Backend "cpu": local attention by the C++ kernel of cpu.cpp, compiled on first use and kept in the user's cache.
 
 The library has a plain C interface and is loaded with ctypes, so it needs a C++ compiler but no headers of torch, and
-one build serves every torch version. Threads are torch's own: the kernel is handed GOMP_parallel of the OpenMP runtime
+one build serves every torch version. fp64 has a library of its own, built at the first call that needs it. Threads are torch's own: the kernel is handed GOMP_parallel of the OpenMP runtime
 that torch has loaded, and follows torch.set_num_threads.
 
-Cache: $SASA_CACHE_DIR, else $XDG_CACHE_HOME/sasa or ~/.cache/sasa, else a private folder for temporary files.
+$CXX names the compiler, $SASA_CXXFLAGS adds flags for it. Cache: $SASA_CACHE_DIR, else $XDG_CACHE_HOME/sasa or ~/.cache/sasa, else a private folder for temporary files.
 Shapes: B batch, N heads, D head width, H x W map, K window side.
 """
 
@@ -30,7 +30,12 @@ from torch import Tensor
 SOURCE = Path(__file__).with_name("cpu.cpp")
 MAX_KERNEL_SIZE = 13  # kMaxWindow of cpu.cpp
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-BUILD_SECONDS = 20  # measured; only for the message
+BUILD_SECONDS = {torch.float32: 9, torch.float64: 3}  # measured with g++ 12; only for the message
+# The passes left out double the time to build and gain nothing. fp64 is for checking gradients: it need not be fast.
+_OPTIMISE = {
+    torch.float32: ["-O3", *(f"-fno-{x}" for x in ("tree-vectorize", "unswitch-loops", "split-loops", "ipa-cp-clone"))],
+    torch.float64: ["-O1"],
+}
 BUILD_LIMIT = 300  # seconds until a compiler, or the process that holds the lock, is given up
 _FILE_SIZE_SIGNAL = getattr(signal, "SIGXFSZ", 0) or -1  # ends a program that writes past the limit on file sizes
 _DIGEST = hashlib.sha256().digest_size
@@ -42,7 +47,7 @@ class _BuildError(Exception):
 
 def unusable() -> str | None:
     """Why the kernel cannot run here (no compiler, a failed build), or None. The first call builds or loads it."""
-    library = _library()
+    library = _library(torch.float32)
     return library if isinstance(library, str) else None
 
 
@@ -54,6 +59,8 @@ def unsupported(query: Tensor, kernel_size: int) -> str | None:
         return f"it takes fp32, fp64, bf16 and fp16, got {query.dtype}"
     if kernel_size > MAX_KERNEL_SIZE:
         return f"it takes kernel_size up to {MAX_KERNEL_SIZE}, got {kernel_size}"
+    if query.dtype == torch.float64 and isinstance(_library(torch.float64), str):
+        return f"it has no fp64 form: {_library(torch.float64)}"
     return None
 
 
@@ -90,9 +97,7 @@ def backward(
 
 
 def _empty_like_map(query: Tensor) -> Tensor:
-    from kernels import _empty_like_map  # not at the top: the package imports this module
-
-    return _empty_like_map(query)
+    return sys.modules["kernels"]._empty_like_map(query)  # the package imports this module, so it is there by now
 
 
 def _widen(x: Tensor | None) -> Tensor | None:
@@ -103,8 +108,7 @@ def _call(backward: bool, inputs, grads, kernel_size: int, border: str, scale: f
     """Calls the kernel; the order of the numbers is that of struct Call in cpu.cpp."""
     query, key, value, out, lse, rel_row, rel_col = inputs
     b, n, d, h, w = query.shape
-    fields = [query.dtype == torch.float64, b, n, d, h, w, kernel_size, border == "zero", torch.get_num_threads()]
-    fields.append(_parallel_region())
+    fields = [b, n, d, h, w, kernel_size, border == "zero", torch.get_num_threads(), _parallel_region()]
     for x in (query, key, value, out):
         fields += (0,) * 6 if x is None else (x.data_ptr(), *x.stride())
     fields += (lse.data_ptr(), n * h * w, h * w, 0, w, 1)
@@ -114,7 +118,7 @@ def _call(backward: bool, inputs, grads, kernel_size: int, border: str, scale: f
         fields += (0,) * 6 if x is None else (x.data_ptr(), *x.stride())
     for x in grads[4:]:
         fields.append(0 if x is None else x.data_ptr())
-    library = _library()
+    library = _library(query.dtype)
     if library.sasa_local_attention(library.record(*fields), scale, backward):
         raise MemoryError("the CPU kernel could not allocate its scratch memory")
 
@@ -159,18 +163,20 @@ if hasattr(os, "register_at_fork"):
 
 
 @functools.cache
-def _library() -> ctypes.CDLL | str:
-    """The loaded library, or the reason why there is none; said once on stderr, with how to get it."""
+def _library(dtype: torch.dtype) -> ctypes.CDLL | str:
+    """The library for fp32 or fp64, or the reason why there is none; said once on stderr, with how to get it."""
     try:
-        return _load_or_build()
+        return _load_or_build(dtype)
     except _BuildError as error:
         print(f"sasa: no fast attention on the CPU, a slower backend serves: {error}", file=sys.stderr, flush=True)
         return str(error)
 
 
-def _load_or_build() -> ctypes.CDLL:
+def _load_or_build(dtype: torch.dtype) -> ctypes.CDLL:
     compiler = _compiler()
-    flags = ["-std=c++17", "-O3", "-fPIC", "-shared", "-pthread", *_native_flags()]
+    real = "double" if dtype == torch.float64 else "float"
+    flags = ["-std=c++17", *_OPTIMISE[dtype], "-fPIC", "-shared", "-pthread", *_native_flags(), f"-DSASA_REAL={real}"]
+    flags += shlex.split(os.environ.get("SASA_CXXFLAGS", ""))
     identity = [_version(compiler), *compiler, *flags, _cpu()]
     name = hashlib.sha256("\0".join(identity).encode() + SOURCE.read_bytes()).hexdigest()[:24] + ".so"
     folders = _cache_folders()
@@ -181,7 +187,7 @@ def _load_or_build() -> ctypes.CDLL:
     problems = []
     for folder in folders:
         try:
-            return _build(folder / name, compiler + flags)
+            return _build(folder / name, compiler + flags, BUILD_SECONDS[dtype])
         except OSError as error:
             problems.append(f"{folder}: {error.strerror or error}")
     raise _BuildError(f"no folder to build it in ({'; '.join(problems)}); set SASA_CACHE_DIR to a writable folder")
@@ -248,7 +254,7 @@ def _load(path: Path) -> ctypes.CDLL | None:
     return library
 
 
-def _build(path: Path, command: list[str]) -> ctypes.CDLL:
+def _build(path: Path, command: list[str], seconds: int) -> ctypes.CDLL:
     """Builds the library at `path`, once however many processes ask.
 
     Raises:
@@ -266,6 +272,7 @@ def _build(path: Path, command: list[str]) -> ctypes.CDLL:
         handle, part = tempfile.mkstemp(dir=path.parent, suffix=".part")
         os.close(handle)
         try:
+            print(f"sasa: building the CPU kernel once (about {seconds} s) ...", file=sys.stderr, flush=True)
             _compile([*command, str(SOURCE), "-o", part])
             content = Path(part).read_bytes()
             with open(part, "ab") as f:
@@ -297,7 +304,6 @@ def _wait_for(lock) -> None:
 
 
 def _compile(command: list[str]) -> None:
-    print(f"sasa: building the CPU kernel once (about {BUILD_SECONDS} s) ...", file=sys.stderr, flush=True)
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=BUILD_LIMIT)
     except (OSError, subprocess.SubprocessError) as error:

@@ -90,8 +90,10 @@ def forward(query, key, value, rel_row, rel_col, kernel_size: int, border: str, 
     return out.to(query.dtype), lse
 
 
-def backward(grad_out, query, key, value, rel_row, rel_col, out, lse, kernel_size: int, border: str, scale: float):
-    """Gradients of query, key, value, rel_row, rel_col (None where the input is None).
+def backward(
+    grad_out, query, key, value, rel_row, rel_col, out, lse, kernel_size: int, border: str, scale: float, into=None
+):
+    """Gradients of query, key, value, rel_row, rel_col (None where the input is None), see kernels/__init__.py.
 
     Written out, not left to autograd: an operator's implementation runs below it.
     """
@@ -112,4 +114,12 @@ def backward(grad_out, query, key, value, rel_row, rel_col, out, lse, kernel_siz
         half = rel_row.shape[1]
         grad_row = torch.einsum("bndhw,bnhwij->ndi", q[:, :, :half], grad_logits).to(rel_row.dtype)
         grad_col = torch.einsum("bndhw,bnhwij->ndj", q[:, :, half:], grad_logits).to(rel_col.dtype)
-    return grad_query.to(query.dtype), grad_key, grad_value.to(value.dtype), grad_row, grad_col
+    maps = (grad_query.to(query.dtype), grad_key, grad_value.to(value.dtype))
+    return *deliver(maps, into), grad_row, grad_col
+
+
+def deliver(maps: tuple, into: tuple | None) -> tuple:
+    """`maps`, or the tensors of `into` with their values where those are given."""
+    if into is None:
+        return maps
+    return tuple(None if x is None else target.copy_(x) for x, target in zip(maps, into, strict=True))

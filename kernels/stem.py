@@ -16,26 +16,28 @@ from kernels.reference import accumulate_dtype, windows
 
 
 def logit_forms(query_weight: Tensor, key_weight: Tensor, num_heads: int) -> Tensor:
-    """Wq^T Wk of each head: 2 x (N * D, C) -> (N, C, C), so that logit = x_query^T form x_key."""
-    query_weight = query_weight.unflatten(0, (num_heads, -1))  # (N, D, C)
-    key_weight = key_weight.unflatten(0, (num_heads, -1))
-    return query_weight.transpose(1, 2) @ key_weight
+    """Wq^T Wk of each head: 2 x (N * D, C) -> (N, C, C) in the accumulation dtype; logit = x_query^T form x_key."""
+    wide = accumulate_dtype(query_weight.dtype)
+    query_weight, key_weight = (w.to(wide).unflatten(0, (num_heads, -1)) for w in (query_weight, key_weight))
+    return query_weight.transpose(1, 2) @ key_weight  # (N, C, D) @ (N, D, C)
 
 
 def mixture_weights(emb_row: Tensor, emb_col: Tensor, emb_mix: Tensor) -> Tensor:
     """p(a, b, m) = softmax over m of (emb_row(a) + emb_col(b)) . emb_mix(m): 2 x (e, S), (M, e) -> (P, M)."""
-    place = emb_row[:, :, None] + emb_col[:, None, :]  # (e, S, S)
-    return (emb_mix @ place.flatten(1)).softmax(0).t()
+    wide = accumulate_dtype(emb_row.dtype)
+    place = emb_row[:, :, None].to(wide) + emb_col[:, None, :].to(wide)  # (e, S, S)
+    return (emb_mix.to(wide) @ place.flatten(1)).softmax(0).t().to(emb_row.dtype)
 
 
 def block_attention(x: Tensor, forms: Tensor, value: Tensor, block_size: int, border: str) -> Tensor:
-    """Attention inside aligned, non-overlapping S x S blocks: x (B, C, H, W), value (B, N * D, H, W) -> (B, N * D, H, W).
+    """Attention inside aligned S x S blocks that do not overlap.
 
-    A ragged last block attends within what there is of it (`mask`), or over its zero-filled rest too (`zero`).
+    x (B, C, H, W), value (B, N * D, H, W) -> (B, N * D, H, W). A ragged last block attends within what there is of it
+    (`mask`), or over its zero-filled rest too (`zero`).
     """
     height, width = x.shape[-2:]
     pixels = to_blocks(x.to(accumulate_dtype(x.dtype)), block_size)  # (B, H/S, W/S, P, C)
-    logits = torch.einsum("bhwqc,ncd,bhwkd->bhwnqk", pixels, forms.to(pixels.dtype), pixels)
+    logits = torch.einsum("bhwqc,ncd,bhwkd->bhwnqk", pixels, forms, pixels)
     if border == "mask":
         inside = to_blocks(x.new_ones(1, 1, height, width), block_size)[..., 0] > 0  # (1, H/S, W/S, P)
         logits = logits.masked_fill(~inside[:, :, :, None, None, :], float("-inf"))
@@ -56,7 +58,7 @@ def sliding_attention(x: Tensor, forms: Tensor, mixture: Tensor, value_weight: T
     num_heads, size = forms.shape[0], round(mixture.shape[0] ** 0.5)
     neighbours = windows(x, size).flatten(-2)  # (B, C, H, W, P)
     wide = neighbours.to(acc)
-    logits = torch.einsum("bchw,ncd,bdhwp->bhwnp", x.to(acc), forms.to(acc), wide)
+    logits = torch.einsum("bchw,ncd,bdhwp->bhwnp", x.to(acc), forms, wide)
     if border == "mask":
         inside = windows(x.new_ones(x.shape[-2:]), size).flatten(-2) > 0  # (H, W, P)
         logits = logits.masked_fill(~inside[None, :, :, None, :], float("-inf"))

@@ -23,11 +23,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.reference import accumulate_dtype, reach
+from kernels.reference import accumulate_dtype, deliver, reach
 
 MASKED = -1e30  # not -inf: a row of a ragged tile may have no key at all, and its softmax must not be NaN
 LIMIT = 1e29  # of the products' magnitude: above it MASKED would not mask
-TILE, TILE_DIVIDING, WHOLE = 8, 7, 16  # pixels: side of a tile; where 7 divides and 8 does not; up to 16: one tile
+TILE, TILE_DIVIDING, WHOLE = 8, 7, 15  # pixels: side of a tile; where 7 divides and 8 does not; up to 15: one tile
 CHUNK = 1 << 19  # logits of a chunk, 2 MiB in fp32: measured on a CPU, the best of 2^17 to 2^22
 CHUNK_GPU = 1 << 25  # there a chunk must fill the machine
 
@@ -317,9 +317,8 @@ def forward(query, key, value, rel_row, rel_col, kernel_size: int, border: str, 
                 lines = slice(band.start * plan.rows.tile, band.stop * plan.rows.tile)
                 pairs = None if plan.pairs is None else plan.pairs[band].flatten(0, 1)
                 part = queries[:, :, lines]
-                scores = logits(
-                    part, to_tiles(part, plan), None if keys is None else patches(keys, band, plan), relative, band, plan
-                )
+                near = None if keys is None else patches(keys, band, plan)  # (T, D, P)
+                scores = logits(part, to_tiles(part, plan), near, relative, band, plan)
                 top = scores.amax(-1)  # (T, Q)
                 attn = softmax(scores, pairs)
                 # The largest weight is exp(top - lse); a top of inf or -inf is its own lse.
@@ -339,8 +338,10 @@ def _store(target: Tensor, tiles: Tensor, plan: Plan) -> None:
     target.copy_(from_tiles(tiles, target.shape[0], plan)[:, :, : target.shape[2], : target.shape[3]])
 
 
-def backward(grad_out, query, key, value, rel_row, rel_col, out, lse, kernel_size: int, border: str, scale: float):
-    """Gradients of query, key, value, rel_row, rel_col (None where the input is None); `out` and `lse` are not needed."""
+def backward(
+    grad_out, query, key, value, rel_row, rel_col, out, lse, kernel_size: int, border: str, scale: float, into=None
+):
+    """Gradients of query, key, value, rel_row, rel_col (None where the input is None), without `out` and `lse`."""
     with own_precision(query.device):
         plan = make_plan(query, kernel_size, border, is_tame(query, key, value, rel_row, rel_col, scale, grad_out))
         rows, cols, acc = plan.rows, plan.cols, accumulate_dtype(query.dtype)
@@ -382,19 +383,15 @@ def backward(grad_out, query, key, value, rel_row, rel_col, out, lse, kernel_siz
         shape = query.shape[:2]
         if rel_row is not None:
             grad_row, grad_col = (x.unflatten(0, shape).sum(0).to(rel_row.dtype) for x in grad_relative)
-        return (
-            grad_query.unflatten(0, shape),
-            None if key is None else grad_key.unflatten(0, shape),
-            grad_value.unflatten(0, shape),
-            None if rel_row is None else grad_row,
-            None if rel_col is None else grad_col,
-        )
+        grads = (grad_query, None if key is None else grad_key, grad_value)
+        grads = tuple(None if x is None else x.unflatten(0, shape) for x in grads)
+        return *deliver(grads, into), None if rel_row is None else grad_row, None if rel_col is None else grad_col
 
 
 def _relative_backward(grad, query, relative, grad_query, grad_relative, plan: Plan) -> None:
     """Adds the embeddings' part of `grad`, the gradient of the logits (T, Q, P), to grad_query and grad_relative."""
     rows, cols = plan.rows, plan.cols
-    count, channels = query.shape[:2]
+    count = query.shape[0]
     grad = grad.view(count, -1, cols.count, rows.tile, cols.tile, rows.span, cols.span)
     by_row, by_col = collect(grad.sum(-1), rows, 3), collect(grad.sum(-2), cols, 4)  # (G, tiles, tiles, tile, tile, K)
     halves = zip(

@@ -258,7 +258,8 @@ def test_logits_have_a_spread_of_one_at_initialisation(head_dim, options):
 def test_attention_is_neither_flat_nor_saturated_at_initialisation(head_dim):
     """The effective number of neighbours, exp(entropy), of the 49: about 49 / e for logits of variance 2."""
     layer = LocalAttention2d(8 * head_dim, 8 * head_dim, 7, num_heads=8)
-    query, key, _ = layer._project(torch.randn(2, 8 * head_dim, 12, 12))
+    x = torch.randn(2, 8 * head_dim, 12, 12)
+    query, key = (p(x).unflatten(1, (8, head_dim)) for p in (layer.query, layer.key))
     attn = kernels.reference.attention_weights(query, key, layer.rel_row, layer.rel_col, 7, "zero", 1.0).flatten(-2)
     inside = attn[:, :, 3:-3, 3:-3]
     neighbours = (-(inside * inside.clamp_min(1e-30).log()).sum(-1)).exp().mean()

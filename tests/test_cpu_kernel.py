@@ -3,6 +3,7 @@ costs a user more than the speed."""
 
 import itertools
 import os
+import platform
 import subprocess
 import sys
 import time
@@ -228,6 +229,25 @@ def test_every_thread_count_gives_the_same_bits(shape):
 
 
 @needs_kernel
+def test_scratch_that_is_kept_carries_nothing_over():
+    """Calls of one layout and of several, after infinities and NaNs, forward and backward, give the first call's bits."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for dtype, border in itertools.product((torch.float32, torch.float64), kernels.BORDERS):
+            cases = [make_inputs((2, 8, 4, h, w), 5, dtype=dtype) for h, w in ((3, 7), (3, 7), (9, 6), (1, 1))]
+            first = [both_ways(cpu, x, 5, border, 0.5) for x in cases]
+            for bad in (float("inf"), float("nan")):
+                broken = [torch.full_like(x, bad) for x in cases[0]]
+                for case, expected in zip(cases, first, strict=True):
+                    both_ways(cpu, broken, 5, border, 0.5)
+                    for got in (both_ways(cpu, case, 5, border, 0.5) for _ in range(2)):
+                        assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+    finally:
+        torch.set_num_threads(before)
+
+
+@needs_kernel
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="reads /proc")
 def test_uses_torch_s_threads_and_no_second_runtime():
     code = """
@@ -268,6 +288,43 @@ for batch in torch.utils.data.DataLoader(Images(), num_workers=2):
     assert torch.equal(batch[0], expected)
 """
     assert run_python(code, timeout=60).returncode == 0
+
+
+def attend(weight, rel_row, rel_col, x):
+    q, k, v = torch.nn.functional.conv2d(x, weight).unflatten(1, (3, 2, 4)).unbind(1)
+    return kernels.local_attention(q, k, v, rel_row, rel_col, kernel_size=3, backend="cpu").square().mean()
+
+
+class Attend(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        shapes = ((24, 8, 1, 1), (2, 2, 3), (2, 2, 3))
+        self.weights = torch.nn.ParameterList(torch.randn(s, generator=generator) for s in shapes)
+
+    def forward(self, x):
+        return attend(*self.weights, x)
+
+
+def train_rank(rank, folder, images):
+    torch.distributed.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
+    model = torch.nn.parallel.DistributedDataParallel(Attend())
+    model(images[2 * rank : 2 * rank + 2]).backward()
+    torch.save([p.grad for p in model.parameters()], f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@needs_kernel
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
+def test_two_ranks_train_as_one_process_does(tmp_path):
+    images = torch.randn(4, 8, 5, 6)
+    torch.multiprocessing.spawn(train_rank, (str(tmp_path), images), nprocs=2)
+    model = Attend()
+    model(images).backward()
+    ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    for parameter, *grads in zip(model.parameters(), *ranks, strict=True):
+        assert torch.equal(*grads)
+        assert torch.allclose(grads[0], parameter.grad, rtol=1e-4, atol=1e-6)
 
 
 # ---- memory --------------------------------------------------------------------------------------------------------
@@ -316,16 +373,20 @@ def use():
     backend = choose_backend(x, 3)
     if backend == "cpu":
         cpu.forward(x, x, x, None, None, 3, "mask", 1.0)
-    print(backend, flush=True)
+    os.write(1, f"{backend}\\n".encode())  # one write: children share the pipe
 """
 # Fresh processes that need not import torch again.
 FORK = (
     USE
     + """
-def fork():
+def fork(prepare=lambda: None):
     child = os.fork()
     if child == 0:
-        use()
+        try:
+            prepare()
+            use()
+        except BaseException as error:
+            os.write(2, f"child failed: {error!r}\\n".encode())
         os._exit(0)
     return child
 """
@@ -335,7 +396,7 @@ def fork():
 @pytest.fixture
 def compiler(tmp_path):
     """A compiler that counts its calls and delivers the library already built, so that no test waits for a real one."""
-    library = cpu._library()
+    library = cpu._library(torch.float32)
     if isinstance(library, str):
         pytest.skip(f"no CPU kernel: {library}")
     script = tmp_path / "c++"
@@ -343,7 +404,7 @@ def compiler(tmp_path):
         f"""#!/bin/sh
 [ "$1" = --version ] && echo "a compiler" && exit
 echo called >> {tmp_path}/calls
-sleep 1
+sleep 0.5
 while [ "$1" != -o ]; do shift; done
 exec cat {library._name} > "$2"
 """
@@ -357,9 +418,14 @@ exec cat {library._name} > "$2"
     return {"CXX": str(script), "SASA_CACHE_DIR": str(tmp_path / "cache"), "TMPDIR": str(tmp_path)}, calls
 
 
-def test_many_processes_build_once(compiler):
+def test_importing_builds_nothing_and_many_processes_build_once(compiler):
     env, calls = compiler
-    done = run_python(FORK + "for child in [fork() for _ in range(8)]: os.waitpid(child, 0)", env)
+    code = """
+assert not os.path.exists(os.environ["SASA_CACHE_DIR"])
+for child in [fork() for _ in range(8)]:
+    os.waitpid(child, 0)
+"""
+    done = run_python(FORK + code, env)
     assert done.stdout.split() == ["cpu"] * 8, done.stderr
     assert calls() == 1
     assert len(done.stderr.splitlines()) == 1
@@ -384,76 +450,87 @@ os.waitpid(fork(), 0)
     assert sorted(p.suffix for p in Path(env["SASA_CACHE_DIR"]).iterdir()) == [".lock", ".so"]
 
 
-def test_importing_builds_nothing(compiler):
+def test_another_folder_serves_where_the_cache_cannot_be_written(compiler, tmp_path):
+    """A file in the way, a read-only folder, a full disk there; and a full disk everywhere."""
     env, calls = compiler
-    done = run_python("import kernels.cpu", env)
-    assert (done.returncode, done.stderr, calls()) == (0, "", 0)
-    assert not Path(env["SASA_CACHE_DIR"]).exists()
-
-
-@pytest.mark.parametrize("folder", ["read-only", "a file", "full"])
-def test_another_folder_serves_where_the_cache_cannot_be_written(compiler, tmp_path, folder):
-    env, calls = compiler
-    cache = Path(env["SASA_CACHE_DIR"])
-    prelude = ""
-    if folder == "a file":
-        cache.write_text("")
-    elif folder == "read-only":
-        cache.mkdir()
-        # Permissions do not stop root: refuse what a read-only file system refuses.
-        prelude = f"""
-import builtins, errno, os
+    script = Path(env["CXX"])
+    full = tmp_path / "full"
+    script.write_text(
+        script.read_text().replace(
+            "exec cat", f'case "$2" in {full}*) echo "error: No space left on device" >&2; exit 1;; esac\nexec cat'
+        )
+    )
+    (tmp_path / "a file").write_text("")
+    (tmp_path / "read-only").mkdir()
+    code = """
+import builtins, errno, resource
 opened = builtins.open
-def refuse(path, mode="r", *rest, **named):
-    if str(path).startswith({str(cache)!r}) and "r" not in mode:
+root = os.environ["TMPDIR"]
+def refuse(path, mode="r", *rest, **named):  # permissions do not stop root
+    if str(path).startswith(root + "/read-only") and "r" not in mode:
         raise OSError(errno.EROFS, "Read-only file system")
     return opened(path, mode, *rest, **named)
-builtins.open = refuse
+def prepare(folder):
+    os.environ["SASA_CACHE_DIR"] = f"{root}/{folder}"
+    os.environ["TMPDIR"] = f"{root}/second folder of {folder}"
+    os.mkdir(os.environ["TMPDIR"])
+    builtins.open = refuse
+    if folder == "nowhere":
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
+for folder in ("a file", "read-only", "full", "nowhere"):
+    os.write(2, b"=\\n")
+    os.waitpid(fork(lambda: prepare(folder)), 0)
 """
-    else:  # the compiler finds no room there
-        script = Path(env["CXX"])
-        script.write_text(
-            script.read_text().replace(
-                "exec cat",
-                f'case "$2" in {cache}*) echo "error writing: No space left on device" >&2; exit 1;; esac\nexec cat',
-            )
-        )
-    done = run_python(USE + "use()", env, prelude=prelude)
-    assert (done.stdout.strip(), done.returncode) == ("cpu", 0), done.stderr
-    assert calls() == (2 if folder == "full" else 1)
-    assert not list(tmp_path.glob("cache/*.part"))
+    done = run_python(FORK + code, env)
+    backends = done.stdout.split()
+    assert backends[:3] == ["cpu"] * 3, done.stderr
+    assert backends[3] != "cpu"
+    said = done.stderr.split("=\n")[1:]
+    assert all("slower backend" not in text for text in said[:3])
+    assert "SASA_CACHE_DIR" in said[3]
+    assert calls() == 6  # the full disk and the last case try both folders
+    assert not list(tmp_path.rglob("*.part"))
+    assert not list(tmp_path.glob("*nowhere/**/*.so"))
 
 
-def test_no_room_anywhere_leaves_the_next_backend(compiler):
-    env, _ = compiler
-    limit = "import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))"
-    done = run_python(USE + "use()", env, prelude=limit)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() != "cpu"
-    assert "SASA_CACHE_DIR" in done.stderr
-    assert not list(Path(env["SASA_CACHE_DIR"]).glob("*.so"))
+def test_without_a_working_compiler_the_next_backend_serves(tmp_path):
+    """None, one that fails, one whose library does not load: one line each, with the reason."""
+    for name, script in (
+        ("fails", 'echo "cc1plus: a strange error" >&2\nexit 1\n'),
+        ("junk", 'while [ "$1" != -o ]; do shift; done\necho junk > "$2"\n'),
+    ):
+        (tmp_path / name).write_text('#!/bin/sh\n[ "$1" = --version ] && exit\n' + script)
+        (tmp_path / name).chmod(0o755)
+    code = """
+root = os.environ["SASA_CACHE_DIR"]
+def prepare(name):
+    os.environ["CXX" if name else "PATH"] = f"{root}/{name}"
+    use()
+for name in ("", "fails", "junk"):
+    os.write(2, b"=\\n")
+    os.waitpid(fork(lambda: prepare(name)), 0)
+"""
+    done = run_python(FORK + code, {"SASA_CACHE_DIR": str(tmp_path)})
+    assert len(done.stdout.split()) == 6, done.stderr
+    assert "cpu" not in done.stdout.split()
+    for text, expected in zip(
+        done.stderr.split("=\n")[1:], ("install g++", "a strange error", "does not load"), strict=True
+    ):
+        lines = [line for line in text.splitlines() if "building" not in line]
+        assert len(lines) == 1, done.stderr
+        assert expected in lines[0]
 
 
-@pytest.mark.parametrize(
-    ("script", "expected"),
-    [
-        (None, "install g++"),
-        ('echo "cc1plus: a strange error" >&2\nexit 1\n', "a strange error"),
-        ('while [ "$1" != -o ]; do shift; done\necho junk > "$2"\n', "does not load"),
-    ],
-)
-def test_without_a_working_compiler_the_next_backend_serves(tmp_path, script, expected):
-    env = {"SASA_CACHE_DIR": str(tmp_path / "cache"), "PATH": str(tmp_path)}
-    if script is not None:
-        (tmp_path / "broken").write_text('#!/bin/sh\n[ "$1" = --version ] && exit\n' + script)
-        (tmp_path / "broken").chmod(0o755)
-        env = {**env, "PATH": os.environ["PATH"], "CXX": str(tmp_path / "broken")}
-    done = run_python(USE + "use(), use()", env)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() != "cpu"
-    lines = [line for line in done.stderr.splitlines() if "building" not in line]
-    assert len(lines) == 1, done.stderr
-    assert expected in lines[0]
+@needs_kernel
+@pytest.mark.slow
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="flags of x86-64")
+@pytest.mark.parametrize("flags", ["-mno-avx512f", "-march=x86-64"])
+def test_narrower_instruction_sets(flags, tmp_path):
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", "not slow", __file__]
+    command += ["-k", "definition or logits or bits or layout or gradcheck"]
+    env = {**os.environ, "SASA_CXXFLAGS": flags, "SASA_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=ROOT)
+    assert done.returncode == 0, done.stdout
 
 
 @needs_kernel

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import kernels
-from kernels import local_attention, reference
+from kernels import local_attention, local_attention_packed, reference
 
 BACKENDS = [
     pytest.param(name, marks=[pytest.mark.skip(reason=f"{name}: {reason}")] if reason else [])
@@ -198,13 +198,18 @@ FASTER = [p for p in BACKENDS if p.values[0] != "reference"] or [
 ]
 
 
+@functools.lru_cache(maxsize=2)  # the next tests ask for the same; all of them together would take a lot of memory
+def expected_of_reference(parameters):
+    return gradients(functools.partial(local_attention, **options(parameters, "reference")), *draw(*parameters))
+
+
 @pytest.mark.parametrize("backend", FASTER)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("parameters", LARGE)
 def test_larger_maps_match_the_reference(parameters, layout, backend, threads):
     threads(2)
+    wanted = expected_of_reference(parameters)
     inputs, direction = draw(*parameters)
-    wanted = gradients(functools.partial(local_attention, **options(parameters, "reference")), inputs, direction)
     inputs, direction = cast(inputs, torch.float32), direction.float()
     skip_unless_taken(backend, inputs["query"], parameters[3])
     if layout == "channels_last":
@@ -346,6 +351,49 @@ def test_an_empty_batch(backend):
     assert got["out"].shape == (0, 2, 4, 5, 7)
     assert not got["rel_row"].any()
     assert not got["rel_col"].any()
+
+
+def packed(inputs):
+    """Query, key (where there is one) and value as one fused projection (B, P, N, D, H, W)."""
+    return torch.stack([inputs[n] for n in NAMES[:3] if inputs[n] is not None], 1)
+
+
+def packed_innermost(inputs):
+    joined = packed(inputs)
+    inner = joined.flatten(1, 3).contiguous(memory_format=torch.channels_last)
+    return inner.unflatten(1, joined.shape[1:4])
+
+
+@each_backend
+@pytest.mark.parametrize("layout", [packed, packed_innermost], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("parameters", [CASES[i] for i in (0, 2, 3, 4, 9, 14, 16, 22, 24)])
+def test_a_fused_projection_gives_the_same_in_one_gradient(parameters, layout, backend):
+    inputs, direction = draw(*parameters)
+    inputs = cast(inputs, torch.float32)
+    skip_unless_taken(backend, inputs["query"], parameters[3])
+    names = [n for n in NAMES[:3] if inputs[n] is not None]
+    fused_inputs = {"qkv": layout(inputs)} | {n: inputs[n] for n in NAMES[3:]}
+    got = gradients(functools.partial(local_attention_packed, **options(parameters, backend)), fused_inputs, direction)
+    parts = dict(zip(names, got.pop("qkv").unbind(1), strict=True))
+    assert_close(got | parts, expected(parameters), 1e-5)
+
+
+@each_backend
+@pytest.mark.parametrize("layout", [packed, packed_innermost], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("content", [True, False])
+def test_opcheck_of_a_fused_projection(content, layout, backend):
+    inputs = cast(draw(2, 2, 4, 3, 5, 6, "mask", content, True, 1.0)[0], torch.float32)
+    skip_unless_taken(backend, inputs["query"], 3)
+    qkv, rows, cols = layout(inputs).requires_grad_(), *(inputs[n].requires_grad_() for n in NAMES[3:])
+    arguments = (qkv, None, None, rows, cols, 3, "mask", 1.0, backend)
+    torch.library.opcheck(torch.ops.sasa.local_attention.default, arguments)
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 4, 3, 3), (1, 4, 2, 4, 3, 3), (1, 1, 2, 4, 3, 3)], ids=str)
+def test_bad_fused_projections(shape):
+    with pytest.raises(ValueError) as error:
+        local_attention_packed(torch.zeros(shape), None, None, kernel_size=3)
+    assert all(word in str(error.value) for word in ("qkv", str(shape), "(B, 3 or 2, N, D, H, W)"))
 
 
 # ---- structure -----------------------------------------------------------------------------------------------------

@@ -220,7 +220,7 @@ def test_sizes_from_8x8_up(which, size):
     ],
     ids=str,
 )
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", ["ResNet26", "NaiveResNet26"])
 def test_forward_features_gives_the_map_before_the_pool(name, options, size, wanted):
     net = on_meta(NETWORKS[name], **options)
     assert net.num_features == (512 if name.startswith("Naive") else 2048)
@@ -317,10 +317,9 @@ def test_autocast_stays_close_to_fp64(which, dtype):
     assert (got.double() - wanted).norm() < 16 * torch.finfo(dtype).eps * wanted.norm()
 
 
-@pytest.mark.parametrize("stem", [False, True])
-def test_compiles_without_a_graph_break(stem):
+def test_compiles_without_a_graph_break():
     torch._dynamo.reset()
-    net = small(stem).eval()
+    net = small(stem=True).eval()
     x = torch.randn(2, 3, 9, 8)
     wanted = net(x)
     got = torch.compile(net, fullgraph=True, backend="aot_eager")(x)

@@ -293,7 +293,7 @@ def test_autocast_narrows_the_output_of_the_stem_and_nothing_inside(form, dtype)
     assert torch.equal(got, stem(x).to(dtype))
 
 
-@pytest.mark.parametrize("form", FORMS[:12:2])
+@pytest.mark.parametrize("form", [FORMS[0], FORMS[4], FORMS[6], FORMS[10]])
 def test_compiles_without_a_graph_break(form):
     torch._dynamo.reset()
     stem = AttentionStem(**SMALL, **form)

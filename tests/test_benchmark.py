@@ -1,0 +1,194 @@
+"""benchmark.py and python -m kernels: the order and the arithmetic on a fake clock, tables, JSON, bad input."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import benchmark
+from kernels.__main__ import main as kernels_main
+
+ROOT = Path(benchmark.__file__).resolve().parent
+
+
+def command(*words):
+    """A run in a process of its own: (exit code, stdout, stderr)."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, *words], cwd=ROOT, capture_output=True, text=True, env=environment, timeout=120
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+# ---- on a fake clock -----------------------------------------------------------------------------------------------
+
+
+def test_candidates_take_turns_and_the_first_round_does_not_count():
+    now, order = [0.0], []
+
+    def candidate(name, seconds):
+        def run():
+            order.append(name)
+            now[0] += seconds * (100 if len(order) <= 3 else 1)  # the first calls are slow
+
+        return run
+
+    syncs = []
+    candidates = {name: candidate(name, seconds) for name, seconds in (("a", 1.0), ("b", 2.0), ("c", 4.0))}
+    times = benchmark.interleave(candidates, 3, lambda: now[0], lambda: syncs.append(now[0]))
+    assert order == [*"abc", *"abc", *"bca", *"cab"]
+    assert times == {"a": [1.0] * 3, "b": [2.0] * 3, "c": [4.0] * 3}
+    assert len(syncs) == 2 * len(order)
+
+
+def test_a_ratio_is_of_times_of_one_round():
+    """A machine that is ten times slower in one round gives the same ratio there."""
+    got = benchmark.ratio([2.0, 30.0, 4.0], [1.0, 10.0, 1.0])
+    assert got == {"median": 3.0, "low": 2.0, "high": 4.0}
+
+
+def test_geometric_mean():
+    assert benchmark.geometric_mean([0.5, 2.0, 8.0]) == pytest.approx(2.0)
+
+
+def test_shapes():
+    assert benchmark.parse_shapes("paper") == benchmark.PAPER
+    assert benchmark.parse_shapes("cifar") == benchmark.CIFAR
+    assert len(benchmark.parse_shapes("all")) == 11
+    assert benchmark.parse_shapes("2,32,5") == ((2, 32, 5),)
+
+
+# ---- the steps that are timed --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_every_step_gives_a_gradient_of_every_input(stride):
+    cpu, fp32 = torch.device("cpu"), torch.float32
+    shapes = [tuple(x.shape) for x in benchmark.conv_step(2, 16, 5, stride, cpu, fp32)()]
+    assert shapes == [(2, 16, 5, 5), (16, 16, 3, 3)]
+    shapes = [tuple(x.shape) for x in benchmark.core_step(2, 16, 5, 3, "reference", cpu, fp32)()]
+    assert shapes == [(2, 8, 2, 5, 5)] * 3 + [(8, 1, 3)] * 2
+    shapes = [tuple(x.shape) for x in benchmark.layer_step(2, 16, 5, stride, "reference", cpu, fp32)()]
+    assert shapes == [(2, 16, 5, 5), *[(8, 1, 7)] * 2, *[(16, 16, 1, 1)] * 3]
+
+
+# ---- the command ---------------------------------------------------------------------------------------------------
+
+
+def test_json_is_all_of_stdout_and_the_table_is_on_stderr():
+    code, out, err = command(
+        "benchmark.py", "--shapes", "1,16,24", "--rounds", "2", "--json", "--threads", "1",
+        "--backends", "tiled", "reference",
+    )  # fmt: skip
+    assert code == 0, err
+    result = json.loads(out)
+    assert result["machine"]["threads"] == 1
+    assert result["machine"]["torch"] == torch.__version__
+    (row,) = result["layers"]
+    assert row["shape"] == [1, 16, 24]
+    assert list(row["candidates"]) == ["conv", "core tiled", "layer tiled", "unfold"]
+    for figures in row["candidates"].values():
+        assert figures["ms"] > 0
+        assert figures["ratio"]["low"] <= figures["ratio"]["median"] <= figures["ratio"]["high"]
+    assert row["candidates"]["conv"]["ratio"] == {"median": 1.0, "low": 1.0, "high": 1.0}
+    means = result["geometric_means"]
+    assert means["unfold / core tiled"] == pytest.approx(means["unfold / conv"] / means["core tiled / conv"])
+    if sys.platform == "linux":
+        # At least its 49 windows of keys in fp32, 49 * 16 * 24 * 24 * 4 bytes.
+        assert row["candidates"]["unfold"]["peak_mib"] >= 1.7
+    for heading in ("peak MiB", "/ conv", "Geometric means", "torch"):
+        assert heading in err
+
+
+def test_the_table_is_on_stdout_without_json(capsys, monkeypatch):
+    monkeypatch.setattr(benchmark, "peak_memory", lambda kind, arguments, device: 1.5)
+    assert benchmark.main(["--shapes", "1,16,4", "--rounds", "1", "--backends", "tiled"]) == 0
+    out = capsys.readouterr().out
+    assert "core tiled" in out
+    assert "1, 16, 4" in out
+    assert "unfold" not in out.partition("B, C, H")[2]
+
+
+def test_every_section(capsys, monkeypatch):
+    """All of a full run, on shapes that cost nothing."""
+    monkeypatch.setattr(benchmark, "peak_memory", lambda kind, sizes, device: float(sizes[2] ** 2))
+    monkeypatch.setattr(benchmark, "QUICK", ((1, 16, 4),))
+    monkeypatch.setattr(benchmark, "STRIDED", ((1, 16, 5),))
+    series = {"H*W": ((1, 16, 4, 3), (1, 16, 8, 3)), "K": ((1, 16, 4, 3), (1, 16, 4, 5))}
+    monkeypatch.setattr(benchmark, "SCALING", series)
+    monkeypatch.setattr(benchmark, "NETWORKS", {"CIFAR": (2, 8)})
+    assert benchmark.main(["--quick", "--json", "--rounds", "1", "--backends", "tiled", "reference"]) == 0
+    captured = capsys.readouterr()
+    result = json.loads(captured.out)
+    assert set(result) >= {"layers", "strided", "scaling", "network", "geometric_means"}
+    assert [row["memory_exponent"] for row in result["scaling"]] == [pytest.approx(1.0), pytest.approx(0.0)]
+    assert [row["network"] for row in result["network"]] == ["convolution", "attention", "attention + stem"]
+    assert "images/s" in captured.err
+
+
+BAD = {
+    "shape": (["--shapes", "1,2"], "--shapes"),
+    "channels": (["--shapes", "1,20,4"], "multiple of 16"),
+    "backend": (["--backends", "magic"], "magic"),
+    "rounds": (["--rounds", "0"], "--rounds"),
+    "dtype": (["--dtype", "int8"], "--dtype"),
+    "device": (["--device", "magic"], "magic"),
+    "flag": (["--fast"], "--fast"),
+}
+
+
+@pytest.mark.parametrize("which", BAD)
+def test_bad_input_is_one_line_and_exit_2(which, capsys):
+    arguments, word = BAD[which]
+    with pytest.raises(SystemExit) as stop:
+        benchmark.main(arguments)
+    assert stop.value.code == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1
+    assert word in captured.err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_cuda_without_a_gpu_is_one_line_and_exit_2(capsys):
+    with pytest.raises(SystemExit) as stop:
+        benchmark.main(["--device", "cuda"])
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+# ---- python -m kernels ---------------------------------------------------------------------------------------------
+
+
+def test_the_choice_for_each_layer_is_printed(capsys, monkeypatch):
+    monkeypatch.setenv("SASA_BACKEND", "tiled")
+    assert kernels_main(["--model-name", "resnet26", "--form", "small", "--stem"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    chosen = [line.split() for line in lines if "layer" in line and " K 7" in line]
+    assert len(chosen) == 8
+    assert all(line[-1] == "tiled" for line in chosen)
+    assert "layer2.0.spatial B 1 N 8 D 16 H 32 W 32 K 7 tiled" in (" ".join(line) for line in chosen)
+    assert any("stem.0" in line and "K 4" in line for line in lines)
+
+
+def test_python_m_kernels():
+    code, out, _ = command("-m", "kernels", "--img-size", "64")
+    assert code == 0
+    assert "reference  usable" in out
+    code, out, err = command("-m", "kernels", "--model-name", "ResNet27")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "ResNet27" in err
+
+
+@pytest.mark.parametrize("arguments", [["--img-size", "4"], ["--device", "magic"], ["--form", "large"]], ids=" ".join)
+def test_bad_words_to_python_m_kernels(arguments, capsys):
+    with pytest.raises(SystemExit) as stop:
+        kernels_main(arguments)
+    assert stop.value.code == 2
+    captured = capsys.readouterr()
+    assert (captured.out, captured.err.count("\n")) == ("", 1)
+    assert arguments[1] in captured.err
