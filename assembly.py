@@ -66,7 +66,8 @@ class Run:
     monitor: Monitor | None = None
     stop: StopRequest = field(default_factory=StopRequest)
     saved_at: float = field(default_factory=time.monotonic)
-    save_failures: int = 0
+    save_failures: int = 0  # in a row
+    save_seconds: float = 0.0  # spent on saves by this process
 
     @property
     def scored_model(self) -> nn.Module:

@@ -22,7 +22,7 @@ MIN_SIZE = 8  # pixels: the smallest image side that the networks are built for 
 
 
 class Bottleneck(nn.Module):
-    """1x1, spatial layer, 1x1, plus the shortcut: (B, inplanes, H, W) -> (B, 4 * planes, ceil(H/stride), ceil(W/stride)).
+    """1x1, spatial layer, 1x1, plus the shortcut; (B, inplanes, H, W) -> (B, 4 * planes, ceil(H / s), ceil(W / s)).
 
     `attention` makes the spatial layer: called as attention(planes, planes, stride=stride); None is a 3x3 convolution.
     """

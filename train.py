@@ -258,11 +258,13 @@ def save(run: Run) -> bool:
     Raises:
         TrainingError: too many failures in a row.
     """
+    started = time.perf_counter()
     run.monitor.flush()
     state = checkpoint.run_state(run.config, run.model, run.optimizer, run.scaler, run.ema, run.best, run.progress)
     run.saved_at = time.monotonic()
     try:
         checkpoint.save(state, run.folder)
+        run.save_seconds += time.perf_counter() - started
     except OSError as error:
         run.save_failures += 1
         run.monitor.say(f"save failed ({run.save_failures} in a row): {error}; the last whole file is kept")
@@ -315,6 +317,7 @@ def finish(run: Run, result: Evaluation | None) -> None:
         "epochs": progress.epoch,
         "steps": progress.step,
         "seconds": progress.seconds,
+        "save_seconds": run.save_seconds,
         "selected": about,
         "bad_images": sum(len(split.bad_images) for split in run.data.splits),
         "device": str(run.device),
