@@ -35,7 +35,7 @@ from torch import Tensor, nn
 
 from kernels import BORDERS, autocast_dtype, check_backend, local_attention, local_attention_packed
 from kernels import stem as stem_kernels
-from kernels.reference import accumulate_dtype
+from kernels.reference import accumulate_dtype, reach
 
 POSITIONS = ("relative", "absolute", "none")
 WINDOWS = ("block", "sliding")
@@ -231,9 +231,8 @@ class AttentionStem(nn.Module):
         self.query = nn.Conv2d(in_channels, out_channels, 1, bias=False)
         self.key = nn.Conv2d(in_channels, out_channels, 1, bias=False)
         matrices = num_mixtures if values == "mixture" else 1
-        self.value = nn.Conv2d(
-            in_channels, matrices * out_channels, block_size if values == "conv" else 1, padding="same", bias=False
-        )
+        side = block_size if values == "conv" else 1
+        self.value = nn.Conv2d(in_channels, matrices * out_channels, side, bias=False)
         if values == "mixture":
             self.emb_row = nn.Parameter(torch.empty(self.head_dim, block_size))
             self.emb_col = nn.Parameter(torch.empty(self.head_dim, block_size))
@@ -244,7 +243,7 @@ class AttentionStem(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Normal weights, such that q.k and the logits of the mixture have standard deviation 1, values variance 1.
+        """Normal weights: q.k and the mixture's logits have standard deviation 1, each value matrix keeps variance 1.
 
         As in `LocalAttention2d.reset_parameters`, for inputs of unit variance; (emb_row + emb_col) . emb_mix is a sum
         of 2 * e products.
@@ -260,7 +259,10 @@ class AttentionStem(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, in_channels, H, W) -> (B, out_channels, H, W)."""
         _check_input(x, self.in_channels)
-        conv_values = self.value(x) if self.values == "conv" else None
+        conv_values = None
+        if self.values == "conv":  # padded as a window reaches: an even one one pixel further ahead than back
+            back, ahead = reach(self.block_size)
+            conv_values = self.value(F.pad(x, (back, ahead, back, ahead)))
         dtype = autocast_dtype(x.device)
         if dtype is None:
             return self._attend(x, conv_values)
@@ -323,7 +325,7 @@ def _check_choice(name: str, got: str, allowed: tuple[str, ...]) -> None:
 
 
 def _check_positive_integer(name: str, got: int) -> None:
-    if not isinstance(got, int) or got < 1:
+    if not isinstance(got, int) or isinstance(got, bool) or got < 1:
         raise ValueError(f"{name}={got!r}: must be an integer of at least 1")
 
 

@@ -116,13 +116,18 @@ class ResNet(nn.Module):
         **layer_options,
     ) -> None:
         super().__init__()
+        attention_stages = tuple(attention_stages)
         unknown = [stage for stage in attention_stages if stage not in STAGES]
         if unknown:
-            raise ValueError(f"attention_stages={tuple(attention_stages)}: {unknown[0]!r} is not a stage of 1 to 4")
+            raise ValueError(f"attention_stages={attention_stages}: {unknown[0]!r} is not a stage of 1 to 4")
         stem_options = {k.removeprefix("stem_"): v for k, v in layer_options.items() if k.startswith("stem_")}
         layer_options = {k: v for k, v in layer_options.items() if not k.startswith("stem_")}
         _check_options(LocalAttention2d, layer_options, "")
         _check_options(AttentionStem, stem_options, "stem_")
+
+        with torch.device("meta"):  # wrong values are said even where no layer of that kind is built
+            LocalAttention2d(64, 64, **layer_options)
+            AttentionStem(**stem_options)
 
         self.small_images, self.zero_init_residual = small_images, zero_init_residual
         self.stem = make_stem(64, stem, small_images, stem_options)

@@ -17,6 +17,7 @@ Shapes: B batch, N heads, D head width, H x W map, K window side, P = 3 maps of 
 without key).
 """
 
+import contextlib
 import importlib
 import os
 from types import ModuleType
@@ -58,7 +59,12 @@ def choose_backend(query: Tensor, kernel_size: int, backend: str = "auto") -> st
     """
     if backend == "auto":
         backend = os.environ.get("SASA_BACKEND") or "auto"
-    check_backend(backend)
+        try:
+            check_backend(backend)
+        except ValueError as error:
+            raise ValueError(f"the environment variable SASA_BACKEND: {error}") from None
+    else:
+        check_backend(backend)
     if backend != "auto":
         reason = _module(backend).unsupported(query, kernel_size)
         if reason is not None:
@@ -85,6 +91,13 @@ def _empty_like_packed(qkv: Tensor) -> Tensor:
     if qkv.stride(3) == 1 and qkv.stride(5) != 1:
         return qkv.new_empty((b, h, w, p, n, d)).permute(0, 3, 4, 5, 1, 2)
     return qkv.new_empty((b, p, n, d, h, w))
+
+
+def _without_autocast(device: torch.device):
+    """An operator's body still sees autocast, which would narrow the products behind the fp32 logits."""
+    if autocast_dtype(device) is None:
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, enabled=False)
 
 
 def _to_layout(x: Tensor, like: Tensor) -> Tensor:
@@ -115,7 +128,8 @@ def _local_attention(
 ) -> tuple[Tensor, Tensor]:
     query, key, value = _maps(query, key, value)
     module = _module(choose_backend(query, kernel_size, backend))
-    out, lse = module.forward(query, key, value, rel_row, rel_col, kernel_size, border, scale)
+    with _without_autocast(query.device):
+        out, lse = module.forward(query, key, value, rel_row, rel_col, kernel_size, border, scale)
     return _to_layout(out, query), lse.contiguous()
 
 
@@ -162,9 +176,10 @@ def _local_attention_backward(
     into = _maps(grads[0], None if key is None else grads[1], None if value is None else grads[2])
     q, k, v = _maps(query, key, value)
     module = _module(choose_backend(q, kernel_size, backend))
-    *_, grad_row, grad_col = module.backward(
-        grad_out, q, k, v, rel_row, rel_col, out, lse, kernel_size, border, scale, into
-    )
+    with _without_autocast(q.device):
+        *_, grad_row, grad_col = module.backward(
+            grad_out, q, k, v, rel_row, rel_col, out, lse, kernel_size, border, scale, into
+        )
     if rel_row is not None:
         grads[3].copy_(grad_row)
         grads[4].copy_(grad_col)
@@ -277,6 +292,8 @@ def _attend(maps, query, has_key: bool, rel_row, rel_col, kernel_size, border, s
 def _check_maps(query: Tensor, key: Tensor | None, value: Tensor) -> None:
     if query.dim() != 5:
         raise ValueError(f"query must be (B, N, D, H, W), got shape {tuple(query.shape)}")
+    if value is None:
+        raise ValueError("value must be (B, N, D, H, W), got None")
     for name, x in (("key", key), ("value", value)):
         if x is not None and x.shape != query.shape:
             raise ValueError(f"{name} must have query's shape {tuple(query.shape)}, got {tuple(x.shape)}")

@@ -230,7 +230,7 @@ def test_every_thread_count_gives_the_same_bits(shape):
 
 @needs_kernel
 def test_scratch_that_is_kept_carries_nothing_over():
-    """Calls of one layout and of several, after infinities and NaNs, forward and backward, give the first call's bits."""
+    """Calls of one layout and of several, after infinities and NaNs, give the first call's bits."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
