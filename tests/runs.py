@@ -1,6 +1,7 @@
 """Training runs small enough for tests, in this process, and what two runs must have in common to be the same."""
 
 import json
+import os
 import random
 import signal
 from pathlib import Path
@@ -29,6 +30,7 @@ def few_digits(monkeypatch, train_images=40, test_images=12):
 
     monkeypatch.setitem(preprocess.SMALL_SETS, "DIGITS", read_few)
     monkeypatch.setattr(train, "SAVE_GAP_SECONDS", 0.0)  # save at each epoch's end, as a run with long epochs does
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # it guards against a power cut; test_checkpoint holds it
 
 
 def run(output_dir: Path, *flags: str) -> int:

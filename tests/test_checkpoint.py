@@ -73,6 +73,19 @@ def test_previous_is_the_whole_file_before_the_last(tmp_path):
     assert checkpoint.load(tmp_path / checkpoint.PREVIOUS)["progress"]["step"] == 2
 
 
+def test_the_bytes_are_on_the_disk_before_the_name_moves_and_the_folder_after(tmp_path, monkeypatch):
+    calls, fsync, replace = [], os.fsync, os.replace
+
+    def recorded_fsync(descriptor):
+        calls.append(os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}")))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", recorded_fsync)
+    monkeypatch.setattr(os, "replace", lambda a, b: (calls.append(f"{a.name} > {b.name}"), replace(a, b)))
+    checkpoint.save(small_state(), tmp_path)
+    assert calls == [".last.pt.tmp", ".last.pt.tmp > last.pt", tmp_path.name]
+
+
 class FullDisk:
     """A file that takes `room` bytes, then fails as a full disk does."""
 

@@ -164,7 +164,7 @@ def test_batch_size_0(tmp_path, tiny, capsys):  # noqa: F811
 
 MACHINE = [("--amp fp16", "fp16 off bf16"), ("--device cuda --amp off", "cuda 0"), ("--device cuda:3", "cuda:3 0"),
            ("--device tpu", "tpu cpu cuda"), ("--backend cuda9", "cuda9 auto reference"),
-           ("--num-heads 7", "num_heads 7 multiple"), ("--accumulate 41", "too few 41")]  # fmt: skip
+           ("--num-heads 7", "7 multiple"), ("--accumulate 41", "too few 41")]  # fmt: skip
 
 
 @pytest.mark.parametrize(("flags", "words"), MACHINE)
@@ -175,7 +175,7 @@ def test_what_this_machine_or_network_has_not_got(tmp_path, monkeypatch, capsys,
     refused(capsys, tmp_path, flags, *words.split())
 
 
-@pytest.mark.parametrize(("flags", "words"), [("--backend cuda9", "--backend cuda9"), ("--num-heads 7", "--num-heads")])
+@pytest.mark.parametrize(("flags", "words"), [("--backend cuda9", "--backend"), ("--num-heads 7", "--num-heads 7")])
 def test_options_that_the_network_refuses_are_named_as_flags(tmp_path, monkeypatch, capsys, flags, words):
     runs.few_digits(monkeypatch)
     refused(capsys, tmp_path, flags, words)
@@ -248,6 +248,22 @@ def test_overwrite_replaces_the_run(held):
     go(held, "--max-steps 1 --overwrite")
     assert (held / "run/last.pt").read_bytes() != before and not (held / "run/previous.pt").exists()
     assert len(list((held / "run").glob("events.out.tfevents.*"))) == 1
+
+
+def test_a_resume_removes_nothing_before_its_first_save(held, monkeypatch):
+    before = files(held)
+
+    class Killed(BaseException):
+        pass
+
+    def train_step(run, pairs):
+        raise Killed
+
+    monkeypatch.setattr("train.train_step", train_step)
+    with pytest.raises(Killed):
+        runs.run(held, *BASE.split(), "--resume")
+    after = files(held)
+    assert [path for path in before if path.suffix == ".pt" and after.get(path) != before[path]] == []
 
 
 def test_a_damaged_config_json_is_one_line(held, capsys):

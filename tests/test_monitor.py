@@ -109,6 +109,12 @@ def test_the_pictures_show_the_first_batch_and_the_test_splits_mistakes(events):
     assert near(picture(events, "images/wrong_label_then_prediction"), to_bytes(captioned(wrong, captions)))
 
 
+def test_without_holdout_the_mistakes_of_the_last_epoch_are_shown(tmp_path, tiny):  # noqa: F811
+    events = EventAccumulator(str(go(tmp_path, "--max-steps 1")))
+    events.Reload()
+    assert set(events.Tags()["images"]) == IMAGE_TAGS
+
+
 # ---- pictures -------------------------------------------------------------------------------------------------------
 
 
@@ -140,7 +146,9 @@ def test_counts_and_names_are_written_up_to_20_classes():
     assert big.shape == (3, 21 * 28, 21 * 28) and set(cells(big, 21).flatten().tolist()) == {*DARK, 255}
 
 
-@pytest.mark.parametrize("names", [("T-shirt/top", "a class with a very long name", "x"), ("né", "猫", "\udcff")])
+@pytest.mark.parametrize(
+    "names", [("T-shirt/top", "a class with a very long name", "x"), ("n\u00e9", "\u732b", "\udcff")]
+)
 def test_names_of_any_length_and_script_are_drawn(names):
     image = confusion_picture(torch.ones(3, 3, dtype=torch.int64), names)
     assert image.shape[-1] > 3 * monitor.CELL and image.min() >= 0 and image.max() <= 1

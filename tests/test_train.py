@@ -1,0 +1,516 @@
+"""Runs of train.py, in this process. What is about the loop uses a network of 300 weights in place of ResNet26."""
+
+import gzip
+import json
+import multiprocessing
+import os
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import runs
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import nn
+
+import assembly
+import checkpoint
+import preprocess
+import train
+
+BASE = "--dataset DIGITS --epochs 2 --batch-size 4 --name run --no-progress --device cpu --ema 0"
+LOG_KEYS = {"epoch", "step", "train_loss", "train_top1_pct", "val_loss", "val_top1_pct", "val_top5_pct", "lr",
+            "images_per_s", "epoch_s", "peak_mem_mib"}  # fmt: skip
+SUMMARY_KEYS = {"test_top1_pct", "test_top5_pct", "test_loss", "test_images", "parameters", "flops_per_image", "epochs",
+                "steps", "seconds", "save_seconds", "selected", "bad_images", "device", "torch"}  # fmt: skip
+
+
+class Tiny(nn.Sequential):
+    """A convolution, perhaps a norm, and a classifier; `spoil` may change the logits of a training step."""
+
+    norm = False
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, 2, 1)
+        self.bn = nn.BatchNorm2d(8) if self.norm else nn.Identity()
+        self.relu, self.pool = nn.ReLU(), nn.AdaptiveAvgPool2d(2)
+        self.fc = nn.Linear(32, num_classes)
+        self.calls = 0
+
+    def forward(self, x):
+        logits = self.fc(self.pool(self.relu(self.bn(self.conv(x)))).flatten(1))
+        if self.training:
+            self.calls += 1
+            logits = self.spoil(logits, self.calls)
+        return logits
+
+    @staticmethod
+    def spoil(logits, call):
+        return logits
+
+
+class TinyWithNorm(Tiny):
+    norm = True
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """DIGITS cut to 40 + 12 images, 10 steps an epoch, and Tiny for every model name."""
+    runs.few_digits(monkeypatch)
+    monkeypatch.setattr(assembly, "build", lambda name, num_classes, stem, **options: Tiny(num_classes))
+
+
+@pytest.fixture
+def seen(monkeypatch):
+    """The Run objects of the test's runs, with the weights that each started from as `seen.first[i]`."""
+
+    class Seen(list):
+        first: list = []  # noqa: RUF012 (one list a test)
+
+    runs_seen = Seen()
+    runs_seen.first = []
+    original = train.train
+
+    def watched(run):
+        runs_seen.append(run)
+        runs_seen.first.append({k: v.clone() for k, v in run.model.state_dict().items()})
+        return original(run)
+
+    monkeypatch.setattr(train, "train", watched)
+    yield runs_seen
+    for run in runs_seen:  # workers of an abandoned epoch outlive the cyclic garbage collector's idea of an end
+        for split in run.data.splits:
+            if hasattr(split, "_files"):
+                split.close()
+
+
+def go(output: Path, *flags: str) -> Path:
+    """A run that ends well; its folder."""
+    assert runs.run(output, *BASE.split(), *" ".join(flags).split()) == 0
+    return output / "run"
+
+
+def read(folder: Path, name: str = "summary.json") -> dict:
+    return json.loads((folder / name).read_text())
+
+
+def model_of(folder: Path, name: str = "last.pt") -> dict:
+    return torch.load(folder / name, weights_only=True)["model"]
+
+
+def first_batches(run, count: int = 1) -> list:
+    batches = train.batches(run)
+    return [next(batches) for _ in range(count)]
+
+
+# ---- what a run leaves ----------------------------------------------------------------------------------------------
+
+
+def test_the_files_of_a_run_and_their_keys(tmp_path, tiny, capsys):
+    folder = go(tmp_path)
+    out, error = capsys.readouterr()
+    names = {path.name for path in folder.iterdir() if not path.name.startswith("events.out.tfevents.")}
+    assert names == {"config.json", "log.jsonl", "summary.json", "last.pt", "previous.pt", "best.pt"}
+    rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert [set(row) for row in rows] == [LOG_KEYS] * 2
+    assert [(row["epoch"], row["step"]) for row in rows] == [(1, 10), (2, 20)]
+    assert all(row["images_per_s"] > 0 and row["epoch_s"] > 0 and row["peak_mem_mib"] > 0 for row in rows)
+    summary = read(folder)
+    assert set(summary) == SUMMARY_KEYS
+    assert (summary["epochs"], summary["steps"], summary["test_images"], summary["bad_images"]) == (2, 20, 12, 0)
+    assert summary["parameters"] == sum(p.numel() for p in Tiny(10).parameters())
+    assert summary["test_top1_pct"] == rows[-1]["val_top1_pct"] and summary["test_loss"] == rows[-1]["val_loss"]
+    assert summary["test_top1_pct"] <= summary["test_top5_pct"] <= 100
+    config = read(folder, "config.json")
+    assert (config["form"], config["amp"], config["img_size"], config["dataset"]) == ("small", "off", 8, "DIGITS")
+    # the terminal: what is about to run, one line an epoch, the end
+    for word in ("CPU", "40 train and 12 test", "ResNet26", "parameters", "FLOPs", "default", str(folder),
+                 f"tensorboard --logdir {tmp_path}", "test split's"):  # fmt: skip
+        assert word in out, word
+    lines = out.splitlines()
+    assert len([line for line in lines if line.startswith("epoch ")]) == 2
+    assert lines[-1].startswith(f"test top-1 {summary['test_top1_pct']:.2f}%") and "summary.json" in lines[-1]
+    assert error == ""
+
+
+def test_without_holdout_the_last_epoch_is_kept_and_summary_says_so(tmp_path, tiny):
+    folder = go(tmp_path)
+    assert "last epoch" in read(folder)["selected"]
+    assert torch.load(folder / "best.pt", weights_only=True)["epoch"] == 2
+    assert runs.differences(model_of(folder), model_of(folder, "best.pt")) == []
+
+
+def test_with_holdout_the_best_epoch_is_kept_and_the_test_set_is_scored_once(tmp_path, tiny, monkeypatch):
+    """Epoch 1 of 3 is made the best; 40 - 8 images, 8 steps an epoch."""
+    original, scores, sizes = train.evaluate, iter([50.0, 40.0, 50.0]), []
+
+    def evaluate(model, split, *args):
+        result = original(model, split, *args)
+        sizes.append(len(split))
+        if len(split) == 8:
+            result.top1_pct = next(scores)
+        return result
+
+    monkeypatch.setattr(train, "evaluate", evaluate)
+    folder = go(tmp_path, "--holdout 8 --epochs 3")
+    assert sizes == [8, 8, 8, 12]
+    assert "50.00%" in read(folder)["selected"] and "epoch 1" in read(folder)["selected"]
+    best = torch.load(folder / "best.pt", weights_only=True)
+    assert (best["epoch"], best["selected"]) == (1, read(folder)["selected"])
+    monkeypatch.setattr(train, "evaluate", original)
+    after_one = go(tmp_path / "one", "--holdout 8 --epochs 3 --max-steps 8")
+    assert runs.differences(best["model"], model_of(after_one)) == []
+    assert runs.differences(best["model"], model_of(folder)) != []
+    assert read(folder)["test_loss"] == read(after_one)["test_loss"]
+
+
+def test_max_steps_ends_the_run_as_its_last_epoch(tmp_path, tiny):
+    folder = go(tmp_path, "--max-steps 3")
+    assert read(folder)["steps"] == 3 and read(folder)["epochs"] == 0
+    assert [row["step"] for row in runs.log_rows(folder)] == [3]
+    straight = runs.log_rows(go(tmp_path / "whole"))
+    assert runs.log_rows(folder)[0]["lr"] != straight[0]["lr"]
+    last = torch.load(folder / "last.pt", weights_only=True)["progress"]
+    assert (last["step"], last["batch"], last["epoch"]) == (3, 3, 0)
+    assert (folder / "best.pt").exists()
+
+
+def test_the_moving_average_is_what_is_scored_and_kept(tmp_path, tiny):
+    folder = go(tmp_path, "--ema 0.9")
+    state = torch.load(folder / "last.pt", weights_only=True)
+    average = {k.removeprefix("module."): v for k, v in state["ema"].items() if k.startswith("module.")}
+    assert runs.differences(average, model_of(folder, "best.pt")) == []
+    assert runs.differences(average, state["model"]) != []
+
+
+# ---- one step -------------------------------------------------------------------------------------------------------
+
+
+def test_the_loss_is_the_smoothed_cross_entropy(tmp_path, tiny, seen):
+    folder = go(tmp_path, "--label-smoothing 0.3 --max-steps 1")
+    network = Tiny(10)
+    network.load_state_dict(seen.first[0])
+    seen[0].progress = checkpoint.Progress()
+    ((images, labels),) = first_batches(seen[0])
+    log_p = network(images).log_softmax(1)
+    wanted = -(0.7 * log_p.gather(1, labels[:, None]).mean() + 0.3 * log_p.mean())
+    assert runs.log_rows(folder)[0]["train_loss"] == pytest.approx(wanted.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("mixing", ["--mixup 0.4", "--cutmix 1"])
+def test_mixed_images_have_soft_targets(tmp_path, tiny, seen, mixing):
+    folder = go(tmp_path, mixing, "--label-smoothing 0 --max-steps 1")
+    network = Tiny(10)
+    network.load_state_dict(seen.first[0])
+    seen[0].progress = checkpoint.Progress()
+    ((images, targets),) = first_batches(seen[0])
+    assert targets.shape == (4, 10) and ((targets > 0).sum(1) == 2).any()
+    wanted = -(targets * network(images).log_softmax(1)).sum(1).mean()
+    assert runs.log_rows(folder)[0]["train_loss"] == pytest.approx(wanted.item(), rel=1e-5)
+
+
+def test_two_batches_of_four_are_one_of_eight(tmp_path, tiny, seen):
+    """Loss, gradient norm's effect and weights after 3 steps, but for rounding."""
+    flags = "--lr 0.1 --optimizer sgd --clip-grad 1 --max-steps 3 --batch-size"
+    whole, parts = go(tmp_path / "a", flags, "8"), go(tmp_path / "b", flags, "4 --accumulate 2")
+    a, b = runs.log_rows(whole)[0], runs.log_rows(parts)[0]
+    assert a["train_loss"] == pytest.approx(b["train_loss"], rel=1e-5) and a["step"] == b["step"] == 3
+    assert runs.differences(seen.first[0], model_of(whole)) != []
+    for name, value in model_of(whole).items():
+        torch.testing.assert_close(value, model_of(parts)[name], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("limit", [0.001, 0.0])
+def test_the_gradient_is_clipped_to_its_norm(tmp_path, tiny, seen, limit):
+    """One plain SGD step with rate 1 moves the weights by the clipped gradient: its norm is the limit."""
+    flags = f"--optimizer sgd --momentum 0 --weight-decay 0 --lr 1 --warmup-epochs 0 --max-steps 1 --clip-grad {limit}"
+    after = model_of(go(tmp_path, flags))
+    moved = torch.cat([(after[name] - before).flatten() for name, before in seen.first[0].items()]).norm().item()
+    assert moved == pytest.approx(limit, rel=1e-3) if limit else moved > 0.01
+
+
+@pytest.mark.parametrize("flags", ["--optimizer sgd", "--optimizer adamw", "--randaugment", "--mixup 0.2 --cutmix 1",
+                                   "--recipe seed", "--recipe paper"])  # fmt: skip
+def test_these_flags_train_and_change_the_result(tmp_path, tiny, seen, flags):
+    other = {"--optimizer sgd": "--optimizer adamw", "--optimizer adamw": "--optimizer sgd"}.get(flags, "")
+    plain = f"--max-steps 2 {other}"
+    folder = go(tmp_path / "with", flags, "--max-steps 2")
+    assert runs.differences(model_of(go(tmp_path / "without", plain)), model_of(folder)) != []
+    kind = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}[read(folder, "config.json")["optimizer"]]
+    assert type(seen[0].optimizer) is kind
+
+
+def test_the_papers_batch_norm_and_average(tmp_path, tiny, seen, monkeypatch):
+    monkeypatch.setattr(assembly, "build", lambda name, num_classes, stem, **options: TinyWithNorm(num_classes))
+    flags = BASE.replace("--ema 0", "--recipe paper --max-steps 1")
+    assert runs.run(tmp_path, *flags.split()) == 0
+    assert seen[0].model.bn.momentum == 1e-4
+    assert seen[0].config.ema == 0.9999 and seen[0].scored_model is seen[0].ema.module
+
+
+def test_the_warm_up_and_rate_of_each_step_reach_the_optimizer(tmp_path, tiny, monkeypatch):
+    rates = []
+    original = train.guard
+
+    def guard(run, loss, norm, rate):
+        rates.append((rate, *{group["lr"] for group in run.optimizer.param_groups}))
+        original(run, loss, norm, rate)
+
+    monkeypatch.setattr(train, "guard", guard)
+    folder = go(tmp_path, "--lr 0.5 --warmup-epochs 1 --max-steps 11")
+    assert [a for a, _ in rates[:10]] == pytest.approx([0.05 * i for i in range(1, 11)])
+    assert all(a == b for a, b in rates)
+    assert [row["lr"] for row in runs.log_rows(folder)] == [rates[9][0], rates[10][0]]
+
+
+# ---- precision, layout, compilation ---------------------------------------------------------------------------------
+
+
+def test_bf16_on_the_cpu_is_near_fp32(tmp_path, tiny):
+    losses = [runs.log_rows(go(tmp_path / amp, "--amp", amp))[-1]["train_loss"] for amp in ("off", "bf16")]
+    assert losses[0] != losses[1] and losses[0] == pytest.approx(losses[1], rel=0.02)
+    assert read(tmp_path / "bf16/run", "config.json")["amp"] == "bf16"
+
+
+def test_channels_last_is_used_and_changes_nothing_but_rounding(tmp_path, tiny, seen, monkeypatch):
+    layouts, original = [], Tiny.forward
+
+    def forward(self, x):
+        if self.training:
+            layouts.append((x, self.conv.weight.detach()))
+        return original(self, x)
+
+    monkeypatch.setattr(Tiny, "forward", forward)
+    plain, last = go(tmp_path / "a"), go(tmp_path / "b", "--channels-last")
+    assert all(value.is_contiguous() for value in layouts[0])
+    for value in layouts[-1]:
+        assert value.is_contiguous(memory_format=torch.channels_last) and not value.is_contiguous()
+    for name, value in model_of(plain).items():
+        torch.testing.assert_close(value, model_of(last)[name], rtol=1e-3, atol=1e-5)
+
+
+def test_deterministic_reaches_torch(tmp_path, tiny, seen):
+    try:
+        go(tmp_path, "--deterministic --max-steps 1")
+        assert torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_compile_trains_the_compiled_network_and_keeps_plain_names(tmp_path, tiny, monkeypatch):
+    steps = []
+
+    class Compiled(nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self._orig_mod = inner
+
+        def forward(self, x):
+            steps.append(1)
+            return self._orig_mod(x)
+
+    monkeypatch.setattr(torch, "compile", Compiled)
+    folder = go(tmp_path, "--compile --max-steps 3")
+    assert len(steps) == 3  # evaluation takes the network itself
+    assert model_of(folder).keys() == Tiny(10).state_dict().keys()
+    assert runs.differences(model_of(folder), model_of(go(tmp_path / "plain", "--max-steps 3"))) == []
+
+
+@pytest.mark.slow
+def test_compile_of_the_real_network(tmp_path, monkeypatch):
+    runs.few_digits(monkeypatch)
+    flags = "--max-steps 2 --lr 1e-3 --kernel-size 3 --backend reference"
+    compiled, plain = go(tmp_path / "a", flags, "--compile"), go(tmp_path / "b", flags)
+    a, b = runs.log_rows(compiled)[0], runs.log_rows(plain)[0]
+    assert a["train_loss"] == pytest.approx(b["train_loss"], rel=1e-3)
+
+
+# ---- not finite -----------------------------------------------------------------------------------------------------
+
+
+def spoiled_loss(logits, call):
+    return logits * float("nan") if call == 3 else logits
+
+
+def spoiled_gradient(logits, call):
+    if call == 3:
+        logits.register_hook(lambda grad: grad * float("inf"))
+    return logits
+
+
+@pytest.mark.parametrize(("spoil", "what"), [(spoiled_loss, "the loss is nan"), (spoiled_gradient, "gradient's norm")])
+def test_what_is_not_finite_stops_the_run_before_the_update(tmp_path, tiny, seen, monkeypatch, capsys, spoil, what):
+    good = go(tmp_path / "good", "--max-steps 2 --warmup-epochs 1 --lr 0.01")
+    monkeypatch.setattr(Tiny, "spoil", staticmethod(spoil))
+    capsys.readouterr()
+    flags = [*BASE.split(), "--save-minutes", "1e-9", "--warmup-epochs", "1", "--lr", "0.01"]
+    assert runs.run(tmp_path, *flags) == 1
+    error = capsys.readouterr().err
+    last_loss = torch.load(good / "last.pt", weights_only=True)["progress"]["last_loss"]
+    for words in (what, "step 3,", "epoch 1", "rate 0.003", f"last finite loss {last_loss:.4f}", "--lr"):
+        assert words in error, words
+    assert "Traceback" not in error and error.count("\n") == 1
+    assert runs.differences(dict(seen[1].model.state_dict()), model_of(good)) == []  # in memory and on the disk
+    assert runs.differences(model_of(tmp_path / "run"), model_of(good)) == []
+    assert not (tmp_path / "run/summary.json").exists()
+
+
+# ---- --evaluate -----------------------------------------------------------------------------------------------------
+
+
+def evaluated(capsys, path: Path, *flags: str) -> tuple[float, float, float, list[tuple[float, int]]]:
+    """Top-1, top-5, loss and (accuracy, images) of each class, as --evaluate prints them."""
+    capsys.readouterr()
+    assert runs.run(path.parent / "nowhere", "--evaluate", str(path), *flags) == 0
+    out, error = capsys.readouterr()
+    assert error == "" and not (path.parent / "nowhere").exists()
+    *head, last = out.splitlines()
+    words = last.replace("%", " ").replace(",", " ").split()
+    assert words[:2] == ["test", "top-1"] and words[3] == "top-5" and words[5] == "loss"
+    rows = [line.split() for line in head if line.startswith("  ")]
+    classes = [(0.0 if row[1] == "-%" or row[1] == "-" else float(row[1].rstrip("%")), int(row[-1])) for row in rows]
+    return float(words[2]), float(words[4]), float(words[6]), classes
+
+
+@pytest.mark.parametrize("flags", ["--ema 0.5", "--amp bf16", "--channels-last --seed 4"])
+def test_evaluate_prints_what_the_summary_says(tmp_path, tiny, capsys, flags):
+    folder = go(tmp_path, flags)
+    summary = read(folder)
+    for name in ("last.pt", "best.pt"):
+        top1, top5, loss, classes = evaluated(capsys, folder / name)
+        assert top1 == pytest.approx(summary["test_top1_pct"], abs=5e-4)
+        assert top5 == pytest.approx(summary["test_top5_pct"], abs=5e-4)
+        assert loss == pytest.approx(summary["test_loss"], abs=6e-5)
+        assert len(classes) == 10 and sum(count for _, count in classes) == summary["test_images"] == 12
+        assert sum(share * count for share, count in classes) / 12 == pytest.approx(top1, abs=0.01)
+
+
+def test_evaluate_in_small_batches_is_the_same(tmp_path, tiny, capsys):
+    folder = go(tmp_path)
+    assert evaluated(capsys, folder / "best.pt") == evaluated(capsys, folder / "best.pt", "--batch-size", "5")
+
+
+def test_evaluate_of_another_network_or_data_set_is_refused(tmp_path, tiny, capsys):
+    folder = go(tmp_path)
+    for flags in ("--dataset MNIST", "--kernel-size 3"):
+        capsys.readouterr()
+        assert runs.run(tmp_path, "--evaluate", str(folder / "best.pt"), *flags.split()) == 2
+        assert flags.split()[0] in capsys.readouterr().err
+
+
+# ---- data sets ------------------------------------------------------------------------------------------------------
+
+
+def make_tree(root: Path, classes=("ant", "bee", "cow"), train_images=8, val_images=3) -> Path:
+    """An image tree of real JPEGs, each class with its own colour."""
+    rng = np.random.default_rng(0)
+    for split, count in (("train", train_images), ("val", val_images)):
+        for i, name in enumerate(classes):
+            (root / split / name).mkdir(parents=True)
+            for j in range(count):
+                pixels = rng.integers(0, 80, (20 + j, 26, 3), dtype=np.uint8)
+                pixels[..., i % 3] += 150
+                Image.fromarray(pixels).save(root / split / name / f"{j}.jpg", quality=90)
+    return root
+
+
+def tree_flags(root: Path, workers: int = 2) -> str:
+    return f"--dataset FOLDER --data-dir {root} --img-size 16 --num-workers {workers} --optimizer adamw --lr 0.02"
+
+
+def test_a_tree_of_jpegs_trains_evaluates_and_is_resumed_bitwise(tmp_path, tiny, seen, monkeypatch, capsys):
+    """24 images, 6 steps an epoch, 2 workers; the interrupted run stops after step 8 of 12."""
+    flags = tree_flags(make_tree(tmp_path / "tree"))
+    straight = go(tmp_path / "straight", flags, "--randaugment")
+    assert read(straight)["steps"] == 12 and read(straight)["test_images"] == 9
+    top1, _, _, classes = evaluated(capsys, straight / "best.pt")
+    assert top1 == pytest.approx(read(straight)["test_top1_pct"], abs=5e-4)
+    assert [count for _, count in classes] == [3, 3, 3]
+
+    def spoil(logits, call):
+        if call == 8:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return logits
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Tiny, "spoil", staticmethod(spoil))
+        stopped = [*BASE.split(), *flags.split(), "--randaugment"]
+        assert runs.run(tmp_path, *stopped) == 75
+    assert multiprocessing.active_children() == []  # the run itself has ended its workers
+    runs.scramble_generators()
+    go(tmp_path, flags, "--randaugment --resume")
+    assert runs.differences(*(runs.state_without_times(f) for f in (straight, tmp_path / "run"))) == []
+    assert runs.log_rows(straight) == runs.log_rows(tmp_path / "run")
+
+
+def test_evaluate_on_another_folder_of_the_same_classes(tmp_path, tiny, seen, capsys):
+    folder = go(tmp_path, tree_flags(make_tree(tmp_path / "tree"), 0), "--max-steps 2")
+    other = make_tree(tmp_path / "other", val_images=5)
+    *_, classes = evaluated(capsys, folder / "last.pt", "--data-dir", str(other))
+    assert [count for _, count in classes] == [5, 5, 5]
+
+
+def write_idx(folder: Path, train_images=60, test_images=20) -> None:
+    """FashionMNIST's four files as Debian has them."""
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for split, count in (("train", train_images), ("t10k", test_images)):
+        sizes = np.array([count, 28, 28], ">u4").tobytes()
+        images = bytes((0, 0, 8, 3)) + sizes + rng.integers(0, 256, count * 784, dtype=np.uint8).tobytes()
+        labels = bytes((0, 0, 8, 1)) + sizes[:4] + (np.arange(count) % 10).astype(np.uint8).tobytes()
+        (folder / f"{split}-images-idx3-ubyte.gz").write_bytes(gzip.compress(images))
+        (folder / f"{split}-labels-idx1-ubyte.gz").write_bytes(gzip.compress(labels))
+
+
+def test_fashion_mnist_from_its_four_files(tmp_path, tiny):
+    write_idx(tmp_path / "files")
+    folder = go(tmp_path, f"--dataset fashionmnist --data-dir {tmp_path / 'files'} --max-steps 3")
+    assert read(folder)["test_images"] == 20 and read(folder)["steps"] == 3
+    config = read(folder, "config.json")
+    assert (config["dataset"], config["img_size"], config["form"]) == ("FashionMNIST", 28, "small")
+
+
+def test_the_automatic_data_set_says_which_and_why(tmp_path, tiny, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    flags = f"--data-dir {tmp_path / 'none'} --max-steps 1 --no-progress"
+    assert runs.run(tmp_path, *flags.split()) == 0
+    out = capsys.readouterr().out
+    assert "--dataset auto: DIGITS" in out and "no GPU" in out
+    assert read(tmp_path / "resnet26-digits-default-seed0", "config.json")["dataset"] == "DIGITS"
+
+
+# ---- the real network -----------------------------------------------------------------------------------------------
+
+
+def test_the_main_commands_network_takes_a_step(tmp_path, monkeypatch):
+    runs.few_digits(monkeypatch)
+    folder = go(tmp_path, "--stem --max-steps 2 --epochs 1")
+    assert "stem.0.emb_mix" in model_of(folder, "best.pt")
+    assert read(folder, "config.json")["form"] == "small"
+
+
+def test_the_imagenet_form_takes_a_step(tmp_path, monkeypatch, capsys):
+    runs.few_digits(monkeypatch)
+    folder = go(tmp_path, "--stem --form imagenet --img-size 64 --max-steps 1 --batch-size 2")
+    assert "imagenet form" in capsys.readouterr().out
+    assert read(folder, "config.json")["form"] == "imagenet"
+    assert preprocess.load(dataset="DIGITS", img_size=64)[0].image_size == 64
+
+
+def test_images_above_64_pixels_get_the_imagenet_form(tmp_path, tiny):
+    assert read(go(tmp_path / "a", "--img-size 65 --max-steps 1"), "config.json")["form"] == "imagenet"
+    assert read(go(tmp_path / "b", "--img-size 64 --max-steps 1"), "config.json")["form"] == "small"
+
+
+def test_a_small_network_learns_the_digits(tmp_path, monkeypatch):
+    """200 images of 10 classes learned well above chance: the loop's parts work together."""
+    runs.few_digits(monkeypatch, 200, 60)
+    monkeypatch.setattr(assembly, "build", lambda name, num_classes, stem, **options: TinyWithNorm(num_classes))
+    folder = go(tmp_path, "--epochs 8 --lr 0.02 --optimizer adamw")
+    assert read(folder)["test_top1_pct"] > 40
+    losses = [row["train_loss"] for row in runs.log_rows(folder)]
+    assert losses[-1] < 0.6 * losses[0]
+    assert F.cross_entropy(torch.zeros(1, 10), torch.zeros(1, dtype=torch.long)).item() > losses[-1]
