@@ -2,7 +2,10 @@
 
 import dataclasses
 import json
+import math
+import os
 import random
+import re
 import time
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,7 +20,7 @@ import preprocess
 from attention import LocalAttention2d
 from audit import count_flops, count_parameters
 from checkpoint import BEST, LAST, PREVIOUS, Progress
-from config import Command, Config, ConfigError, rate_factor, resolve
+from config import Command, Config, ConfigError, flag_of, rate_factor, resolve
 from kernels import check_backend
 from model import build
 from monitor import Monitor, write_json
@@ -46,6 +49,12 @@ class Data:
         """What the epochs are watched on: the held-out images, else the test split."""
         return self.test if self.holdout is None else self.holdout
 
+    def close(self) -> None:
+        """Ends the workers: an abandoned epoch's cannot be ended once the garbage collector has met it."""
+        for split in self.splits:
+            if isinstance(split, preprocess.FolderData):
+                split.close()
+
 
 @dataclass
 class Run:
@@ -68,6 +77,8 @@ class Run:
     saved_at: float = field(default_factory=time.monotonic)
     save_failures: int = 0  # in a row
     save_seconds: float = 0.0  # spent on saves by this process
+    overwrite: bool = False  # the folder's old run is removed once this one is known to start
+    told: set[str] = field(default_factory=set)  # skipped images that were named already
 
     @property
     def scored_model(self) -> nn.Module:
@@ -81,7 +92,7 @@ class Run:
 
 def plan(command: Command) -> tuple[Config, Path, dict[str, Any] | None]:
     """The run's Config, its folder, and the state to go on from (None: from step 0)."""
-    given = {key: value for key, value in command.given.items() if value != "auto"}
+    given = without_auto(command.given)
     if command.resume:
         state = checkpoint.load_run(Path(command.resume))
         folder = (
@@ -97,7 +108,7 @@ def plan(command: Command) -> tuple[Config, Path, dict[str, Any] | None]:
     if found is None:
         print(f"--resume: no checkpoint was ever written to {folder}: starting at step 0")
         if (folder / "config.json").exists():
-            config = resumed_config(json.loads((folder / "config.json").read_text()), given)
+            config = resumed_config(read_config(folder / "config.json"), given)
         return config, folder, None
     state, path, problems = found
     for problem in problems:
@@ -105,6 +116,20 @@ def plan(command: Command) -> tuple[Config, Path, dict[str, Any] | None]:
     if path.name == PREVIOUS and (folder / LAST).exists():  # the next save must not put a damaged file in its place
         (folder / LAST).replace(folder / f"damaged-{LAST}")
     return resumed_config(state["config"], given), folder, state
+
+
+def without_auto(given: dict[str, Any]) -> dict[str, Any]:
+    """The flags whose value is not their default, "auto"."""
+    automatic = {f.name for f in dataclasses.fields(Config) if f.default == "auto"}
+    return {key: value for key, value in given.items() if not (key in automatic and value == "auto")}
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Raises ConfigError for a damaged file."""
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise ConfigError(f"{path}: damaged ({error}): --overwrite starts anew") from error
 
 
 def resumed_config(saved: dict[str, Any], given: dict[str, Any]) -> Config:
@@ -128,14 +153,27 @@ def auto_dataset(given: dict[str, Any]) -> str:
 
 
 def refuse_other_run(folder: Path, overwrite: bool) -> None:
-    """A folder that holds a run is not trained into; with --overwrite the run's files are removed."""
-    held = [folder / name for name in RUN_FILES if (folder / name).exists()]
-    if held and not overwrite:
+    """A folder that holds a run is not trained into without --overwrite. Raises ConfigError."""
+    if held_files(folder) and not overwrite:
         raise ConfigError(
             f"{folder} already holds a run: --resume goes on with it, --overwrite replaces it, --name names another"
         )
-    for path in held + list(folder.glob("events.out.tfevents.*")):
-        path.unlink()
+
+
+def held_files(folder: Path) -> list[Path]:
+    """The files of a run that the folder holds. Raises ConfigError where it cannot be looked into."""
+    try:
+        return [folder / name for name in RUN_FILES if (folder / name).exists()]
+    except OSError as error:
+        raise ConfigError(f"--output-dir, --name: {folder} cannot be written to: {error.strerror}") from error
+
+
+def claim_folder(run: Run) -> None:
+    """The folder is this run's from here on: with --overwrite the old run's files go; config.json is written."""
+    if run.overwrite:
+        for path in held_files(run.folder) + list(run.folder.glob("events.out.tfevents.*")):
+            path.unlink()
+    write_json(run.folder / "config.json", run.config.to_dict())
 
 
 def pick_device(name: str) -> torch.device:
@@ -179,22 +217,43 @@ def build_model(config: Config, num_classes: int) -> nn.Module:
     """Raises ConfigError for options that do not go together in a layer."""
     try:
         check_backend(config.backend)
+        if config.backend == "auto":
+            check_backend(os.environ.get("SASA_BACKEND") or "auto")
         return build(config.model_name, num_classes, config.stem, **config.layer_options())
     except ValueError as error:
-        raise ConfigError(str(error)) from error
+        raise ConfigError(as_flags(str(error))) from error
+
+
+def as_flags(message: str) -> str:
+    """A layer's "num_heads=7" as the flag that sets it."""
+    flags = {f.name: flag_of(f) for f in dataclasses.fields(Config)}
+    return re.sub(r"\b([a-z_]+)=", lambda m: f"{flags[m[1]]} " if m[1] in flags else m[0], message)
+
+
+def check_batch(config: Config, data: Data) -> None:
+    """Raises ConfigError where batch norm would meet one value a channel: one image whose last map is one pixel."""
+    images = min(config.batch_size, len(data.train) // config.accumulate)
+    side = math.ceil(data.info.image_size / (8 if config.form == "small" else 32))
+    if images == 1 and side == 1:
+        raise ConfigError(
+            f"--batch-size {config.batch_size}: batch norm needs 2 images at a time where the last map is one pixel, "
+            f"as of {config.img_size}x{config.img_size} images; allowed is a larger batch or a larger --img-size"
+        )
 
 
 def set_up(config: Config, folder: Path) -> Run:
-    """Device, data, network and optimizer of a run, and its folder with config.json."""
+    """Device, data, network and optimizer of a run, and its folder; nothing in the folder is changed yet."""
     device = pick_device(config.device)
     amp = pick_amp(config.amp, device)
     if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or cuBLAS refuses
         torch.use_deterministic_algorithms(True)
     make_folder(folder)
     data = load_data(config, device)
     config = dataclasses.replace(
         config, form=form_of(config, data.info), img_size=data.info.image_size, amp=AMP_NAMES[amp], name=folder.name
     )
+    check_batch(config, data)
     random.seed(config.seed)
     torch.manual_seed(config.seed)
     model = build_model(config, data.info.num_classes).to(device)
@@ -210,7 +269,6 @@ def set_up(config: Config, folder: Path) -> Run:
         autocast=partial(torch.autocast, device.type, dtype=amp, enabled=amp is not None),
     )  # fmt: skip
     describe(run)
-    write_json(folder / "config.json", config.to_dict())
     return run
 
 
@@ -228,7 +286,7 @@ def make_folder(folder: Path) -> None:
         probe.write_text("")
         probe.unlink()
     except OSError as error:
-        raise ConfigError(f"--output-dir: {folder} cannot be written to: {error.strerror}") from error
+        raise ConfigError(f"--output-dir, --name: {folder} cannot be written to: {error.strerror}") from error
 
 
 def describe(run: Run) -> None:

@@ -24,7 +24,18 @@ import torch.nn.functional as F
 
 import checkpoint
 import preprocess
-from assembly import Run, build_model, initialise, load_data, pick_amp, pick_device, plan, set_up
+from assembly import (
+    Run,
+    build_model,
+    claim_folder,
+    initialise,
+    load_data,
+    pick_amp,
+    pick_device,
+    plan,
+    set_up,
+    without_auto,
+)
 from audit import count_flops, count_parameters
 from checkpoint import BEST, CheckpointError
 from evaluation import Evaluation, evaluate
@@ -54,12 +65,16 @@ def main(command: Command) -> int:
             return evaluate_checkpoint(command)
         config, folder, state = plan(command)
         run = set_up(config, folder)
+        run.overwrite = command.overwrite
         if command.init_from is not None:
             initialise(run, Path(command.init_from))
         if state is not None:
             run.progress = checkpoint.restore(state, run.model, run.optimizer, run.scaler, run.ema)
             run.best = state["best"]
-        return train(run)
+        try:
+            return train(run)
+        finally:
+            run.data.close()
     except (ConfigError, DataError, CheckpointError) as error:
         fail(error)
 
@@ -70,10 +85,11 @@ def main(command: Command) -> int:
 def train(run: Run) -> int:
     """All epochs that are left, then the summary; returns the exit code."""
     config, progress = run.config, run.progress
+    first = next(batches(run))[0] if progress.step == 0 else None  # wrong data ends here: no file was changed yet
+    claim_folder(run)
     run.monitor = Monitor(run.folder, progress.rows, progress.step, bars=config.progress and sys.stderr.isatty())
     run.stop.install()
-    if progress.step == 0:
-        first, _ = next(iter(batches(run)))
+    if first is not None:
         run.monitor.start(0, config, str(run.model), preprocess.denormalise(first, run.data.info))
     else:
         print(f"resumed   at step {progress.step}, epoch {progress.epoch + 1}, batch {progress.batch}", flush=True)
@@ -92,6 +108,9 @@ def train(run: Run) -> int:
         return STOPPED
     except TrainingError as error:
         print(f"train.py: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:  # a full disk
+        print(f"train.py: {error}: stopping at step {progress.step}", file=sys.stderr)
         return 1
     finally:
         run.monitor.close()
@@ -233,6 +252,7 @@ def finish_epoch(run: Run) -> Evaluation:
         "peak_mem_mib": peak_memory_mib(run.device),
     }
     run.monitor.epoch(progress.step, row, result, config.epochs)
+    tell_bad_images(run)
     if run.data.holdout is not None and (progress.best_top1 is None or result.top1_pct > progress.best_top1):
         progress.best_top1, progress.best_epoch = result.top1_pct, progress.epoch + 1
         run.best = {name: value.detach().cpu().clone() for name, value in run.scored_model.state_dict().items()}
@@ -243,6 +263,14 @@ def finish_epoch(run: Run) -> Evaluation:
         if due and time.monotonic() - run.saved_at >= SAVE_GAP_SECONDS:
             save(run)
     return result
+
+
+def tell_bad_images(run: Run) -> None:
+    """Name the images that were skipped since the last time."""
+    met = {line for split in run.data.splits for line in split.bad_images}
+    for line in sorted(met - run.told):
+        run.monitor.say(f"skipped {line}")
+    run.told |= met
 
 
 def peak_memory_mib(device: torch.device) -> float:
@@ -337,7 +365,7 @@ def evaluate_checkpoint(command: Command) -> int:
     path = Path(command.evaluate)
     state = checkpoint.load(path)
     saved = Config.from_dict(state["config"])
-    given = {key: value for key, value in command.given.items() if value != "auto"}
+    given = without_auto(command.given)
     allowed = ("batch_size", "amp", "skip_bad_images")
     config = dataclasses.replace(saved, **given)
     comparable = dataclasses.replace(config, **{key: getattr(saved, key) for key in allowed})
@@ -345,7 +373,12 @@ def evaluate_checkpoint(command: Command) -> int:
     if changed:
         raise ConfigError(f"--evaluate rebuilds the checkpoint's own network and data set: {'; '.join(changed)}")
     device = pick_device(config.device)
-    amp = pick_amp(config.amp if "amp" in given else "auto", device)
+    try:
+        amp = pick_amp(config.amp, device)  # the run's own precision: its summary's figures come out again
+    except ConfigError:
+        if "amp" in given:
+            raise
+        amp = pick_amp("auto", device)
     data = load_data(dataclasses.replace(config, holdout=0.0), device)
     weights = checkpoint.weights_of(state)
     classes = weights["fc.weight"].shape[0]
@@ -355,8 +388,13 @@ def evaluate_checkpoint(command: Command) -> int:
     checkpoint.load_weights(model, weights)
     autocast = partial(torch.autocast, device.type, dtype=amp, enabled=amp is not None)
     batch_size = config.batch_size if "batch_size" in given else EVAL_BATCH
-    result = evaluate(model, data.test, classes, batch_size, autocast)
+    try:
+        result = evaluate(model, data.test, classes, batch_size, autocast)
+    finally:
+        data.close()
     print(f"{path}: {config.model_name} on the test split of {config.dataset}, {result.images} images")
+    for line in data.test.bad_images:
+        print(f"skipped {line}")
     width = max(len(name) for name in data.info.class_names)
     for name, accuracy, count in zip(
         data.info.class_names, result.per_class_pct(), result.confusion.sum(1).tolist(), strict=True
