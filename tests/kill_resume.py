@@ -19,7 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-import runs  # noqa: E402 (a script: its folder must be on the path first)
+import small_runs  # noqa: E402 (a script: its folder must be on the path first)
 
 
 def command(folder: Path, epochs: int, *more: str) -> list[str]:
@@ -75,11 +75,11 @@ def main() -> int:
         started = time.monotonic()
         hits = kill_and_resume(output / "killed", options.kills, options.epochs, random.Random(options.seed))
         a, b = output / "straight" / "run", output / "killed" / "run"
-        wrong = runs.differences(runs.state_without_times(a), runs.state_without_times(b))
-        wrong += runs.differences(
-            runs.state_without_times(a, "best.pt"), runs.state_without_times(b, "best.pt"), "best"
+        wrong = small_runs.differences(small_runs.state_without_times(a), small_runs.state_without_times(b))
+        wrong += small_runs.differences(
+            small_runs.state_without_times(a, "best.pt"), small_runs.state_without_times(b, "best.pt"), "best"
         )
-        wrong += [] if runs.log_rows(a) == runs.log_rows(b) else ["log.jsonl"]
+        wrong += [] if small_runs.log_rows(a) == small_runs.log_rows(b) else ["log.jsonl"]
     finally:
         shutil.rmtree(output)
     verdict = f"{len(wrong)} differences: {wrong[:5]}" if wrong else "bitwise equal to the run that was not killed"

@@ -5,13 +5,13 @@ import functools
 import io
 import math
 
-import oracle
 import pytest
 import torch
 from torch import nn
 
 import attention
 import kernels
+import oracle
 from attention import LocalAttention2d
 
 BASE = {"in_channels": 8, "out_channels": 12, "kernel_size": 3, "num_heads": 2}

@@ -8,12 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
-import runs
 import torch
-from test_train import BASE, Tiny, go, make_tree, seen, tiny, tree_flags, write_idx  # noqa: F401 (fixtures)
 
 import assembly
 import preprocess
+import small_runs
+from test_train import BASE, Tiny, go, make_tree, seen, tiny, tree_flags, write_idx  # noqa: F401 (fixtures)
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -26,7 +26,7 @@ def refused(capsys, output: Path, flags: str, *words: str) -> str:
     """The line that these flags end with; it names `words`, and the files of `output` are as they were."""
     before = files(output) if output.is_dir() else {}
     capsys.readouterr()
-    assert runs.run(output, *BASE.split(), *flags.split()) == 2
+    assert small_runs.run(output, *BASE.split(), *flags.split()) == 2
     error = capsys.readouterr().err
     after = files(output) if output.is_dir() else {}
     assert {path: after.get(path) for path in before} == before
@@ -39,7 +39,7 @@ def refused(capsys, output: Path, flags: str, *words: str) -> str:
 def finished_run(tmp_path_factory):
     """The folder of a whole run named "run"; tests take copies."""
     with pytest.MonkeyPatch.context() as patch:
-        runs.few_digits(patch)
+        small_runs.few_digits(patch)
         patch.setattr(assembly, "build", lambda name, num_classes, stem, **options: Tiny(num_classes))
         return go(tmp_path_factory.mktemp("finished"), "--max-steps 2")
 
@@ -92,7 +92,7 @@ def test_a_truncated_jpeg_is_skipped_only_when_asked_then_named_and_counted(tmp_
     assert (summary["bad_images"], summary["test_images"], summary["steps"]) == (2, 8, 6)
     for path in bad:
         assert str(path) in out + error, "a skipped image is named"
-    assert runs.run(tmp_path, "--evaluate", str(folder / "best.pt"), "--num-workers", "0") == 0
+    assert small_runs.run(tmp_path, "--evaluate", str(folder / "best.pt"), "--num-workers", "0") == 0
     assert "8 images" in capsys.readouterr().out
 
 
@@ -125,13 +125,13 @@ def test_images_smaller_than_the_network_takes(tmp_path, tiny, capsys):  # noqa:
                                    "--batch-size 1 --img-size 32 --form imagenet"])  # fmt: skip
 def test_one_image_of_one_pixel_cannot_be_normalised(tmp_path, monkeypatch, capsys, flags):
     """The last map of 8x8 images (32x32 in the ImageNet form) is one pixel: batch norm needs two images."""
-    runs.few_digits(monkeypatch)
+    small_runs.few_digits(monkeypatch)
     refused(capsys, tmp_path, f"{flags} --model-name NaiveResNet26", "--batch-size", "batch norm")
     assert not (tmp_path / "run/config.json").exists()
 
 
 def test_one_image_at_a_time_is_fine_where_maps_are_larger(tmp_path, monkeypatch):
-    runs.few_digits(monkeypatch)
+    small_runs.few_digits(monkeypatch)
     go(tmp_path, "--batch-size 1 --img-size 9 --model-name NaiveResNet26 --max-steps 1")
 
 
@@ -146,7 +146,7 @@ def test_other_classes_than_the_checkpoints(tmp_path, tiny, tree, capsys, classe
     other = make_tree(tmp_path / "other", classes)
     capsys.readouterr()
     flags = ["--evaluate", str(folder / "best.pt"), "--data-dir", str(other), "--num-workers", "0"]
-    assert runs.run(tmp_path, *flags) == 2
+    assert small_runs.run(tmp_path, *flags) == 2
     error = capsys.readouterr().err
     assert f"{len(classes)} classes" in error and "has 3" in error and error.count("\n") == 1
     before = (folder / "last.pt").read_bytes()
@@ -169,7 +169,7 @@ MACHINE = [("--amp fp16", "fp16 off bf16"), ("--device cuda --amp off", "cuda 0"
 
 @pytest.mark.parametrize(("flags", "words"), MACHINE)
 def test_what_this_machine_or_network_has_not_got(tmp_path, monkeypatch, capsys, flags, words):
-    runs.few_digits(monkeypatch)
+    small_runs.few_digits(monkeypatch)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     refused(capsys, tmp_path, flags, *words.split())
@@ -177,12 +177,12 @@ def test_what_this_machine_or_network_has_not_got(tmp_path, monkeypatch, capsys,
 
 @pytest.mark.parametrize(("flags", "words"), [("--backend cuda9", "--backend"), ("--num-heads 7", "--num-heads 7")])
 def test_options_that_the_network_refuses_are_named_as_flags(tmp_path, monkeypatch, capsys, flags, words):
-    runs.few_digits(monkeypatch)
+    small_runs.few_digits(monkeypatch)
     refused(capsys, tmp_path, flags, words)
 
 
 def test_an_unknown_backend_in_the_environment(tmp_path, monkeypatch, capsys):
-    runs.few_digits(monkeypatch)
+    small_runs.few_digits(monkeypatch)
     monkeypatch.setenv("SASA_BACKEND", "cuda9")
     refused(capsys, tmp_path, "--max-steps 1", "cuda9")
 
@@ -197,7 +197,7 @@ def test_evaluate_of_a_missing_or_foreign_file(tmp_path, tiny, capsys):  # noqa:
     (tmp_path / "x.pt").write_bytes(b"nothing")
     for path, words in ((tmp_path / "none.pt", "no such file"), (tmp_path / "x.pt", "not a checkpoint")):
         capsys.readouterr()
-        assert runs.run(tmp_path, "--evaluate", str(path)) == 2
+        assert small_runs.run(tmp_path, "--evaluate", str(path)) == 2
         error = capsys.readouterr().err
         assert words in error and error.count("\n") == 1
 
@@ -261,7 +261,7 @@ def test_a_resume_removes_nothing_before_its_first_save(held, monkeypatch):
 
     monkeypatch.setattr("train.train_step", train_step)
     with pytest.raises(Killed):
-        runs.run(held, *BASE.split(), "--resume")
+        small_runs.run(held, *BASE.split(), "--resume")
     after = files(held)
     assert [path for path in before if path.suffix == ".pt" and after.get(path) != before[path]] == []
 
@@ -286,7 +286,7 @@ def test_a_full_disk_at_the_end_is_one_line_and_exit_1(tmp_path, tiny, monkeypat
         monkeypatch.setattr(checkpoint, "save", lambda s, f, n="last.pt": full() if n == name else original(s, f, n))
     else:
         monkeypatch.setattr(train, "write_json", full)
-    assert runs.run(tmp_path, *BASE.split()) == 1
+    assert small_runs.run(tmp_path, *BASE.split()) == 1
     error = capsys.readouterr().err
     assert "No space left" in error and error.count("\n") == 1
 

@@ -5,9 +5,8 @@ import os
 import subprocess
 import sys
 
-from conftest import ROOT
-
 import hubconf
+from conftest import ROOT
 
 PARAMETERS = {
     "naive_resnet26": 8_740_682,

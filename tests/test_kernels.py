@@ -9,13 +9,13 @@ import itertools
 import sys
 import types
 
-import oracle
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import kernels
+import oracle
 from kernels import local_attention, local_attention_packed, reference
 
 BACKENDS = [

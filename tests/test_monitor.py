@@ -6,19 +6,19 @@ import sys
 from contextlib import nullcontext
 
 import pytest
-import runs
 import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
-from test_train import Tiny, go, tiny  # noqa: F401 (a fixture)
 from torchvision.transforms.v2.functional import pil_to_tensor
 from tqdm import tqdm
 
 import monitor
 import preprocess
+import small_runs
 from evaluation import Evaluation, evaluate
 from monitor import Monitor, captioned, confusion_picture, enlarge, grid, text_strip
+from test_train import Tiny, go, tiny  # noqa: F401 (a fixture)
 
 DARK = (8, 48, 107)
 STEP_TAGS = {"train/loss", "train/top1_pct", "train/lr", "train/grad_norm"}
@@ -194,7 +194,7 @@ class EagerBar(tqdm):
 
 def test_quiet_where_standard_error_is_no_terminal(tmp_path, tiny, capsys):  # noqa: F811
     assert (
-        runs.run(
+        small_runs.run(
             tmp_path, *["--dataset", "DIGITS", "--name", "run", "--epochs", "2", "--batch-size", "4", "--device", "cpu"]
         )
         == 0
@@ -207,7 +207,7 @@ def test_quiet_where_standard_error_is_no_terminal(tmp_path, tiny, capsys):  # n
 def test_bars_on_a_terminal_unless_told_not_to(tmp_path, tiny, capsys, monkeypatch, flag):  # noqa: F811
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     monkeypatch.setattr(monitor, "tqdm", EagerBar)
-    assert runs.run(tmp_path, *WATCHED.split(), *flag.split()) == 0
+    assert small_runs.run(tmp_path, *WATCHED.split(), *flag.split()) == 0
     error = capsys.readouterr().err
     if flag:
         assert error == ""

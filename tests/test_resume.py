@@ -7,12 +7,12 @@ import signal
 from pathlib import Path
 
 import pytest
-import runs
 import torch
-from runs import FLAGS
 
 import checkpoint
+import small_runs
 import train
+from small_runs import FLAGS
 
 STRAIGHT = FLAGS.split()
 
@@ -21,9 +21,9 @@ STRAIGHT = FLAGS.split()
 def straight(tmp_path_factory):
     """The uninterrupted run's folder; tests only read it."""
     with pytest.MonkeyPatch.context() as patch:
-        runs.few_digits(patch)
+        small_runs.few_digits(patch)
         output = tmp_path_factory.mktemp("straight")
-        assert runs.run(output, *STRAIGHT) == 0
+        assert small_runs.run(output, *STRAIGHT) == 0
     return output / "run"
 
 
@@ -31,16 +31,16 @@ def straight(tmp_path_factory):
 def stopped_at_6(tmp_path_factory):
     """The folder of a run stopped by SIGTERM after 6 of its 8 steps; tests copy it."""
     with pytest.MonkeyPatch.context() as patch:
-        runs.few_digits(patch)
+        small_runs.few_digits(patch)
         kill_at_step(patch, 5, lambda: os.kill(os.getpid(), signal.SIGTERM))
         output = tmp_path_factory.mktemp("stopped")
-        assert runs.run(output, *STRAIGHT) == 75
+        assert small_runs.run(output, *STRAIGHT) == 75
     return output / "run"
 
 
 @pytest.fixture(autouse=True)
 def _few_digits(monkeypatch):
-    runs.few_digits(monkeypatch)
+    small_runs.few_digits(monkeypatch)
 
 
 class Killed(BaseException):
@@ -62,9 +62,14 @@ def kill_at_step(monkeypatch, step, what=None):
 
 
 def assert_same_run(a: Path, b: Path):
-    assert runs.differences(runs.state_without_times(a), runs.state_without_times(b)) == []
-    assert runs.differences(runs.state_without_times(a, "best.pt"), runs.state_without_times(b, "best.pt")) == []
-    assert runs.log_rows(a) == runs.log_rows(b)
+    assert small_runs.differences(small_runs.state_without_times(a), small_runs.state_without_times(b)) == []
+    assert (
+        small_runs.differences(
+            small_runs.state_without_times(a, "best.pt"), small_runs.state_without_times(b, "best.pt")
+        )
+        == []
+    )
+    assert small_runs.log_rows(a) == small_runs.log_rows(b)
     summaries = [json.loads((folder / "summary.json").read_text()) for folder in (a, b)]
     for summary in summaries:
         summary.pop("seconds")
@@ -73,13 +78,13 @@ def assert_same_run(a: Path, b: Path):
 
 
 def resume(output, *flags):
-    runs.scramble_generators()
-    return runs.run(output, *STRAIGHT, "--resume", *flags)
+    small_runs.scramble_generators()
+    return small_runs.run(output, *STRAIGHT, "--resume", *flags)
 
 
 def test_the_same_command_twice_is_bitwise_the_same(tmp_path, straight):
-    runs.scramble_generators()
-    assert runs.run(tmp_path, *STRAIGHT) == 0
+    small_runs.scramble_generators()
+    assert small_runs.run(tmp_path, *STRAIGHT) == 0
     assert_same_run(straight, tmp_path / "run")
 
 
@@ -88,7 +93,7 @@ def test_sigterm_at_any_step_then_resume(tmp_path, straight, monkeypatch, step, 
     """Mid-epoch (1), at an epoch's last step (3, 7) and at its first (4)."""
     with monkeypatch.context() as patch:
         kill_at_step(patch, step, lambda: os.kill(os.getpid(), signal.SIGTERM))
-        assert runs.run(tmp_path, *STRAIGHT) == train.STOPPED == 75
+        assert small_runs.run(tmp_path, *STRAIGHT) == train.STOPPED == 75
     assert f"stopped by SIGTERM at step {step + 1}" in capsys.readouterr().out
     assert resume(tmp_path) == 0
     assert_same_run(straight, tmp_path / "run")
@@ -100,7 +105,7 @@ def test_killed_after_a_save_then_resume(tmp_path, straight, monkeypatch, step):
     with monkeypatch.context() as patch:
         kill_at_step(patch, step)
         with pytest.raises(Killed):
-            runs.run(tmp_path, *STRAIGHT)
+            small_runs.run(tmp_path, *STRAIGHT)
     assert torch.load(tmp_path / "run/last.pt", weights_only=True)["progress"]["step"] == 4
     assert resume(tmp_path) == 0
     assert_same_run(straight, tmp_path / "run")
@@ -110,7 +115,7 @@ def test_killed_before_any_save_starts_at_step_0_and_says_so(tmp_path, straight,
     with monkeypatch.context() as patch:
         kill_at_step(patch, 2)
         with pytest.raises(Killed):
-            runs.run(tmp_path, *STRAIGHT)
+            small_runs.run(tmp_path, *STRAIGHT)
     assert not (tmp_path / "run/last.pt").exists()
     assert resume(tmp_path) == 0
     assert "starting at step 0" in capsys.readouterr().out
@@ -132,7 +137,7 @@ def test_killed_during_a_save_then_resume(tmp_path, straight, monkeypatch):
 
         patch.setattr(torch, "save", torch_save)
         with pytest.raises(Killed):
-            runs.run(tmp_path, *STRAIGHT)
+            small_runs.run(tmp_path, *STRAIGHT)
     assert (tmp_path / "run/.last.pt.tmp").read_bytes() == b"half"
     assert resume(tmp_path) == 0
     assert_same_run(straight, tmp_path / "run")
@@ -142,21 +147,21 @@ def test_resuming_twice_and_by_path(tmp_path, straight, monkeypatch):
     for step in (1, 5):
         with monkeypatch.context() as patch:
             kill_at_step(patch, step, lambda: os.kill(os.getpid(), signal.SIGUSR1))
-            assert (runs.run(tmp_path, *STRAIGHT) if step == 1 else resume(tmp_path)) == 75
-    runs.scramble_generators()
-    assert runs.run(tmp_path / "ignored", "--resume", str(tmp_path / "run/last.pt"), "--no-progress") == 0
+            assert (small_runs.run(tmp_path, *STRAIGHT) if step == 1 else resume(tmp_path)) == 75
+    small_runs.scramble_generators()
+    assert small_runs.run(tmp_path / "ignored", "--resume", str(tmp_path / "run/last.pt"), "--no-progress") == 0
     assert_same_run(straight, tmp_path / "run")
 
 
 def test_a_run_cut_by_max_steps_ends_whole_and_goes_on_exactly(tmp_path, straight):
-    assert runs.run(tmp_path, *STRAIGHT, "--max-steps", "6") == 0
+    assert small_runs.run(tmp_path, *STRAIGHT, "--max-steps", "6") == 0
     folder = tmp_path / "run"
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["steps"] == 6
-    assert [row["step"] for row in runs.log_rows(folder)] == [4, 6]
+    assert [row["step"] for row in small_runs.log_rows(folder)] == [4, 6]
     assert (folder / "best.pt").exists() and (folder / "last.pt").exists()
     assert resume(tmp_path, "--max-steps", "6") == 0  # nothing left to do: the same end again
-    assert [row["step"] for row in runs.log_rows(folder)] == [4, 6]
+    assert [row["step"] for row in small_runs.log_rows(folder)] == [4, 6]
     assert resume(tmp_path) == 0
     assert_same_run(straight, folder)
 
@@ -232,7 +237,7 @@ LEFT_OUT = {
 def test_negative_control_a_state_without_this_part_is_not_the_same_run(tmp_path, straight, stopped_at_6, part):
     shutil.copytree(stopped_at_6, tmp_path / "run")
     state = torch.load(tmp_path / "run/last.pt", weights_only=True)
-    runs.scramble_generators()
+    small_runs.scramble_generators()
     LEFT_OUT[part](state)
     checkpoint.save(state, tmp_path / "run")
     assert resume(tmp_path) == 0
@@ -254,7 +259,7 @@ def test_negative_control_best_weights_left_out(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "evaluate", evaluate)
     with monkeypatch.context() as patch:
         kill_at_step(patch, 5, lambda: os.kill(os.getpid(), signal.SIGTERM))
-        assert runs.run(tmp_path, *STRAIGHT) == 75
+        assert small_runs.run(tmp_path, *STRAIGHT) == 75
     shutil.copytree(tmp_path / "run", tmp_path / "whole" / "run")
     assert resume(tmp_path / "whole") == 0
     assert torch.load(tmp_path / "whole/run/best.pt", weights_only=True)["epoch"] == 1
@@ -264,7 +269,7 @@ def test_negative_control_best_weights_left_out(tmp_path, monkeypatch):
     scores = iter([10.0])
     resume(tmp_path)
     best = [torch.load(tmp_path / f / "best.pt", weights_only=True)["model"] for f in ("run", "whole/run")]
-    assert runs.differences(*best) != []
+    assert small_runs.differences(*best) != []
 
 
 # ---- what may change and what may not -------------------------------------------------------------------------------
@@ -291,28 +296,28 @@ def test_flags_that_cannot_change_the_result_may_change(stopped, straight):
 
 
 def test_a_missing_named_checkpoint_is_exit_2(tmp_path, capsys):
-    assert runs.run(tmp_path, *STRAIGHT, "--resume", str(tmp_path / "none.pt")) == 2
+    assert small_runs.run(tmp_path, *STRAIGHT, "--resume", str(tmp_path / "none.pt")) == 2
     assert "none.pt: no such file" in capsys.readouterr().err
 
 
 def test_a_folder_that_holds_a_run_is_refused_without_resume_or_overwrite(stopped, capsys):
     before = {path: path.read_bytes() for path in (stopped / "run").iterdir()}
-    assert runs.run(stopped, *STRAIGHT) == 2
+    assert small_runs.run(stopped, *STRAIGHT) == 2
     assert "--resume" in capsys.readouterr().err
     assert {path: path.read_bytes() for path in (stopped / "run").iterdir()} == before
-    assert runs.run(stopped, *STRAIGHT, "--overwrite", "--max-steps", "1") == 0
-    assert [row["step"] for row in runs.log_rows(stopped / "run")] == [1]
+    assert small_runs.run(stopped, *STRAIGHT, "--overwrite", "--max-steps", "1") == 0
+    assert [row["step"] for row in small_runs.log_rows(stopped / "run")] == [1]
 
 
 def test_tensorboard_has_each_step_once_after_a_resume(tmp_path, straight, monkeypatch):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     monkeypatch.setattr("monitor.SCALAR_EVERY", 1)
-    assert runs.run(tmp_path / "straight", *STRAIGHT) == 0
+    assert small_runs.run(tmp_path / "straight", *STRAIGHT) == 0
     with monkeypatch.context() as patch:
         kill_at_step(patch, 7)
         with pytest.raises(Killed):
-            runs.run(tmp_path, *STRAIGHT)
+            small_runs.run(tmp_path, *STRAIGHT)
     assert resume(tmp_path) == 0
 
     def scalars(folder, tag):
@@ -359,14 +364,14 @@ def failing_saves(monkeypatch, failures):
 
 def test_a_failed_save_is_said_and_the_run_goes_on(tmp_path, straight, monkeypatch, capsys):
     failing_saves(monkeypatch, 1)
-    assert runs.run(tmp_path, *STRAIGHT) == 0
+    assert small_runs.run(tmp_path, *STRAIGHT) == 0
     assert "save failed (1 in a row): No space left" in capsys.readouterr().out
     assert_same_run(straight, tmp_path / "run")
 
 
 def test_three_failed_saves_in_a_row_stop_the_run(tmp_path, monkeypatch, capsys):
     failing_saves(monkeypatch, 99)
-    assert runs.run(tmp_path, *STRAIGHT, "--save-minutes", "1e-9") == 1
+    assert small_runs.run(tmp_path, *STRAIGHT, "--save-minutes", "1e-9") == 1
     assert "3 saves failed in a row" in capsys.readouterr().err
 
 
@@ -375,7 +380,7 @@ def test_three_failed_saves_in_a_row_stop_the_run(tmp_path, monkeypatch, capsys)
 
 def test_init_from_takes_weights_and_says_what_it_did_not(tmp_path, straight, capsys):
     flags = [*STRAIGHT, "--kernel-size", "5", "--max-steps", "1", "--init-from", str(straight / "last.pt")]
-    assert runs.run(tmp_path, *flags) == 0
+    assert small_runs.run(tmp_path, *flags) == 0
     out = capsys.readouterr().out
     assert "layer1.0.spatial.rel_row: interpolated from 7 to 5 offsets" in out
     assert torch.load(tmp_path / "run/last.pt", weights_only=True)["progress"]["step"] == 1
@@ -383,5 +388,5 @@ def test_init_from_takes_weights_and_says_what_it_did_not(tmp_path, straight, ca
 
 def test_init_from_a_damaged_file_is_exit_2(tmp_path, capsys):
     (tmp_path / "x.pt").write_bytes(b"nothing")
-    assert runs.run(tmp_path, *STRAIGHT, "--init-from", str(tmp_path / "x.pt")) == 2
+    assert small_runs.run(tmp_path, *STRAIGHT, "--init-from", str(tmp_path / "x.pt")) == 2
     assert "x.pt" in capsys.readouterr().err

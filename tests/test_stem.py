@@ -3,11 +3,11 @@
 import functools
 import itertools
 
-import oracle
 import pytest
 import torch
 
 import kernels
+import oracle
 from attention import AttentionStem
 
 SMALL = {"in_channels": 3, "out_channels": 8, "block_size": 4, "num_heads": 2, "num_mixtures": 3}

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import runs
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -18,6 +17,7 @@ from torch import nn
 import assembly
 import checkpoint
 import preprocess
+import small_runs
 import train
 
 BASE = "--dataset DIGITS --epochs 2 --batch-size 4 --name run --no-progress --device cpu --ema 0"
@@ -59,7 +59,7 @@ class TinyWithNorm(Tiny):
 @pytest.fixture
 def tiny(monkeypatch):
     """DIGITS cut to 40 + 12 images, 10 steps an epoch, and Tiny for every model name."""
-    runs.few_digits(monkeypatch)
+    small_runs.few_digits(monkeypatch)
     monkeypatch.setattr(assembly, "build", lambda name, num_classes, stem, **options: Tiny(num_classes))
 
 
@@ -89,7 +89,7 @@ def seen(monkeypatch):
 
 def go(output: Path, *flags: str) -> Path:
     """A run that ends well; its folder."""
-    assert runs.run(output, *BASE.split(), *" ".join(flags).split()) == 0
+    assert small_runs.run(output, *BASE.split(), *" ".join(flags).split()) == 0
     return output / "run"
 
 
@@ -140,7 +140,7 @@ def test_without_holdout_the_last_epoch_is_kept_and_summary_says_so(tmp_path, ti
     folder = go(tmp_path)
     assert "last epoch" in read(folder)["selected"]
     assert torch.load(folder / "best.pt", weights_only=True)["epoch"] == 2
-    assert runs.differences(model_of(folder), model_of(folder, "best.pt")) == []
+    assert small_runs.differences(model_of(folder), model_of(folder, "best.pt")) == []
 
 
 def test_with_holdout_the_best_epoch_is_kept_and_the_test_set_is_scored_once(tmp_path, tiny, monkeypatch):
@@ -162,17 +162,17 @@ def test_with_holdout_the_best_epoch_is_kept_and_the_test_set_is_scored_once(tmp
     assert (best["epoch"], best["selected"]) == (1, read(folder)["selected"])
     monkeypatch.setattr(train, "evaluate", original)
     after_one = go(tmp_path / "one", "--holdout 8 --epochs 3 --max-steps 8")
-    assert runs.differences(best["model"], model_of(after_one)) == []
-    assert runs.differences(best["model"], model_of(folder)) != []
+    assert small_runs.differences(best["model"], model_of(after_one)) == []
+    assert small_runs.differences(best["model"], model_of(folder)) != []
     assert read(folder)["test_loss"] == read(after_one)["test_loss"]
 
 
 def test_max_steps_ends_the_run_as_its_last_epoch(tmp_path, tiny):
     folder = go(tmp_path, "--max-steps 3")
     assert read(folder)["steps"] == 3 and read(folder)["epochs"] == 0
-    assert [row["step"] for row in runs.log_rows(folder)] == [3]
-    straight = runs.log_rows(go(tmp_path / "whole"))
-    assert runs.log_rows(folder)[0]["lr"] != straight[0]["lr"]
+    assert [row["step"] for row in small_runs.log_rows(folder)] == [3]
+    straight = small_runs.log_rows(go(tmp_path / "whole"))
+    assert small_runs.log_rows(folder)[0]["lr"] != straight[0]["lr"]
     last = torch.load(folder / "last.pt", weights_only=True)["progress"]
     assert (last["step"], last["batch"], last["epoch"]) == (3, 3, 0)
     assert (folder / "best.pt").exists()
@@ -182,8 +182,8 @@ def test_the_moving_average_is_what_is_scored_and_kept(tmp_path, tiny):
     folder = go(tmp_path, "--ema 0.9")
     state = torch.load(folder / "last.pt", weights_only=True)
     average = {k.removeprefix("module."): v for k, v in state["ema"].items() if k.startswith("module.")}
-    assert runs.differences(average, model_of(folder, "best.pt")) == []
-    assert runs.differences(average, state["model"]) != []
+    assert small_runs.differences(average, model_of(folder, "best.pt")) == []
+    assert small_runs.differences(average, state["model"]) != []
 
 
 # ---- one step -------------------------------------------------------------------------------------------------------
@@ -197,7 +197,7 @@ def test_the_loss_is_the_smoothed_cross_entropy(tmp_path, tiny, seen):
     ((images, labels),) = first_batches(seen[0])
     log_p = network(images).log_softmax(1)
     wanted = -(0.7 * log_p.gather(1, labels[:, None]).mean() + 0.3 * log_p.mean())
-    assert runs.log_rows(folder)[0]["train_loss"] == pytest.approx(wanted.item(), rel=1e-5)
+    assert small_runs.log_rows(folder)[0]["train_loss"] == pytest.approx(wanted.item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("mixing", ["--mixup 0.4", "--cutmix 1"])
@@ -209,16 +209,16 @@ def test_mixed_images_have_soft_targets(tmp_path, tiny, seen, mixing):
     ((images, targets),) = first_batches(seen[0])
     assert targets.shape == (4, 10) and ((targets > 0).sum(1) == 2).any()
     wanted = -(targets * network(images).log_softmax(1)).sum(1).mean()
-    assert runs.log_rows(folder)[0]["train_loss"] == pytest.approx(wanted.item(), rel=1e-5)
+    assert small_runs.log_rows(folder)[0]["train_loss"] == pytest.approx(wanted.item(), rel=1e-5)
 
 
 def test_two_batches_of_four_are_one_of_eight(tmp_path, tiny, seen):
     """Loss, gradient norm's effect and weights after 3 steps, but for rounding."""
     flags = "--lr 0.1 --optimizer sgd --clip-grad 1 --max-steps 3 --batch-size"
     whole, parts = go(tmp_path / "a", flags, "8"), go(tmp_path / "b", flags, "4 --accumulate 2")
-    a, b = runs.log_rows(whole)[0], runs.log_rows(parts)[0]
+    a, b = small_runs.log_rows(whole)[0], small_runs.log_rows(parts)[0]
     assert a["train_loss"] == pytest.approx(b["train_loss"], rel=1e-5) and a["step"] == b["step"] == 3
-    assert runs.differences(seen.first[0], model_of(whole)) != []
+    assert small_runs.differences(seen.first[0], model_of(whole)) != []
     for name, value in model_of(whole).items():
         torch.testing.assert_close(value, model_of(parts)[name], rtol=1e-4, atol=1e-6)
 
@@ -238,7 +238,7 @@ def test_these_flags_train_and_change_the_result(tmp_path, tiny, seen, flags):
     other = {"--optimizer sgd": "--optimizer adamw", "--optimizer adamw": "--optimizer sgd"}.get(flags, "")
     plain = f"--max-steps 2 {other}"
     folder = go(tmp_path / "with", flags, "--max-steps 2")
-    assert runs.differences(model_of(go(tmp_path / "without", plain)), model_of(folder)) != []
+    assert small_runs.differences(model_of(go(tmp_path / "without", plain)), model_of(folder)) != []
     kind = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}[read(folder, "config.json")["optimizer"]]
     assert type(seen[0].optimizer) is kind
 
@@ -246,7 +246,7 @@ def test_these_flags_train_and_change_the_result(tmp_path, tiny, seen, flags):
 def test_the_papers_batch_norm_and_average(tmp_path, tiny, seen, monkeypatch):
     monkeypatch.setattr(assembly, "build", lambda name, num_classes, stem, **options: TinyWithNorm(num_classes))
     flags = BASE.replace("--ema 0", "--recipe paper --max-steps 1")
-    assert runs.run(tmp_path, *flags.split()) == 0
+    assert small_runs.run(tmp_path, *flags.split()) == 0
     assert seen[0].model.bn.momentum == 1e-4
     assert seen[0].config.ema == 0.9999 and seen[0].scored_model is seen[0].ema.module
 
@@ -263,14 +263,14 @@ def test_the_warm_up_and_rate_of_each_step_reach_the_optimizer(tmp_path, tiny, m
     folder = go(tmp_path, "--lr 0.5 --warmup-epochs 1 --max-steps 11")
     assert [a for a, _ in rates[:10]] == pytest.approx([0.05 * i for i in range(1, 11)])
     assert all(a == b for a, b in rates)
-    assert [row["lr"] for row in runs.log_rows(folder)] == [rates[9][0], rates[10][0]]
+    assert [row["lr"] for row in small_runs.log_rows(folder)] == [rates[9][0], rates[10][0]]
 
 
 # ---- precision, layout, compilation ---------------------------------------------------------------------------------
 
 
 def test_bf16_on_the_cpu_is_near_fp32(tmp_path, tiny):
-    losses = [runs.log_rows(go(tmp_path / amp, "--amp", amp))[-1]["train_loss"] for amp in ("off", "bf16")]
+    losses = [small_runs.log_rows(go(tmp_path / amp, "--amp", amp))[-1]["train_loss"] for amp in ("off", "bf16")]
     assert losses[0] != losses[1] and losses[0] == pytest.approx(losses[1], rel=0.02)
     assert read(tmp_path / "bf16/run", "config.json")["amp"] == "bf16"
 
@@ -316,15 +316,15 @@ def test_compile_trains_the_compiled_network_and_keeps_plain_names(tmp_path, tin
     folder = go(tmp_path, "--compile --max-steps 3")
     assert len(steps) == 3  # evaluation takes the network itself
     assert model_of(folder).keys() == Tiny(10).state_dict().keys()
-    assert runs.differences(model_of(folder), model_of(go(tmp_path / "plain", "--max-steps 3"))) == []
+    assert small_runs.differences(model_of(folder), model_of(go(tmp_path / "plain", "--max-steps 3"))) == []
 
 
 @pytest.mark.slow
 def test_compile_of_the_real_network(tmp_path, monkeypatch):
-    runs.few_digits(monkeypatch)
+    small_runs.few_digits(monkeypatch)
     flags = "--max-steps 2 --lr 1e-3 --kernel-size 3 --backend reference"
     compiled, plain = go(tmp_path / "a", flags, "--compile"), go(tmp_path / "b", flags)
-    a, b = runs.log_rows(compiled)[0], runs.log_rows(plain)[0]
+    a, b = small_runs.log_rows(compiled)[0], small_runs.log_rows(plain)[0]
     assert a["train_loss"] == pytest.approx(b["train_loss"], rel=1e-3)
 
 
@@ -347,14 +347,14 @@ def test_what_is_not_finite_stops_the_run_before_the_update(tmp_path, tiny, seen
     monkeypatch.setattr(Tiny, "spoil", staticmethod(spoil))
     capsys.readouterr()
     flags = [*BASE.split(), "--save-minutes", "1e-9", "--warmup-epochs", "1", "--lr", "0.01"]
-    assert runs.run(tmp_path, *flags) == 1
+    assert small_runs.run(tmp_path, *flags) == 1
     error = capsys.readouterr().err
     last_loss = torch.load(good / "last.pt", weights_only=True)["progress"]["last_loss"]
     for words in (what, "step 3,", "epoch 1", "rate 0.003", f"last finite loss {last_loss:.4f}", "--lr"):
         assert words in error, words
     assert "Traceback" not in error and error.count("\n") == 1
-    assert runs.differences(dict(seen[1].model.state_dict()), model_of(good)) == []  # in memory and on the disk
-    assert runs.differences(model_of(tmp_path / "run"), model_of(good)) == []
+    assert small_runs.differences(dict(seen[1].model.state_dict()), model_of(good)) == []  # in memory and on the disk
+    assert small_runs.differences(model_of(tmp_path / "run"), model_of(good)) == []
     assert not (tmp_path / "run/summary.json").exists()
 
 
@@ -364,7 +364,7 @@ def test_what_is_not_finite_stops_the_run_before_the_update(tmp_path, tiny, seen
 def evaluated(capsys, path: Path, *flags: str) -> tuple[float, float, float, list[tuple[float, int]]]:
     """Top-1, top-5, loss and (accuracy, images) of each class, as --evaluate prints them."""
     capsys.readouterr()
-    assert runs.run(path.parent / "nowhere", "--evaluate", str(path), *flags) == 0
+    assert small_runs.run(path.parent / "nowhere", "--evaluate", str(path), *flags) == 0
     out, error = capsys.readouterr()
     assert error == "" and not (path.parent / "nowhere").exists()
     *head, last = out.splitlines()
@@ -397,7 +397,7 @@ def test_evaluate_of_another_network_or_data_set_is_refused(tmp_path, tiny, caps
     folder = go(tmp_path)
     for flags in ("--dataset MNIST", "--kernel-size 3"):
         capsys.readouterr()
-        assert runs.run(tmp_path, "--evaluate", str(folder / "best.pt"), *flags.split()) == 2
+        assert small_runs.run(tmp_path, "--evaluate", str(folder / "best.pt"), *flags.split()) == 2
         assert flags.split()[0] in capsys.readouterr().err
 
 
@@ -438,12 +438,12 @@ def test_a_tree_of_jpegs_trains_evaluates_and_is_resumed_bitwise(tmp_path, tiny,
     with monkeypatch.context() as patch:
         patch.setattr(Tiny, "spoil", staticmethod(spoil))
         stopped = [*BASE.split(), *flags.split(), "--randaugment"]
-        assert runs.run(tmp_path, *stopped) == 75
+        assert small_runs.run(tmp_path, *stopped) == 75
     assert multiprocessing.active_children() == []  # the run itself has ended its workers
-    runs.scramble_generators()
+    small_runs.scramble_generators()
     go(tmp_path, flags, "--randaugment --resume")
-    assert runs.differences(*(runs.state_without_times(f) for f in (straight, tmp_path / "run"))) == []
-    assert runs.log_rows(straight) == runs.log_rows(tmp_path / "run")
+    assert small_runs.differences(*(small_runs.state_without_times(f) for f in (straight, tmp_path / "run"))) == []
+    assert small_runs.log_rows(straight) == small_runs.log_rows(tmp_path / "run")
 
 
 def test_evaluate_on_another_folder_of_the_same_classes(tmp_path, tiny, seen, capsys):
@@ -476,7 +476,7 @@ def test_fashion_mnist_from_its_four_files(tmp_path, tiny):
 def test_the_automatic_data_set_says_which_and_why(tmp_path, tiny, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     flags = f"--data-dir {tmp_path / 'none'} --max-steps 1 --no-progress"
-    assert runs.run(tmp_path, *flags.split()) == 0
+    assert small_runs.run(tmp_path, *flags.split()) == 0
     out = capsys.readouterr().out
     assert "--dataset auto: DIGITS" in out and "no GPU" in out
     assert read(tmp_path / "resnet26-digits-default-seed0", "config.json")["dataset"] == "DIGITS"
@@ -486,14 +486,14 @@ def test_the_automatic_data_set_says_which_and_why(tmp_path, tiny, monkeypatch, 
 
 
 def test_the_main_commands_network_takes_a_step(tmp_path, monkeypatch):
-    runs.few_digits(monkeypatch)
+    small_runs.few_digits(monkeypatch)
     folder = go(tmp_path, "--stem --max-steps 2 --epochs 1")
     assert "stem.0.emb_mix" in model_of(folder, "best.pt")
     assert read(folder, "config.json")["form"] == "small"
 
 
 def test_the_imagenet_form_takes_a_step(tmp_path, monkeypatch, capsys):
-    runs.few_digits(monkeypatch)
+    small_runs.few_digits(monkeypatch)
     folder = go(tmp_path, "--stem --form imagenet --img-size 64 --max-steps 1 --batch-size 2")
     assert "imagenet form" in capsys.readouterr().out
     assert read(folder, "config.json")["form"] == "imagenet"
@@ -507,10 +507,10 @@ def test_images_above_64_pixels_get_the_imagenet_form(tmp_path, tiny):
 
 def test_a_small_network_learns_the_digits(tmp_path, monkeypatch):
     """200 images of 10 classes learned well above chance: the loop's parts work together."""
-    runs.few_digits(monkeypatch, 200, 60)
+    small_runs.few_digits(monkeypatch, 200, 60)
     monkeypatch.setattr(assembly, "build", lambda name, num_classes, stem, **options: TinyWithNorm(num_classes))
     folder = go(tmp_path, "--epochs 8 --lr 0.02 --optimizer adamw")
     assert read(folder)["test_top1_pct"] > 40
-    losses = [row["train_loss"] for row in runs.log_rows(folder)]
+    losses = [row["train_loss"] for row in small_runs.log_rows(folder)]
     assert losses[-1] < 0.6 * losses[0]
     assert F.cross_entropy(torch.zeros(1, 10), torch.zeros(1, dtype=torch.long)).item() > losses[-1]
