@@ -367,7 +367,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.ArgumentParser, argparse.Nam
     parser = _Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--shapes", type=parse_shapes, metavar="paper|cifar|all|B,C,H", help="only the layers of these")
     parser.add_argument("--network", action="store_true", help="only the networks")
-    parser.add_argument("--quick", action="store_true", help="few shapes and rounds: under a minute on 2 cores")
+    parser.add_argument("--quick", action="store_true", help="few shapes and rounds")
     parser.add_argument("--backends", nargs="+", metavar="NAME", help="without it, all that are usable here")
     parser.add_argument("--rounds", type=positive, help="without it 5, or 2 with --quick")
     parser.add_argument("--threads", type=positive)
