@@ -190,7 +190,8 @@ class AttentionStem(nn.Module):
         num_mixtures: m, the number of value matrices.
         values: "mixture" (sum_m p(a, b, m) W_V^m), "plain" (one matrix) or "conv" (an S x S convolution) (Table 7).
         border: "mask" or "zero", for keys outside the image.
-        backend: of `kernels.local_attention`, which serves window="sliding" with values="conv".
+        backend: of `kernels.local_attention`, which serves window="sliding" with values="conv"; for the other values
+            "cpu" is the C++ kernel (3 channels), any other name plain PyTorch; "auto" takes the faster.
 
     Parameters: `query`, `key`, `value` (convolutions without bias; `value` holds the m matrices one after the other),
     `emb_row`, `emb_col` (e, S), `emb_mix` (m, e) with e = out_channels / N.
@@ -282,11 +283,7 @@ class AttentionStem(nn.Module):
         if conv_values is not None:
             return stem_kernels.block_attention(x, forms, conv_values.to(x.dtype), self.block_size, self.border)
         value_weight = self.value.weight.flatten(1).unflatten(0, (-1, self.out_channels))  # (M, N * D, C)
-        mixture = self._mixture()  # (P, M)
-        if self.window == "sliding":
-            return stem_kernels.sliding_attention(x, forms, mixture, value_weight, self.border)
-        value = stem_kernels.mixed_block_values(x, mixture, value_weight)
-        return stem_kernels.block_attention(x, forms, value, self.block_size, self.border)
+        return stem_kernels.attend(x, forms, self._mixture(), value_weight, self.window, self.border, self.backend)
 
     def _mixture(self) -> Tensor:
         """p(a, b, m) as (P, M); with plain values the one matrix has weight 1 everywhere."""

@@ -1,54 +1,30 @@
-"""Backend "cpu": local attention by the C++ kernel of cpu.cpp, compiled on first use and kept in the user's cache.
+"""Backend "cpu": local attention by the C++ kernel of cpu.cpp, and the stem's by stem.cpp; kernels/build.py builds them.
 
-The library has a plain C interface and is loaded with ctypes, so it needs a C++ compiler but no headers of torch, and
-one build serves every torch version. fp64 has a library of its own, built at the first call that needs it. Threads are
-torch's own: the kernel is handed GOMP_parallel of the OpenMP runtime that torch has loaded, and follows
+Threads are torch's own: a kernel is handed GOMP_parallel of the OpenMP runtime that torch has loaded, and follows
 torch.set_num_threads.
-
-$CXX names the compiler, $SASA_CXXFLAGS adds flags for it. Cache: $SASA_CACHE_DIR, else $XDG_CACHE_HOME/sasa or
-~/.cache/sasa, else a private folder for temporary files.
 Shapes: B batch, N heads, D head width, H x W map, K window side.
 """
 
 import ctypes
-import errno
 import functools
-import hashlib
+import math
 import multiprocessing
 import os
-import platform
-import shlex
-import shutil
-import signal
-import subprocess
-import sys
-import tempfile
-import time
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-SOURCE = Path(__file__).with_name("cpu.cpp")
+from kernels import _empty_like_map
+from kernels.build import library
+
 MAX_KERNEL_SIZE = 13  # kMaxWindow of cpu.cpp
+STEM_CHANNELS = 3  # C of stem.cpp
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-BUILD_SECONDS = {torch.float32: 9, torch.float64: 3}  # measured with g++ 12; only for the message
-_LEVEL = {torch.float32: "-O3", torch.float64: "-O1"}  # fp64 is for checking gradients: it need not be fast
-# Passes of GCC that take a third of the time to build and gain nothing.
-_LEAVE_OUT = ["-fno-tree-vectorize", "-fno-unswitch-loops", "-fno-split-loops", "-fno-ipa-cp-clone"]
-BUILD_LIMIT = 300  # seconds until a compiler, or the process that holds the lock, is given up
-_FILE_SIZE_SIGNAL = getattr(signal, "SIGXFSZ", 0) or -1  # ends a program that writes past the limit on file sizes
-_DIGEST = hashlib.sha256().digest_size
-
-
-class _BuildError(Exception):
-    """Why there is no kernel, in one line."""
-
-
 def unusable() -> str | None:
     """Why the kernel cannot run here (no compiler, a failed build), or None. The first call builds or loads it."""
-    library = _library(torch.float32)
-    return library if isinstance(library, str) else None
+    found = library(torch.float32)
+    return found if isinstance(found, str) else None
 
 
 def unsupported(query: Tensor, kernel_size: int) -> str | None:
@@ -59,8 +35,8 @@ def unsupported(query: Tensor, kernel_size: int) -> str | None:
         return f"it takes fp32, fp64, bf16 and fp16, got {query.dtype}"
     if kernel_size > MAX_KERNEL_SIZE:
         return f"it takes kernel_size up to {MAX_KERNEL_SIZE}, got {kernel_size}"
-    if query.dtype == torch.float64 and isinstance(_library(torch.float64), str):
-        return f"it has no fp64 form: {_library(torch.float64)}"
+    if query.dtype == torch.float64 and isinstance(library(torch.float64), str):
+        return f"it has no fp64 form: {library(torch.float64)}"
     return None
 
 
@@ -96,10 +72,6 @@ def backward(
     return *targets, *(None if x is None else x.to(query.dtype) for x in wide_rel)
 
 
-def _empty_like_map(query: Tensor) -> Tensor:
-    return sys.modules["kernels"]._empty_like_map(query)  # the package imports this module, so it is there by now
-
-
 def _widen(x: Tensor | None) -> Tensor | None:
     return x.float() if x is not None and x.dtype in (torch.bfloat16, torch.float16) else x
 
@@ -118,8 +90,53 @@ def _call(backward: bool, inputs, grads, kernel_size: int, border: str, scale: f
         fields += (0,) * 6 if x is None else (x.data_ptr(), *x.stride())
     for x in grads[4:]:
         fields.append(0 if x is None else x.data_ptr())
-    library = _library(query.dtype)
-    if library.sasa_local_attention(library.record(*fields), scale, backward):
+    loaded = library(query.dtype)
+    if loaded.sasa_local_attention(loaded.record(*fields), scale, backward):
+        raise MemoryError("the CPU kernel could not allocate its scratch memory")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The stem (the arguments are those of kernels/stem.py)
+
+
+def stem_forward(x, forms, mixture, weight, sliding: bool, border: str, out: Tensor) -> None:
+    """Writes `out` (B, N * D, H, W); fp32 or fp64."""
+    if out.numel():
+        _call_stem(x, (forms, mixture, weight), out, None, (None,) * 4, sliding, border)
+
+
+def stem_backward(grad_out, x, forms, mixture, weight, sliding: bool, border: str, grad_x: Tensor | None):
+    """Gradients of forms, mixture and weight; that of x is written to `grad_x` unless it is None."""
+    weights = (forms, mixture, weight)
+    grads = tuple(torch.zeros_like(y, memory_format=torch.contiguous_format) for y in weights)
+    if grad_out.numel():
+        _call_stem(x, weights, None, grad_out, (grad_x, *grads), sliding, border)
+    return grads
+
+
+def _call_stem(x, weights, out, grad_out, grads, sliding: bool, border: str) -> None:
+    """Calls the kernel; the order of the numbers is that of struct Call in stem.cpp."""
+    forms, mixture, weight = (y.contiguous() for y in weights)
+    b, _, h, w = x.shape
+    num_heads, (positions, mixtures) = forms.shape[0], mixture.shape
+    depth, side = weight.shape[1] // num_heads, math.isqrt(positions)
+    fields = [b, h, w, num_heads, depth, mixtures, side, sliding, border == "zero"]
+    fields += [torch.get_num_threads(), _parallel_region()]
+
+    def strides(y: Tensor | None, channels: int) -> tuple[int, ...]:  # a map as (B, heads, channels, H, W)
+        if y is None:
+            return (0,) * 6
+        batch, channel, *rest = y.stride()
+        return (y.data_ptr(), batch, channels * channel, channel, *rest)
+
+    fields += strides(x, 0)
+    fields += strides(out, depth)
+    fields += [y.data_ptr() for y in (forms, mixture, weight)]
+    fields += strides(grad_out, depth)
+    fields += strides(grads[0], 0)
+    fields += [0 if y is None else y.data_ptr() for y in grads[1:]]
+    loaded = library(x.dtype)
+    if loaded.sasa_stem(loaded.stem_record(*fields), grad_out is not None):
         raise MemoryError("the CPU kernel could not allocate its scratch memory")
 
 
@@ -156,162 +173,3 @@ def _forget_threads() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget_threads)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Build
-
-
-@functools.cache
-def _library(dtype: torch.dtype) -> ctypes.CDLL | str:
-    """The library for fp32 or fp64, or the reason why there is none; said once on stderr, with how to get it."""
-    try:
-        return _load_or_build(dtype)
-    except _BuildError as error:
-        print(f"sasa: no fast attention on the CPU, a slower backend serves: {error}", file=sys.stderr, flush=True)
-        return str(error)
-
-
-def _load_or_build(dtype: torch.dtype) -> ctypes.CDLL:
-    compiler = _compiler()
-    version = _version(compiler)
-    real = "double" if dtype == torch.float64 else "float"
-    flags = ["-std=c++17", _LEVEL[dtype], "-fPIC", "-shared", "-pthread", *_native_flags(), f"-DSASA_REAL={real}"]
-    flags += _LEAVE_OUT if "Free Software Foundation" in version else []  # clang refuses what it does not know
-    flags += shlex.split(os.environ.get("SASA_CXXFLAGS", ""))
-    identity = [version, *compiler, *flags, _cpu()]
-    name = hashlib.sha256("\0".join(identity).encode() + SOURCE.read_bytes()).hexdigest()[:24] + ".so"
-    folders = _cache_folders()
-    for folder in folders:
-        library = _load(folder / name)
-        if library is not None:
-            return library
-    problems = []
-    for folder in folders:
-        try:
-            return _build(folder / name, compiler + flags, BUILD_SECONDS[dtype])
-        except OSError as error:
-            problems.append(f"{folder}: {error.strerror or error}")
-    raise _BuildError(f"no folder to build it in ({'; '.join(problems)}); set SASA_CACHE_DIR to a writable folder")
-
-
-def _compiler() -> list[str]:
-    wanted = shlex.split(os.environ.get("CXX", ""))
-    for command in [wanted] if wanted else [["c++"], ["g++"], ["clang++"]]:
-        path = shutil.which(command[0])
-        if path is not None:
-            return [path, *command[1:]]
-    raise _BuildError(
-        f"CXX={shlex.join(wanted)} is not a program" if wanted else "no C++ compiler; install g++ or clang, or set CXX"
-    )
-
-
-def _version(compiler: list[str]) -> str:
-    try:
-        return subprocess.run([*compiler, "--version"], capture_output=True, text=True, timeout=60).stdout
-    except (OSError, subprocess.SubprocessError) as error:
-        raise _BuildError(f"{compiler[0]} does not run: {error}") from None
-
-
-def _native_flags() -> list[str]:
-    machine = platform.machine().lower()
-    if machine in ("x86_64", "amd64"):
-        return ["-march=native"]
-    return ["-mcpu=native"] if machine in ("aarch64", "arm64") else []
-
-
-def _cpu() -> str:
-    """What -march=native depends on."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() + platform.machine()
-    return "".join(sorted({x for x in lines if x.startswith(("model name", "flags", "Features", "CPU part"))}))
-
-
-def _cache_folders() -> list[Path]:
-    """Where the library may lie, most wanted first."""
-    if os.environ.get("SASA_CACHE_DIR"):
-        first = Path(os.environ["SASA_CACHE_DIR"])
-    else:
-        first = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "sasa"
-    second = Path(tempfile.gettempdir()) / f"sasa-{os.getuid() if hasattr(os, 'getuid') else 'user'}"
-    return [first, second]
-
-
-def _load(path: Path) -> ctypes.CDLL | None:
-    """The library at `path`, or None where it is absent, not whole or not loadable: then it is built again."""
-    try:
-        if hasattr(os, "getuid") and not {path.stat().st_uid, path.parent.stat().st_uid} <= {0, os.getuid()}:
-            return None  # folders for temporary files are shared: load nothing that another user can change
-        content = path.read_bytes()
-        # The digest at its end is checked first: loading half a library can kill the process.
-        if hashlib.sha256(content[:-_DIGEST]).digest() != content[-_DIGEST:]:
-            return None
-        library = ctypes.CDLL(str(path))
-    except OSError:
-        return None
-    library.record = ctypes.c_int64 * library.sasa_call_fields()
-    library.sasa_local_attention.argtypes = (library.record, ctypes.c_double, ctypes.c_int)
-    return library
-
-
-def _build(path: Path, command: list[str], seconds: int) -> ctypes.CDLL:
-    """Builds the library at `path`, once however many processes ask.
-
-    Raises:
-        OSError: the folder cannot be written, or its disk is full.
-        _BuildError: the compiler failed.
-    """
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    if hasattr(os, "getuid") and path.parent.stat().st_uid not in (0, os.getuid()):
-        raise PermissionError(errno.EPERM, "belongs to another user")
-    with open(path.with_suffix(".lock"), "w") as lock:
-        _wait_for(lock)
-        library = _load(path)  # another process may have built it meanwhile
-        if library is not None:
-            return library
-        handle, part = tempfile.mkstemp(dir=path.parent, suffix=".part")
-        os.close(handle)
-        try:
-            print(f"sasa: building the CPU kernel once (about {seconds} s) ...", file=sys.stderr, flush=True)
-            _compile([*command, str(SOURCE), "-o", part])
-            content = Path(part).read_bytes()
-            with open(part, "ab") as f:
-                f.write(hashlib.sha256(content).digest())
-            os.replace(part, path)
-        finally:
-            Path(part).unlink(missing_ok=True)
-    library = _load(path)
-    if library is None:
-        raise _BuildError(f"the library built by {command[0]} does not load")
-    return library
-
-
-def _wait_for(lock) -> None:
-    """Takes the lock; gives up waiting after BUILD_LIMIT, or where files cannot be locked: two builds do no harm."""
-    try:
-        import fcntl
-    except ImportError:
-        return
-    until = time.monotonic() + BUILD_LIMIT
-    while time.monotonic() < until:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
-        except BlockingIOError:
-            time.sleep(0.1)
-        except OSError:
-            return
-
-
-def _compile(command: list[str]) -> None:
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=BUILD_LIMIT)
-    except (OSError, subprocess.SubprocessError) as error:
-        raise _BuildError(f"{command[0]} did not finish: {error}") from None
-    if "No space left" in done.stderr or "File size limit" in done.stderr or done.returncode == -_FILE_SIZE_SIGNAL:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    if done.returncode:
-        message = " ".join(done.stderr.split())[:2000] or f"exit status {done.returncode}"
-        raise _BuildError(f"{command[0]} failed: {message}")

@@ -8,10 +8,13 @@ Shapes: B batch, C image channels (3), H x W image, N heads, D head width, S win
 positions of a window (row-major). Source: Ramachandran et al. 2019, section 3.3.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels import choose_backend, cpu
 from kernels.reference import accumulate_dtype, windows
 
 
@@ -27,6 +30,88 @@ def mixture_weights(emb_row: Tensor, emb_col: Tensor, emb_mix: Tensor) -> Tensor
     wide = accumulate_dtype(emb_row.dtype)
     place = emb_row[:, :, None].to(wide) + emb_col[:, None, :].to(wide)  # (e, S, S)
     return (emb_mix.to(wide) @ place.flatten(1)).softmax(0).t().to(emb_row.dtype)
+
+
+def attend(
+    x: Tensor, forms: Tensor, mixture: Tensor, value_weight: Tensor, window: str, border: str, backend: str
+) -> Tensor:
+    """Attention of each pixel over its window ("block" or "sliding"), with values mixed by the place in the window.
+
+    x (B, C, H, W), forms (N, C, C), mixture p (P, M), value_weight (M, N * D, C) -> (B, N * D, H, W). The C++ kernel
+    serves 3 channels on a CPU where backend "cpu" is the choice, PyTorch everything else.
+    """
+    if _kernel_serves(x.device.type, x.dtype, x.shape[1], backend):
+        wide = accumulate_dtype(x.dtype)
+        tensors = (y.to(wide) for y in (x, forms, mixture, value_weight))
+        return _stem_attention(*tensors, window == "sliding", border, x.requires_grad).to(x.dtype)
+    if window == "sliding":
+        return sliding_attention(x, forms, mixture, value_weight, border)
+    size = math.isqrt(mixture.shape[0])
+    return block_attention(x, forms, mixed_block_values(x, mixture, value_weight), size, border)
+
+
+@torch.compiler.assume_constant_result  # a compiler does not trace what it needs to ask: whether there is a kernel
+def _kernel_serves(device: str, dtype: torch.dtype, channels: int, backend: str) -> bool:
+    if device != "cpu" or channels != cpu.STEM_CHANNELS or dtype not in cpu.DTYPES:
+        return False
+    return choose_backend(torch.empty(1, 1, 1, 1, 1, dtype=dtype), 1, backend) == "cpu"
+
+
+def _empty_map(x: Tensor, channels: int) -> Tensor:
+    """An uninitialised (B, channels, H, W) map, channels innermost where x's are."""
+    b, _, h, w = x.shape
+    if x.stride(1) == 1 and x.stride(3) != 1:
+        return x.new_empty((b, h, w, channels)).permute(0, 3, 1, 2)
+    return x.new_empty((b, channels, h, w))
+
+
+@torch.library.custom_op("sasa::stem_attention", mutates_args=())
+def _stem_attention(
+    x: Tensor, forms: Tensor, mixture: Tensor, value_weight: Tensor, sliding: bool, border: str, image_gradient: bool
+) -> Tensor:
+    out = _empty_map(x, value_weight.shape[1])
+    cpu.stem_forward(x, forms, mixture, value_weight, sliding, border, out)
+    return out
+
+
+@_stem_attention.register_fake
+def _(x, forms, mixture, value_weight, sliding, border, image_gradient):
+    return _empty_map(x, value_weight.shape[1])
+
+
+@torch.library.custom_op("sasa::stem_attention_backward", mutates_args=())
+def _stem_attention_backward(
+    grad_out: Tensor,
+    x: Tensor,
+    forms: Tensor,
+    mixture: Tensor,
+    value_weight: Tensor,
+    sliding: bool,
+    border: str,
+    image_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    grad_x = _empty_map(x, x.shape[1]) if image_gradient else None
+    grads = cpu.stem_backward(grad_out, x, forms, mixture, value_weight, sliding, border, grad_x)
+    return x.new_empty(0) if grad_x is None else grad_x, *grads
+
+
+@_stem_attention_backward.register_fake
+def _(grad_out, x, forms, mixture, value_weight, sliding, border, image_gradient):
+    grad_x = _empty_map(x, x.shape[1]) if image_gradient else x.new_empty(0)
+    return grad_x, *(torch.empty_like(y, memory_format=torch.contiguous_format) for y in (forms, mixture, value_weight))
+
+
+def _setup_context(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:4])
+    ctx.options = inputs[4:]
+
+
+def _backward(ctx, grad_out):
+    grad_x, *grads = _stem_attention_backward(grad_out, *ctx.saved_tensors, *ctx.options)
+    return grad_x if ctx.options[-1] else None, *grads, None, None, None
+
+
+torch.library.register_autograd("sasa::stem_attention", _backward, setup_context=_setup_context)
 
 
 def block_attention(x: Tensor, forms: Tensor, value: Tensor, block_size: int, border: str) -> Tensor:
@@ -55,7 +140,7 @@ def sliding_attention(x: Tensor, forms: Tensor, mixture: Tensor, value_weight: T
     (S-1)//2 back and S//2 ahead.
     """
     acc = accumulate_dtype(x.dtype)
-    num_heads, size = forms.shape[0], round(mixture.shape[0] ** 0.5)
+    num_heads, size = forms.shape[0], math.isqrt(mixture.shape[0])
     neighbours = windows(x, size).flatten(-2)  # (B, C, H, W, P)
     wide = neighbours.to(acc)
     logits = torch.einsum("bchw,ncd,bdhwp->bhwnp", x.to(acc), forms, wide)
@@ -73,7 +158,7 @@ def sliding_attention(x: Tensor, forms: Tensor, mixture: Tensor, value_weight: T
 def mixed_block_values(x: Tensor, mixture: Tensor, value_weight: Tensor) -> Tensor:
     """v_ab = (sum_m p(a, b, m) W_V^m) x_ab, (a, b) the position inside the block: (B, C, H, W) -> (B, N * D, H, W)."""
     height, width = x.shape[-2:]
-    size = round(mixture.shape[0] ** 0.5)
+    size = math.isqrt(mixture.shape[0])
     matrices = torch.einsum("pm,moc->poc", mixture, value_weight)  # (P, N * D, C)
     return from_blocks(torch.einsum("bhwpc,poc->bhwpo", to_blocks(x, size), matrices), size, height, width)
 

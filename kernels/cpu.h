@@ -1,0 +1,248 @@
+// What the kernels for CPUs share: strides, threads, vectors. Each source file includes it once.
+// Infinities and NaNs must come out as in the definition: build without -ffast-math.
+
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <new>
+#include <system_error>
+#include <thread>
+#include <type_traits>
+#include <utility>
+#include <vector>
+#if defined(__AVX512VL__) || defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#define INLINE inline __attribute__((always_inline))
+#define INLINE_LAMBDA __attribute__((always_inline))
+
+namespace {
+
+using i64 = std::int64_t;
+
+#if defined(__AVX512VL__) || defined(__aarch64__)
+constexpr int kRegisters = 32;
+#else
+constexpr int kRegisters = 16;
+#endif
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+
+template <class T>
+struct Map {  // a (B, N, D, H, W) tensor with strides in elements
+    T* p;
+    i64 b, n, c, y, x;
+};
+
+template <class T>
+Map<T> map_of(const i64* f) {
+    return {reinterpret_cast<T*>(f[0]), f[1], f[2], f[3], f[4], f[5]};
+}
+
+inline i64 round_up(i64 n, i64 to) { return (n + to - 1) / to * to; }
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Threads
+
+struct Job {
+    void (*task)(const void* plan, i64 index, char* scratch);
+    const void* plan;
+    i64 tasks;
+    std::size_t scratch_bytes;
+    std::array<i64, 9> layout;  // what the layout of the scratch follows from
+    std::atomic<i64> next{0};
+    std::atomic<bool> out_of_memory{false};
+};
+
+// A thread keeps its scratch from call to call: fresh pages cost more than the arithmetic of a small map.
+constexpr std::size_t kKeptBytes = 8 << 20;  // the largest measured shape has 2.5 MB
+
+struct Arena {
+    char* memory = nullptr;
+    std::size_t bytes = 0;
+    std::array<i64, 9> layout{};
+
+    ~Arena() { std::free(memory); }
+
+    // Zeros, or what earlier tasks of the same layout left: the gaps and halos, which no task fills, are zeros.
+    char* claim(const Job& job) {
+        if (layout == job.layout) return memory;
+        layout = {};
+        if (bytes < job.scratch_bytes) {
+            std::free(memory);
+            bytes = round_up(job.scratch_bytes, 64);
+            memory = static_cast<char*>(std::aligned_alloc(64, bytes));
+            if (!memory) return bytes = 0, nullptr;
+        }
+        std::memset(memory, 0, job.scratch_bytes);
+        layout = job.layout;
+        return memory;
+    }
+
+    void trim() {
+        if (bytes <= kKeptBytes) return;
+        std::free(memory);
+        memory = nullptr, bytes = 0, layout = {};
+    }
+};
+
+inline void work(void* argument) {
+    Job& job = *static_cast<Job*>(argument);
+    i64 index = job.next++;
+    if (index >= job.tasks) return;
+    static thread_local Arena arena;
+    char* scratch = arena.claim(job);
+    if (!scratch) job.out_of_memory = true;
+    for (; scratch && index < job.tasks; index = job.next++) job.task(job.plan, index, scratch);
+    arena.trim();
+}
+
+// Torch's own OpenMP threads where they can be had, so that the two do not compete for cores; else threads of the call.
+// The team always has torch's size: another size would make the runtime end threads and start them again.
+inline bool run(Job& job, i64 threads, i64 parallel) {
+    using Parallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
+    if (threads <= 1 || job.tasks <= 1) {
+        work(&job);
+    } else if (parallel) {
+        reinterpret_cast<Parallel>(parallel)(work, &job, static_cast<unsigned>(threads), 0);
+    } else {
+        std::vector<std::thread> helpers;
+        try {
+            for (i64 i = 1; i < std::min(threads, job.tasks); ++i) helpers.emplace_back(work, &job);
+        } catch (const std::system_error&) {  // no more threads to be had: go on with those that started
+        }
+        work(&job);
+        for (std::thread& helper : helpers) helper.join();
+    }
+    return !job.out_of_memory;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Vectors
+
+template <int N>
+using Int = std::integral_constant<int, N>;
+
+template <int MAX, class F>
+INLINE void with_constant(int n, F&& f) {  // calls f with n, 1 <= n <= MAX, as a compile-time constant
+    if constexpr (MAX > 1) {
+        if (n < MAX) return with_constant<MAX - 1>(n, f);
+    }
+    f(Int<MAX>{});
+}
+
+template <class T, int L>
+struct Simd {
+    typedef T V __attribute__((vector_size(L * sizeof(T))));
+    typedef T Unaligned __attribute__((vector_size(L * sizeof(T)), aligned(sizeof(T)), may_alias));
+    using Word = std::conditional_t<sizeof(T) == 4, std::int32_t, i64>;
+    typedef Word Mask __attribute__((vector_size(L * sizeof(T))));
+
+    static INLINE V load(const T* p) { return *reinterpret_cast<const Unaligned*>(p); }
+    static INLINE void store(T* p, V v) { *reinterpret_cast<Unaligned*>(p) = v; }
+    // A load that stays one: the compiler would otherwise repeat it as an operand of each multiply-add.
+    static INLINE V load_once(const T* p) {
+        V v = load(p);
+#if defined(__AVX512VL__)
+        asm("" : "+v"(v));
+#elif defined(__AVX2__)
+        if constexpr (sizeof(V) <= 32) asm("" : "+x"(v));
+#endif
+        return v;
+    }
+    static INLINE V fill(T x) { return V{} + x; }
+    static INLINE V pick(Mask m, V yes, V no) { return m ? yes : no; }
+    static INLINE V larger(V a, V b) { return a > b ? a : b; }  // b where either is NaN
+
+    static INLINE V load(const T* p, i64 n) {  // n < L: zeros beyond, and nothing beyond is touched
+        V v{};
+#if defined(__AVX512VL__)
+        if constexpr (sizeof(T) == 4 && L == 8) return (V)_mm256_maskz_loadu_ps((1u << n) - 1, p);
+        if constexpr (sizeof(T) == 4 && L == 16) return (V)_mm512_maskz_loadu_ps((1u << n) - 1, p);
+#endif
+        std::memcpy(&v, p, n * sizeof(T));
+        return v;
+    }
+    static INLINE void store(T* p, V v, i64 n) {
+#if defined(__AVX512VL__)
+        if constexpr (sizeof(T) == 4 && L == 8) return _mm256_mask_storeu_ps(p, (1u << n) - 1, (__m256)v);
+        if constexpr (sizeof(T) == 4 && L == 16) return _mm512_mask_storeu_ps(p, (1u << n) - 1, (__m512)v);
+#endif
+        std::memcpy(p, &v, n * sizeof(T));
+    }
+
+    // e^x for x <= 0, exactly 0 below -88 (fp32), NaN for NaN.
+    static INLINE V exponential(V x) {
+        if constexpr (sizeof(T) == 4) {
+            // 2^n * 2^f with |f| <= 1/2: adding 1.5 * 2^23 rounds to an integer in the low bits, adding 127 makes them
+            // the exponent field of 2^n. The polynomial of 2^f is our fit, relative error 9e-8, exact at 0.
+            const float shift = 12582912.0f + 127.0f, log2e = 1.44269504f;
+            x = larger(fill(-88.2f), x);
+            const V shifted = x * log2e + shift;
+            const V f = x * log2e - (shifted - shift);
+            V p = f * 0.0013264727f + 0.0096715130f;
+            p = p * f + 0.0555073358f;
+            p = p * f + 0.2402224243f;
+            p = p * f + 0.6931470037f;
+            p = p * f + 1.0f;
+            return p * (V)((Mask)shifted << 23);
+        } else {
+            for (int l = 0; l < L; ++l) x[l] = std::exp(x[l]);
+            return x;
+        }
+    }
+    static INLINE V logarithm(V x) {
+        for (int l = 0; l < L; ++l) x[l] = std::log(x[l]);
+        return x;
+    }
+
+    // G vectors a, b, ... -> the same G * L numbers as a0 b0 .. a1 b1 ..; G = L is a transpose.
+    template <int G>
+    static INLINE void interleave(V (&v)[L]) {
+        for (int round = 1; round < G; round *= 2) {
+            V t[L];
+            for (int i = 0; i < G / 2; ++i) zip(v[i], v[i + G / 2], t[2 * i], t[2 * i + 1], Lanes{});
+            for (int i = 0; i < G; ++i) v[i] = t[i];
+        }
+    }
+    template <int G>
+    static INLINE void separate(V (&v)[L]) {
+        for (int round = 1; round < G; round *= 2) {
+            V t[L];
+            for (int i = 0; i < G / 2; ++i) unzip(v[2 * i], v[2 * i + 1], t[i], t[i + G / 2], Lanes{});
+            for (int i = 0; i < G; ++i) v[i] = t[i];
+        }
+    }
+    template <int... AT>
+    static INLINE V shuffle(V a, V b) {
+#if defined(__clang__)
+        return __builtin_shufflevector(a, b, AT...);
+#else
+        return __builtin_shuffle(a, b, Mask{AT...});
+#endif
+    }
+    using Lanes = std::make_integer_sequence<int, L>;
+    template <int... I>
+    static INLINE void zip(V a, V b, V& low, V& high, std::integer_sequence<int, I...>) {
+        low = shuffle<(I / 2 + I % 2 * L)...>(a, b), high = shuffle<(I / 2 + I % 2 * L + L / 2)...>(a, b);
+    }
+    template <int... I>
+    static INLINE void unzip(V a, V b, V& even, V& odd, std::integer_sequence<int, I...>) {
+        even = shuffle<2 * I...>(a, b), odd = shuffle<(2 * I + 1)...>(a, b);
+    }
+};
+
+}  // namespace

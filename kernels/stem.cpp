@@ -1,0 +1,450 @@
+// Attention of the stem on the CPU: forward and backward behind a plain C interface (kernels/cpu.py builds and calls it).
+//
+// Shapes: B batch, C = 3 image channels, H x W image, N heads, D head width, M mixtures, S window side. Source:
+// Ramachandran et al. 2019, section 3.3; the mathematics in PyTorch is kernels/stem.py.
+//
+// A head's logits are a C x C form of the pixels, and its output is D x (M * C) times the M * C sums over the window of
+// attention * mixture * pixel. So nothing of head width is kept a window's position, and backward computes the softmax
+// again: only the image and the weights are kept between the passes.
+// Lanes. Sliding windows: lane x is the query at column x. Blocks: lane j is block j of a row of blocks, each position of
+// a block has lanes of its own, and no pair of different blocks is computed.
+// One task owns one image, or a strip of one where there are few; the weights' gradients are summed from one partial per
+// task in fixed order, so results are the same bits for every thread count.
+
+#include "cpu.h"
+
+namespace {
+
+constexpr int C = 3;  // channels of the image: loops over them are unrolled
+
+struct Call {  // one forward or backward call, as kernels/cpu.py packs it; the order of the fields is the interface
+    i64 batch, height, width, heads, depth, mixtures, side, sliding, zero_border, threads, parallel;
+    i64 image[6], out[6];                      // pointer, strides in elements of (B, 1, C, H, W) and (B, N, D, H, W)
+    i64 forms, mixture, weight;                // contiguous (N, C, C), (S * S, M), (M, N * D, C)
+    i64 grad_out[6], grad_image[6];            // no grad_image: 0
+    i64 grad_forms, grad_mixture, grad_weight;
+};
+
+template <class T, int L>
+struct Stem : Simd<T, L> {
+    using S = Simd<T, L>;
+    using V = typename S::V;
+    using Mask = typename S::Mask;
+    using Sums = V[C];
+
+    static constexpr i64 kEnoughTasks = 16;  // a constant, not the machine's: results must not depend on the threads
+    static constexpr int kBlock = 8;         // accumulators of a product
+
+    Call call;
+    bool backward, sliding, zero, image_gradient;
+    i64 B, H, W, N, D, M, side, P, back, ahead, strips, strip_rows, queries, vectors, lanes, pitch;
+    const T *forms, *mixture, *weight;
+    Map<const T> image, grad_out;
+    Map<T> out, grad_image;
+    std::vector<Mask> live;      // [vector][b]: lanes whose key in the window's column b takes part
+    std::vector<char> edge;      // by vector: some lane of `live` is false
+    std::vector<double> partial; // [task] gradients of forms, mixture, weight
+
+    Stem(const Call& c, bool with_backward) : call(c), backward(with_backward) {
+        B = c.batch, H = c.height, W = c.width, N = c.heads, D = c.depth, M = c.mixtures, side = c.side, P = side * side;
+        sliding = c.sliding, zero = c.zero_border, image_gradient = c.grad_image[0];
+        back = (side - 1) / 2, ahead = side / 2;
+        forms = reinterpret_cast<const T*>(c.forms), mixture = reinterpret_cast<const T*>(c.mixture);
+        weight = reinterpret_cast<const T*>(c.weight);
+        image = map_of<const T>(c.image), grad_out = map_of<const T>(c.grad_out);
+        out = map_of<T>(c.out), grad_image = map_of<T>(c.grad_image);
+        queries = sliding ? 1 : side;  // columns of a block
+        const i64 columns = sliding ? W : (W + side - 1) / side;
+        vectors = (columns + L - 1) / L, lanes = vectors * L, pitch = lanes + (sliding ? round_up(side, L) : 0);
+        // The gradient of the image crosses strips of sliding windows, so an image is one strip then.
+        const i64 step = sliding ? 1 : side, wanted = sliding && image_gradient ? 1 : (kEnoughTasks + B - 1) / B;
+        strip_rows = round_up((H + wanted - 1) / wanted, step), strips = (H + strip_rows - 1) / strip_rows;
+        live.resize(vectors * side), edge.resize(vectors);
+        for (i64 v = 0; v < vectors; ++v)
+            for (i64 b = 0; b < side; ++b)
+                for (i64 l = 0; l < L; ++l) {
+                    const i64 lane = v * L + l, x = sliding ? lane + b - back : lane * side + b;
+                    const bool takes_part = zero || lane >= columns || (x >= 0 && x < W);
+                    live[v * side + b][l] = -i64(takes_part);
+                    if (!takes_part) edge[v] = 1;
+                }
+    }
+
+    i64 gradients() const { return N * C * C + P * M + M * N * D * C; }
+
+    // -- scratch ------------------------------------------------------------------------------------------------------
+
+    struct Scratch {
+        T *pixels, *grad_pixels;  // sliding: [row][channel][lane], zeros around it; blocks: [position][channel][lane]
+        T *map;                   // [column of a block][channel of a head][lane]: a row of out or of its gradient
+        T *attn, *grad_attn, *mixed, *grad_mixed;  // one vector of lanes: [position], [mixture][channel]
+        T *sum_forms, *sum_mixture, *sum_weight;   // gradients by lane: [head][C][C], [position][M], [head][M][D][C]
+    };
+
+    i64 pixel_rows() const { return sliding ? std::min(strip_rows, H) + side - 1 : P; }
+
+    std::size_t lay_out(T* base, Scratch& s) const {
+        i64 used = 0;
+        auto take = [&](T*& p, i64 n) { p = base + used, used += round_up(n, 64 / sizeof(T)); };
+        const i64 image_size = pixel_rows() * C * pitch + 2 * L;
+        take(s.pixels, image_size);
+        take(s.grad_pixels, image_gradient ? image_size : 0);
+        take(s.map, queries * D * lanes);
+        take(s.attn, P * L);
+        take(s.mixed, M * C * L);
+        if (backward) {
+            take(s.grad_attn, P * L);
+            take(s.grad_mixed, M * C * L);
+            take(s.sum_forms, N * C * C * L);
+            take(s.sum_mixture, P * M * L);
+            take(s.sum_weight, N * M * C * D * L);
+        }
+        return used * sizeof(T);
+    }
+
+    // -- rows of maps: lane l of plane b is column l * queries + b ------------------------------------------------------
+
+    // Row y of `depth` channels from `channel` on -> to[b][channel][lane]; zeros in lanes beyond the map.
+    void pack(const Map<const T>& m, i64 b, i64 n, i64 y, i64 depth, T* to, i64 step, i64 plane) const {
+        const T* from = m.p + b * m.b + n * m.n + y * m.y;
+        i64 whole = 0;  // lanes that are done four columns at a time
+        for (; m.x == 1 && queries == 4 && (whole + L) * 4 <= W; whole += L)
+            for (i64 c = 0; c < depth; ++c) {
+                V v[L];
+                for (i64 q = 0; q < 4; ++q) v[q] = S::load(from + c * m.c + whole * 4 + q * L);
+                S::template separate<4>(v);
+                for (i64 q = 0; q < 4; ++q) S::store(to + q * plane + c * step + whole, v[q]);
+            }
+        for (i64 q = 0; q < queries; ++q)
+            for (i64 lane = whole; lane < lanes; lane += L) {
+                const i64 count = std::clamp<i64>((W - q + queries - 1) / queries - lane, 0, L);
+                T* p = to + q * plane + lane;
+                if (m.c == 1 && depth >= L) {
+                    for (i64 c = 0; c < depth; c += L) {
+                        const i64 n_c = std::min<i64>(L, depth - c);
+                        V v[L];
+                        for (i64 l = 0; l < L; ++l) {
+                            const T* pixel = from + ((lane + l) * queries + q) * m.x + c;
+                            v[l] = l >= count ? V{} : n_c == L ? S::load(pixel) : S::load(pixel, n_c);
+                        }
+                        S::template interleave<L>(v);
+                        for (i64 k = 0; k < n_c; ++k) S::store(p + (c + k) * step, v[k]);
+                    }
+                    continue;
+                }
+                for (i64 c = 0; c < depth; ++c) {
+                    const T* row = from + c * m.c + (lane * queries + q) * m.x;
+                    if (m.x * queries == 1) {
+                        S::store(p + c * step, count == L ? S::load(row) : S::load(row, count));
+                    } else {
+                        V v{};
+                        for (i64 l = 0; l < count; ++l) v[l] = row[l * queries * m.x];
+                        S::store(p + c * step, v);
+                    }
+                }
+            }
+    }
+
+    // The inverse of `pack`; lanes beyond the map are not written.
+    void unpack(const T* from, i64 step, i64 plane, i64 b, i64 n, i64 y, i64 depth, const Map<T>& m) const {
+        T* to = m.p + b * m.b + n * m.n + y * m.y;
+        for (i64 lane = 0; lane < lanes; lane += L)
+            if (m.c == 1 && depth >= L) {
+                for (i64 q = 0; q < queries; ++q)
+                    for (i64 c = 0; c < depth; c += L) {
+                        const i64 n_c = std::min<i64>(L, depth - c), count = (W - q + queries - 1) / queries - lane;
+                        V v[L];
+                        for (i64 k = 0; k < L; ++k) v[k] = k < n_c ? S::load(from + q * plane + (c + k) * step + lane) : V{};
+                        S::template interleave<L>(v);
+                        for (i64 l = 0; l < std::min<i64>(L, count); ++l) {
+                            T* pixel = to + ((lane + l) * queries + q) * m.x + c;
+                            if (n_c == L)
+                                S::store(pixel, v[l]);
+                            else
+                                S::store(pixel, v[l], n_c);
+                        }
+                    }
+            } else if (m.x == 1 && queries == 4 && (lane + L) * 4 <= W) {
+                for (i64 c = 0; c < depth; ++c) {
+                    V v[L];
+                    for (i64 q = 0; q < 4; ++q) v[q] = S::load(from + q * plane + c * step + lane);
+                    S::template interleave<4>(v);
+                    for (i64 q = 0; q < 4; ++q) S::store(to + c * m.c + lane * 4 + q * L, v[q]);
+                }
+            } else {
+                for (i64 q = 0; q < queries; ++q)
+                    for (i64 c = 0; c < depth; ++c) {
+                        const T* p = from + q * plane + c * step + lane;
+                        T* row = to + c * m.c + (lane * queries + q) * m.x;
+                        const i64 count = (W - q + queries - 1) / queries - lane;
+                        if (m.x * queries == 1 && count >= L)
+                            S::store(row, S::load(p));
+                        else
+                            for (i64 l = 0; l < std::min<i64>(L, count); ++l) row[l * queries * m.x] = p[l];
+                    }
+            }
+    }
+
+    // -- one vector of queries ----------------------------------------------------------------------------------------
+
+    struct Window {  // of one query row: the window's rows that take part
+        i64 from, to;
+    };
+
+    struct Place {  // one vector of queries and what it sees
+        const T* query;  // its pixels, channels `pitch` apart
+        const T* keys;   // those of the window's first position
+        i64 row, column; // from a position to the one below, and to the one beside it
+        i64 v;
+    };
+
+    Place place(const T* pixels, i64 from, i64 y, i64 q, i64 v) const {
+        if (!sliding) return {pixels + (y % side * side + q) * C * pitch + v * L, pixels + v * L, side * C * pitch, C * pitch, v};
+        const T* row = pixels + (y - from) * C * pitch + v * L;  // the row of the window's first position
+        return {row + back * C * pitch + L, row + L - back, C * pitch, 1, v};
+    }
+
+    static void load(const T* p, i64 pitch, Sums& x) {
+        for (int c = 0; c < C; ++c) x[c] = S::load(p + c * pitch);
+    }
+
+    template <class F>
+    INLINE void each_position(const Window& window, const Place& at, F&& f) const {  // f(position, its pixels)
+        for (i64 a = window.from; a < window.to; ++a)
+            for (i64 b = 0; b < side; ++b) f(a * side + b, b, at.keys + a * at.row + b * at.column);
+    }
+
+    // u = F^T x of the queries, so that a logit is u . key.
+    void project(const T* form, const Place& at, Sums& u) const {
+        Sums x;
+        load(at.query, pitch, x);
+        for (int k = 0; k < C; ++k) {
+            u[k] = x[0] * form[k];
+            for (int c = 1; c < C; ++c) u[k] += x[c] * form[c * C + k];
+        }
+    }
+
+    // Weights of the window that sum to 1 -> s.attn.
+    void attend(const Scratch& s, const T* form, const Window& window, const Place& at) const {
+        const V lowest = S::fill(-std::numeric_limits<T>::infinity());
+        Sums u;
+        project(form, at, u);
+        V high = lowest, total{};
+        each_position(window, at, [&](i64 p, i64 b, const T* key) INLINE_LAMBDA {
+            V score = u[0] * S::load(key);
+            for (int c = 1; c < C; ++c) score += u[c] * S::load(key + c * pitch);
+            if (edge[at.v]) score = S::pick(live[at.v * side + b], score, lowest);
+            S::store(s.attn + p * L, score);
+            high = S::larger(score, high);
+        });
+        each_position(window, at, [&](i64 p, i64, const T*) INLINE_LAMBDA {
+            const V e = S::exponential(S::load(s.attn + p * L) - high);
+            S::store(s.attn + p * L, e);
+            total += e;
+        });
+        const V inverse = T(1) / total;
+        each_position(window, at, [&](i64 p, i64, const T*) INLINE_LAMBDA {
+            S::store(s.attn + p * L, S::load(s.attn + p * L) * inverse);
+        });
+    }
+
+    // s.mixed[m][c] = sum over the window of attention * mixture * pixel.
+    void mix(const Scratch& s, const Window& window, const Place& at) const {
+        for (i64 m0 = 0; m0 < M; m0 += 4)
+            with_constant<4>(std::min<i64>(4, M - m0), [&](auto n) INLINE_LAMBDA {
+                constexpr int K = decltype(n)::value;
+                V acc[K][C] = {};
+                each_position(window, at, [&](i64 p, i64, const T* key) INLINE_LAMBDA {
+                    const V attn = S::load(s.attn + p * L);
+                    for (int c = 0; c < C; ++c) {
+                        const V weighted = attn * S::load(key + c * pitch);
+                        for (int m = 0; m < K; ++m) acc[m][c] += weighted * mixture[p * M + m0 + m];
+                    }
+                });
+                for (int m = 0; m < K; ++m)
+                    for (int c = 0; c < C; ++c) S::store(s.mixed + ((m0 + m) * C + c) * L, acc[m][c]);
+            });
+    }
+
+    // map[d] = sum over i of weight[i][d] * mixed[i], i counting mixtures and channels.
+    void expand(const Scratch& s, i64 n, T* to) const {
+        for (i64 d0 = 0; d0 < D; d0 += kBlock)
+            with_constant<kBlock>(std::min<i64>(kBlock, D - d0), [&](auto count) INLINE_LAMBDA {
+                constexpr int K = decltype(count)::value;
+                V acc[K] = {};
+                for (i64 m = 0; m < M; ++m)
+                    for (int c = 0; c < C; ++c) {
+                        const V x = S::load_once(s.mixed + (m * C + c) * L);
+                        const T* w = weight + ((m * N + n) * D + d0) * C + c;
+                        for (int d = 0; d < K; ++d) acc[d] += x * w[d * C];
+                    }
+                for (int d = 0; d < K; ++d) S::store(to + (d0 + d) * lanes, acc[d]);
+            });
+    }
+
+    // From the gradient of a head's output (at `grad`, channels `lanes` apart) to those of all that it came from.
+    void differentiate(const Scratch& s, i64 n, const T* grad, const Window& window, const Place& at) const {
+        for (i64 m = 0; m < M; ++m) {
+            V acc[C] = {}, mixed[C];
+            load(s.mixed + m * C * L, L, mixed);
+            for (i64 d = 0; d < D; ++d) {
+                const V g = S::load_once(grad + d * lanes);
+                const T* w = weight + ((m * N + n) * D + d) * C;
+                T* sums = s.sum_weight + ((n * M + m) * D + d) * C * L;
+                for (int c = 0; c < C; ++c) {
+                    acc[c] += g * w[c];
+                    S::store(sums + c * L, S::load(sums + c * L) + g * mixed[c]);
+                }
+            }
+            for (int c = 0; c < C; ++c) S::store(s.grad_mixed + (m * C + c) * L, acc[c]);
+        }
+        V delta{};  // sum of attn * grad attn
+        each_position(window, at, [&](i64 p, i64, const T* key) INLINE_LAMBDA {
+            Sums x;
+            load(key, pitch, x);
+            const V attn = S::load(s.attn + p * L);
+            V total{};
+            for (i64 m = 0; m < M; ++m) {
+                V y = x[0] * S::load(s.grad_mixed + m * C * L);
+                for (int c = 1; c < C; ++c) y += x[c] * S::load(s.grad_mixed + (m * C + c) * L);
+                total += y * mixture[p * M + m];
+                T* sums = s.sum_mixture + (p * M + m) * L;
+                S::store(sums, S::load(sums) + attn * y);
+            }
+            S::store(s.grad_attn + p * L, total);
+            delta += attn * total;
+        });
+        Sums u{}, sum{}, x;
+        if (image_gradient) project(forms + n * C * C, at, u);
+        each_position(window, at, [&](i64 p, i64, const T* key) INLINE_LAMBDA {
+            const V attn = S::load(s.attn + p * L), score = attn * (S::load(s.grad_attn + p * L) - delta);
+            for (int c = 0; c < C; ++c) sum[c] += score * S::load(key + c * pitch);
+            if (!image_gradient) return;
+            T* to = s.grad_pixels + (key - s.pixels);
+            for (int c = 0; c < C; ++c) {
+                V value{};
+                for (i64 m = 0; m < M; ++m) value += S::load(s.grad_mixed + (m * C + c) * L) * mixture[p * M + m];
+                S::store(to + c * pitch, S::load(to + c * pitch) + attn * value + score * u[c]);
+            }
+        });
+        load(at.query, pitch, x);
+        for (int c = 0; c < C; ++c)
+            for (int k = 0; k < C; ++k) {
+                T* sums = s.sum_forms + ((n * C + c) * C + k) * L;
+                S::store(sums, S::load(sums) + x[c] * sum[k]);
+                if (image_gradient) {
+                    T* to = s.grad_pixels + (at.query - s.pixels) + c * pitch;
+                    S::store(to, S::load(to) + sum[k] * forms[(n * C + c) * C + k]);
+                }
+            }
+    }
+
+    // -- one task -----------------------------------------------------------------------------------------------------
+
+    static void task(const void* plan, i64 index, char* memory) {
+        const Stem& k = *static_cast<const Stem*>(plan);
+        Scratch s{};
+        k.lay_out(reinterpret_cast<T*>(memory), s);
+        const i64 b = index / k.strips, from = index % k.strips * k.strip_rows, until = std::min(k.H, from + k.strip_rows);
+        if (k.backward) {
+            std::fill_n(s.sum_forms, k.N * C * C * L, T(0));
+            std::fill_n(s.sum_mixture, k.P * k.M * L, T(0));
+            std::fill_n(s.sum_weight, k.N * k.M * C * k.D * L, T(0));
+        }
+        const i64 step = k.sliding ? until - from : k.side;
+        for (i64 y = from; y < until; y += step) k.run_rows(s, b, y, std::min(until, y + step));
+        if (k.backward) k.keep_partial(s, index);
+    }
+
+    // Query rows that share their packed pixels: a row of blocks, or a strip of sliding windows.
+    void run_rows(const Scratch& s, i64 b, i64 from, i64 until) const {
+        const i64 first = sliding ? from - back : from, row_size = queries * C * pitch, margin = sliding ? L : 0;
+        const i64 rows = sliding ? until - from + side - 1 : side;
+        for (i64 r = 0; r < rows; ++r) {
+            T* to = s.pixels + r * row_size;
+            if (first + r < 0 || first + r >= H)
+                std::fill_n(to, row_size, T(0));
+            else
+                pack(image, b, 0, first + r, C, to + margin, pitch, C * pitch);
+        }
+        if (image_gradient) std::fill_n(s.grad_pixels, rows * row_size + 2 * L, T(0));
+        for (i64 y = from; y < until; ++y) {
+            const i64 top = sliding ? y - back : from;  // the image's row of the window's first
+            const Window window = {zero ? 0 : std::max<i64>(0, -top), zero ? side : std::min(side, H - top)};
+            for (i64 n = 0; n < N; ++n) {
+                if (backward) pack(grad_out, b, n, y, D, s.map, lanes, D * lanes);
+                for (i64 q = 0; q < queries; ++q)
+                    for (i64 v = 0; v < vectors; ++v) {
+                        const Place at = place(s.pixels, from, y, q, v);
+                        attend(s, forms + n * C * C, window, at);
+                        mix(s, window, at);
+                        T* map = s.map + q * D * lanes + v * L;
+                        if (backward)
+                            differentiate(s, n, map, window, at);
+                        else
+                            expand(s, n, map);
+                    }
+                if (!backward) unpack(s.map, lanes, D * lanes, b, n, y, D, out);
+            }
+        }
+        for (i64 y = from; image_gradient && y < until; ++y)
+            unpack(s.grad_pixels + (y - first) * row_size + margin, pitch, C * pitch, b, 0, y, C, grad_image);
+    }
+
+    void keep_partial(const Scratch& s, i64 index) const {
+        double* to = const_cast<double*>(partial.data()) + index * gradients();
+        auto keep = [&](const T* sums, i64 n) {
+            for (i64 e = 0; e < n; ++e) {
+                T total = 0;
+                for (i64 l = 0; l < L; ++l) total += sums[e * L + l];
+                *to++ = total;
+            }
+        };
+        keep(s.sum_forms, N * C * C);
+        keep(s.sum_mixture, P * M);
+        keep(s.sum_weight, N * M * D * C);
+    }
+
+    void sum_partials() const {
+        T *to_forms = reinterpret_cast<T*>(call.grad_forms), *to_mixture = reinterpret_cast<T*>(call.grad_mixture);
+        T* to_weight = reinterpret_cast<T*>(call.grad_weight);
+        for (i64 e = 0; e < gradients(); ++e) {
+            double total = 0;
+            for (i64 t = 0; t < B * strips; ++t) total += partial[t * gradients() + e];
+            const i64 p = e - N * C * C, w = p - P * M;
+            if (p < 0) {
+                to_forms[e] = static_cast<T>(total);
+            } else if (w < 0) {
+                to_mixture[p] = static_cast<T>(total);
+            } else {  // [head][M][D * C] -> [M][head][D * C]
+                const i64 size = D * C, n = w / (M * size), m = w / size % M;
+                to_weight[(m * N + n) * size + w % size] = static_cast<T>(total);
+            }
+        }
+    }
+
+    bool execute() {
+        if (backward) partial.resize(B * strips * gradients());
+        Scratch s{};
+        const i64 flags = sliding + 2 * zero + 4 * backward + 8 * image_gradient;
+        Job job{task, this, B * strips, lay_out(nullptr, s), {H, W, N, D, M, side, flags, strip_rows}};
+        if (!run(job, call.threads, call.parallel)) return false;
+        if (backward) sum_partials();
+        return true;
+    }
+};
+
+}  // namespace
+
+// 0, or 1 where memory ran out. The maps are of type SASA_REAL.
+extern "C" int sasa_stem(const std::int64_t* fields, int backward) {
+    using T = SASA_REAL;
+    try {
+        const Call& call = *reinterpret_cast<const Call*>(fields);
+        return Stem<T, kVectorBytes / sizeof(T)>(call, backward).execute() ? 0 : 1;
+    } catch (const std::bad_alloc&) {
+        return 1;
+    }
+}
+
+extern "C" int sasa_stem_fields() { return sizeof(Call) / sizeof(std::int64_t); }
