@@ -279,11 +279,33 @@ class AttentionStem(nn.Module):
                 query, key, value, None, None,
                 kernel_size=self.block_size, border=self.border, backend=self.backend,
             ).flatten(1, 2)  # fmt: skip
-        forms = stem_kernels.logit_forms(self.query.weight.flatten(1), self.key.weight.flatten(1), self.num_heads)
         if conv_values is not None:
-            return stem_kernels.block_attention(x, forms, conv_values.to(x.dtype), self.block_size, self.border)
-        value_weight = self.value.weight.flatten(1).unflatten(0, (-1, self.out_channels))  # (M, N * D, C)
-        return stem_kernels.attend(x, forms, self._mixture(), value_weight, self.window, self.border, self.backend)
+            return stem_kernels.block_attention(x, self._forms(), conv_values.to(x.dtype), self.block_size, self.border)
+        weights = (self._forms(), self._mixture(), self._value_weight())
+        return stem_kernels.attend(x, *weights, self.window, self.border, self.backend)
+
+    def can_pool(self, x: Tensor) -> bool:
+        """Whether `pooled` serves this input: blocks, values of one pixel, no autocast, and the C++ kernel."""
+        if self.window != "block" or self.values == "conv" or autocast_dtype(x.device) is not None:
+            return False
+        served = stem_kernels.kernel_serves(x.device.type, x.dtype, self.in_channels, self.backend)
+        return served and x.dtype == accumulate_dtype(x.dtype)
+
+    def pooled(self, x: Tensor, sign: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The largest value of each block of sign * forward(x), and that map's mean and variance, without the map.
+
+        x (B, in_channels, H, W), sign (out_channels) of +-1 -> (B, out_channels, ceil(H / S), ceil(W / S)), and
+        (out_channels) each in fp64; the variance is the biased one. Only where `can_pool(x)`.
+        """
+        _check_input(x, self.in_channels)
+        value_weight = self._value_weight() * sign[:, None]
+        return stem_kernels.attend_and_pool(x, self._forms(), self._mixture(), value_weight, self.border)
+
+    def _forms(self) -> Tensor:
+        return stem_kernels.logit_forms(self.query.weight.flatten(1), self.key.weight.flatten(1), self.num_heads)
+
+    def _value_weight(self) -> Tensor:
+        return self.value.weight.flatten(1).unflatten(0, (-1, self.out_channels))  # (M, N * D, C)
 
     def _mixture(self) -> Tensor:
         """p(a, b, m) as (P, M); with plain values the one matrix has weight 1 everywhere."""

@@ -186,17 +186,50 @@ class ResNet(nn.Module):
         return self.fc(torch.flatten(x, 1))
 
 
+class PooledAttentionStem(nn.Sequential):
+    """Attention stem of the ImageNet form: attention, batch norm, 4x4 max pool, ReLU.
+
+    (B, 3, H, W) -> (B, C, ceil(H / 4), ceil(W / 4)). ReLU and pool commute, and the pool leaves a sixteenth to it. So do
+    batch norm and pool, but for the sign of the norm's weight: where the pool's windows are the attention's blocks and
+    the kernel can, it pools before the norm and the map of H x W never exists. With a hook on a layer, all are called.
+    """
+
+    def __init__(self, attention: AttentionStem) -> None:
+        pool = nn.MaxPool2d(4, 4, ceil_mode=True)
+        super().__init__(attention, nn.BatchNorm2d(attention.out_channels), pool, nn.ReLU(inplace=True))
+
+    def forward(self, x: Tensor) -> Tensor:
+        attention, norm, pool, relu = self
+        plain = type(norm) is nn.BatchNorm2d and norm.momentum is not None and norm.weight.dtype == x.dtype
+        hooked = any(layer._forward_hooks or layer._forward_pre_hooks for layer in self)
+        if not plain or hooked or pool.kernel_size != attention.block_size or not attention.can_pool(x):
+            return super().forward(x)
+        sign = torch.where(norm.weight.detach() < 0, -1.0, 1.0).to(x.dtype)
+        largest, mean, variance = attention.pooled(x, sign)
+        if norm.training:
+            with torch.no_grad():
+                count = x.numel() // x.shape[1]
+                norm.num_batches_tracked += 1
+                norm.running_mean.lerp_((mean * sign).to(x.dtype), norm.momentum)
+                norm.running_var.lerp_((variance * count / (count - 1)).to(x.dtype), norm.momentum)
+        else:
+            mean, variance = norm.running_mean * sign, norm.running_var
+        scale = norm.weight * sign / (variance + norm.eps).sqrt()
+        shift = norm.bias - mean * scale
+        return relu(largest * scale.to(x.dtype)[:, None, None] + shift.to(x.dtype)[:, None, None])
+
+
 def make_stem(out_channels: int, attention: bool, small_images: bool, options: dict) -> nn.Sequential:
     """The layers before stage 1. ImageNet form: stride 4 in all; small images: stride 1."""
     if attention:
         layer = AttentionStem(3, out_channels, **{"window": "sliding" if small_images else "block"} | options)
-        pool = nn.MaxPool2d(4, 4, ceil_mode=True)
+        if not small_images:
+            return PooledAttentionStem(layer)
     else:
         side, stride = (3, 1) if small_images else (7, 2)
         layer = nn.Conv2d(3, out_channels, side, stride, padding=side // 2, bias=False)
-        pool = nn.MaxPool2d(3, 2, padding=1)
     layers = [layer, nn.BatchNorm2d(out_channels), nn.ReLU(inplace=True)]
-    return nn.Sequential(*layers) if small_images else nn.Sequential(*layers, pool)
+    return nn.Sequential(*layers) if small_images else nn.Sequential(*layers, nn.MaxPool2d(3, 2, padding=1))
 
 
 def conv3x3(inplanes: int, planes: int, stride: int = 1) -> nn.Conv2d:

@@ -21,6 +21,8 @@ from kernels.build import library
 MAX_KERNEL_SIZE = 13  # kMaxWindow of cpu.cpp
 STEM_CHANNELS = 3  # C of stem.cpp
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
 def unusable() -> str | None:
     """Why the kernel cannot run here (no compiler, a failed build), or None. The first call builds or loads it."""
     found = library(torch.float32)
@@ -99,42 +101,56 @@ def _call(backward: bool, inputs, grads, kernel_size: int, border: str, scale: f
 # The stem (the arguments are those of kernels/stem.py)
 
 
-def stem_forward(x, forms, mixture, weight, sliding: bool, border: str, out: Tensor) -> None:
-    """Writes `out` (B, N * D, H, W); fp32 or fp64."""
+def stem_forward(weights, x, window: str, border: str, out: Tensor, index: Tensor | None = None):
+    """Writes `out` (B, N * D, H, W), of fp32 or fp64.
+
+    With `index`, `out` is the largest value of each block (B, N * D, ceil(H / S), ceil(W / S)), `index` (like it) that
+    value's place in the block, and the mean and variance over the map are returned, (2, N * D) in fp64.
+    """
+    moments = None if index is None else x.new_zeros((2, out.shape[1]), dtype=torch.float64)
     if out.numel():
-        _call_stem(x, (forms, mixture, weight), out, None, (None,) * 4, sliding, border)
+        _call_stem(weights, x, window, border, out=out, index=index, moments=moments)
+    return moments
 
 
-def stem_backward(grad_out, x, forms, mixture, weight, sliding: bool, border: str, grad_x: Tensor | None):
-    """Gradients of forms, mixture and weight; that of x is written to `grad_x` unless it is None."""
-    weights = (forms, mixture, weight)
-    grads = tuple(torch.zeros_like(y, memory_format=torch.contiguous_format) for y in weights)
+def stem_backward(weights, x, window: str, border: str, grad_out, grad_x=None, index=None, slopes=None):
+    """Gradients of the weights; that of x is written to `grad_x` unless it is None.
+
+    With `index`, grad_out is of the largest values; a pixel's own is slopes[0] + slopes[1] * value, (2, N * D), besides.
+    """
+    grads = [torch.zeros_like(y, memory_format=torch.contiguous_format) for y in weights]
     if grad_out.numel():
-        _call_stem(x, weights, None, grad_out, (grad_x, *grads), sliding, border)
+        _call_stem(weights, x, window, border, None, index, None, grad_out, grad_x, grads, slopes)
     return grads
 
 
-def _call_stem(x, weights, out, grad_out, grads, sliding: bool, border: str) -> None:
+def _call_stem(
+    weights, x, window, border, out=None, index=None, moments=None, grad_out=None, grad_x=None, grads=(None,) * 3,
+    slopes=None,
+) -> None:  # fmt: skip
     """Calls the kernel; the order of the numbers is that of struct Call in stem.cpp."""
-    forms, mixture, weight = (y.contiguous() for y in weights)
+    forms, mixture, weight = weights = [y.contiguous() for y in weights]
     b, _, h, w = x.shape
     num_heads, (positions, mixtures) = forms.shape[0], mixture.shape
     depth, side = weight.shape[1] // num_heads, math.isqrt(positions)
-    fields = [b, h, w, num_heads, depth, mixtures, side, sliding, border == "zero"]
+    fields = [b, h, w, num_heads, depth, mixtures, side, window == "sliding", border == "zero"]
     fields += [torch.get_num_threads(), _parallel_region()]
 
-    def strides(y: Tensor | None, channels: int) -> tuple[int, ...]:  # a map as (B, heads, channels, H, W)
-        if y is None:
-            return (0,) * 6
-        batch, channel, *rest = y.stride()
-        return (y.data_ptr(), batch, channels * channel, channel, *rest)
+    def add_map(y: Tensor | None, channels: int) -> None:  # as (B, heads, channels, H, W)
+        batch, channel, *rest = (0,) * 4 if y is None else y.stride()
+        fields.extend((0 if y is None else y.data_ptr(), batch, channels * channel, channel, *rest))
 
-    fields += strides(x, 0)
-    fields += strides(out, depth)
-    fields += [y.data_ptr() for y in (forms, mixture, weight)]
-    fields += strides(grad_out, depth)
-    fields += strides(grads[0], 0)
-    fields += [0 if y is None else y.data_ptr() for y in grads[1:]]
+    def add(*tensors: Tensor | None) -> None:
+        fields.extend(0 if y is None else y.data_ptr() for y in tensors)
+
+    add_map(x, 0)
+    add_map(out, depth)
+    add(*weights)
+    add_map(index, depth)
+    add(moments)
+    add_map(grad_out, depth)
+    add_map(grad_x, 0)
+    add(*grads, slopes)
     loaded = library(x.dtype)
     if loaded.sasa_stem(loaded.stem_record(*fields), grad_out is not None):
         raise MemoryError("the CPU kernel could not allocate its scratch memory")

@@ -8,6 +8,8 @@
 // again: only the image and the weights are kept between the passes.
 // Lanes. Sliding windows: lane x is the query at column x. Blocks: lane j is block j of a row of blocks, each position of
 // a block has lanes of its own, and no pair of different blocks is computed.
+// Pooled. With blocks and a max pool over them only the largest value of each block leaves, with its place, the mean and
+// the variance over the map that a batch norm in between needs: nothing of the map's size is written or read again.
 // One task owns one image, or a strip of one where there are few; the weights' gradients are summed from one partial per
 // task in fixed order, so results are the same bits for every thread count.
 
@@ -19,10 +21,12 @@ constexpr int C = 3;  // channels of the image: loops over them are unrolled
 
 struct Call {  // one forward or backward call, as kernels/cpu.py packs it; the order of the fields is the interface
     i64 batch, height, width, heads, depth, mixtures, side, sliding, zero_border, threads, parallel;
-    i64 image[6], out[6];                      // pointer, strides in elements of (B, 1, C, H, W) and (B, N, D, H, W)
-    i64 forms, mixture, weight;                // contiguous (N, C, C), (S * S, M), (M, N * D, C)
-    i64 grad_out[6], grad_image[6];            // no grad_image: 0
+    i64 image[6], out[6];            // pointer, strides in elements of (B, 1, C, H, W) and (B, N, D, H, W)
+    i64 forms, mixture, weight;      // contiguous (N, C, C), (S * S, M), (M, N * D, C)
+    i64 index[6], moments;           // pooled: (B, N, D, H/S, W/S) like out; (2, N * D) doubles: mean, variance
+    i64 grad_out[6], grad_image[6];  // no grad_image: 0
     i64 grad_forms, grad_mixture, grad_weight;
+    i64 slopes;  // pooled: (2, N * D); the gradient of a pixel is slopes[0] + slopes[1] * value, and grad_out at the largest
 };
 
 template <class T, int L>
@@ -36,47 +40,51 @@ struct Stem : Simd<T, L> {
     static constexpr int kBlock = 8;         // accumulators of a product
 
     Call call;
-    bool backward, sliding, zero, image_gradient;
+    bool backward, sliding, zero, image_gradient, pooled;
     i64 B, H, W, N, D, M, side, P, back, ahead, strips, strip_rows, queries, vectors, lanes, pitch;
     const T *forms, *mixture, *weight;
-    Map<const T> image, grad_out;
-    Map<T> out, grad_image;
-    std::vector<Mask> live;      // [vector][b]: lanes whose key in the window's column b takes part
-    std::vector<char> edge;      // by vector: some lane of `live` is false
-    std::vector<double> partial; // [task] gradients of forms, mixture, weight
+    Map<const T> image, grad_out, index_read;
+    Map<T> out, grad_image, index;
+    std::vector<Mask> live;       // [vector][b]: lanes whose key in the window's column b takes part
+    std::vector<Mask> real;       // [vector][b]: lanes of a real query in column b of a block
+    std::vector<char> edge;       // by vector: some lane of `live` is false
+    std::vector<double> partial;  // [task] gradients of forms, mixture, weight; pooled forward: sums, sums of squares
 
     Stem(const Call& c, bool with_backward) : call(c), backward(with_backward) {
         B = c.batch, H = c.height, W = c.width, N = c.heads, D = c.depth, M = c.mixtures, side = c.side, P = side * side;
-        sliding = c.sliding, zero = c.zero_border, image_gradient = c.grad_image[0];
+        sliding = c.sliding, zero = c.zero_border, image_gradient = c.grad_image[0], pooled = c.index[0];
         back = (side - 1) / 2, ahead = side / 2;
         forms = reinterpret_cast<const T*>(c.forms), mixture = reinterpret_cast<const T*>(c.mixture);
         weight = reinterpret_cast<const T*>(c.weight);
         image = map_of<const T>(c.image), grad_out = map_of<const T>(c.grad_out);
         out = map_of<T>(c.out), grad_image = map_of<T>(c.grad_image);
+        index = map_of<T>(c.index), index_read = map_of<const T>(c.index);
         queries = sliding ? 1 : side;  // columns of a block
         const i64 columns = sliding ? W : (W + side - 1) / side;
         vectors = (columns + L - 1) / L, lanes = vectors * L, pitch = lanes + (sliding ? round_up(side, L) : 0);
         // The gradient of the image crosses strips of sliding windows, so an image is one strip then.
         const i64 step = sliding ? 1 : side, wanted = sliding && image_gradient ? 1 : (kEnoughTasks + B - 1) / B;
         strip_rows = round_up((H + wanted - 1) / wanted, step), strips = (H + strip_rows - 1) / strip_rows;
-        live.resize(vectors * side), edge.resize(vectors);
+        live.resize(vectors * side), real.resize(vectors * side), edge.resize(vectors);
         for (i64 v = 0; v < vectors; ++v)
             for (i64 b = 0; b < side; ++b)
                 for (i64 l = 0; l < L; ++l) {
                     const i64 lane = v * L + l, x = sliding ? lane + b - back : lane * side + b;
                     const bool takes_part = zero || lane >= columns || (x >= 0 && x < W);
                     live[v * side + b][l] = -i64(takes_part);
+                    real[v * side + b][l] = -i64(x < W);
                     if (!takes_part) edge[v] = 1;
                 }
     }
 
-    i64 gradients() const { return N * C * C + P * M + M * N * D * C; }
+    i64 partials() const { return backward ? N * C * C + P * M + M * N * D * C : pooled ? 2 * N * D : 0; }
 
     // -- scratch ------------------------------------------------------------------------------------------------------
 
     struct Scratch {
         T *pixels, *grad_pixels;  // sliding: [row][channel][lane], zeros around it; blocks: [position][channel][lane]
         T *map;                   // [column of a block][channel of a head][lane]: a row of out or of its gradient
+        T *largest, *place;       // pooled: [channel][lane] of a row of blocks: value or its gradient, place in the block
         T *attn, *grad_attn, *mixed, *grad_mixed;  // one vector of lanes: [position], [mixture][channel]
         T *sum_forms, *sum_mixture, *sum_weight;   // gradients by lane: [head][C][C], [position][M], [head][M][D][C]
     };
@@ -90,6 +98,8 @@ struct Stem : Simd<T, L> {
         take(s.pixels, image_size);
         take(s.grad_pixels, image_gradient ? image_size : 0);
         take(s.map, queries * D * lanes);
+        take(s.largest, pooled ? N * D * lanes : 0);
+        take(s.place, pooled ? N * D * lanes : 0);
         take(s.attn, P * L);
         take(s.mixed, M * C * L);
         if (backward) {
@@ -102,10 +112,10 @@ struct Stem : Simd<T, L> {
         return used * sizeof(T);
     }
 
-    // -- rows of maps: lane l of plane b is column l * queries + b ------------------------------------------------------
+    // -- rows of maps: lane l of plane q is column l * queries + q, of `width` -------------------------------------------
 
-    // Row y of `depth` channels from `channel` on -> to[b][channel][lane]; zeros in lanes beyond the map.
-    void pack(const Map<const T>& m, i64 b, i64 n, i64 y, i64 depth, T* to, i64 step, i64 plane) const {
+    // Row y of `depth` channels -> to[q][channel][lane]; zeros in lanes beyond the map.
+    void pack(const Map<const T>& m, i64 b, i64 n, i64 y, i64 depth, T* to, i64 step, i64 plane, i64 queries, i64 W) const {
         const T* from = m.p + b * m.b + n * m.n + y * m.y;
         i64 whole = 0;  // lanes that are done four columns at a time
         for (; m.x == 1 && queries == 4 && (whole + L) * 4 <= W; whole += L)
@@ -146,7 +156,8 @@ struct Stem : Simd<T, L> {
     }
 
     // The inverse of `pack`; lanes beyond the map are not written.
-    void unpack(const T* from, i64 step, i64 plane, i64 b, i64 n, i64 y, i64 depth, const Map<T>& m) const {
+    void unpack(const T* from, i64 step, i64 plane, i64 b, i64 n, i64 y, i64 depth, const Map<T>& m, i64 queries,
+                i64 W) const {
         T* to = m.p + b * m.b + n * m.n + y * m.y;
         for (i64 lane = 0; lane < lanes; lane += L)
             if (m.c == 1 && depth >= L) {
@@ -352,12 +363,13 @@ struct Stem : Simd<T, L> {
             std::fill_n(s.sum_weight, k.N * k.M * C * k.D * L, T(0));
         }
         const i64 step = k.sliding ? until - from : k.side;
-        for (i64 y = from; y < until; y += step) k.run_rows(s, b, y, std::min(until, y + step));
-        if (k.backward) k.keep_partial(s, index);
+        double* partial = const_cast<double*>(k.partial.data()) + index * k.partials();
+        for (i64 y = from; y < until; y += step) k.run_rows(s, b, y, std::min(until, y + step), partial);
+        if (k.backward) k.keep_partial(s, partial);
     }
 
     // Query rows that share their packed pixels: a row of blocks, or a strip of sliding windows.
-    void run_rows(const Scratch& s, i64 b, i64 from, i64 until) const {
+    void run_rows(const Scratch& s, i64 b, i64 from, i64 until, double* sums) const {
         const i64 first = sliding ? from - back : from, row_size = queries * C * pitch, margin = sliding ? L : 0;
         const i64 rows = sliding ? until - from + side - 1 : side;
         for (i64 r = 0; r < rows; ++r) {
@@ -365,34 +377,73 @@ struct Stem : Simd<T, L> {
             if (first + r < 0 || first + r >= H)
                 std::fill_n(to, row_size, T(0));
             else
-                pack(image, b, 0, first + r, C, to + margin, pitch, C * pitch);
+                pack(image, b, 0, first + r, C, to + margin, pitch, C * pitch, queries, W);
         }
         if (image_gradient) std::fill_n(s.grad_pixels, rows * row_size + 2 * L, T(0));
+        const i64 blocks = (W + queries - 1) / queries;
+        for (i64 n = 0; pooled && backward && n < N; ++n) {
+            pack(grad_out, b, n, from / side, D, s.largest + n * D * lanes, lanes, 0, 1, blocks);
+            pack(index_read, b, n, from / side, D, s.place + n * D * lanes, lanes, 0, 1, blocks);
+        }
         for (i64 y = from; y < until; ++y) {
             const i64 top = sliding ? y - back : from;  // the image's row of the window's first
             const Window window = {zero ? 0 : std::max<i64>(0, -top), zero ? side : std::min(side, H - top)};
             for (i64 n = 0; n < N; ++n) {
-                if (backward) pack(grad_out, b, n, y, D, s.map, lanes, D * lanes);
+                if (backward && !pooled) pack(grad_out, b, n, y, D, s.map, lanes, D * lanes, queries, W);
                 for (i64 q = 0; q < queries; ++q)
                     for (i64 v = 0; v < vectors; ++v) {
                         const Place at = place(s.pixels, from, y, q, v);
                         attend(s, forms + n * C * C, window, at);
                         mix(s, window, at);
                         T* map = s.map + q * D * lanes + v * L;
-                        if (backward)
-                            differentiate(s, n, map, window, at);
-                        else
-                            expand(s, n, map);
+                        if (!backward || pooled) expand(s, n, map);
+                        if (backward && pooled) spread(s, n, (y - from) * side + q, real[v * side + q], v, map);
+                        if (backward) differentiate(s, n, map, window, at);
                     }
-                if (!backward) unpack(s.map, lanes, D * lanes, b, n, y, D, out);
+                if (!backward && pooled) pool(s, n, y - from, sums);
+                if (!backward && !pooled) unpack(s.map, lanes, D * lanes, b, n, y, D, out, queries, W);
             }
         }
+        for (i64 n = 0; pooled && !backward && n < N; ++n) {
+            unpack(s.largest + n * D * lanes, lanes, 0, b, n, from / side, D, out, 1, blocks);
+            unpack(s.place + n * D * lanes, lanes, 0, b, n, from / side, D, index, 1, blocks);
+        }
         for (i64 y = from; image_gradient && y < until; ++y)
-            unpack(s.grad_pixels + (y - first) * row_size + margin, pitch, C * pitch, b, 0, y, C, grad_image);
+            unpack(s.grad_pixels + (y - first) * row_size + margin, pitch, C * pitch, b, 0, y, C, grad_image, queries, W);
     }
 
-    void keep_partial(const Scratch& s, i64 index) const {
-        double* to = const_cast<double*>(partial.data()) + index * gradients();
+    // A row of a head's output: the largest value of each block so far and its place; sums and sums of squares.
+    void pool(const Scratch& s, i64 n, i64 row, double* sums) const {
+        for (i64 c = n * D; c < (n + 1) * D; ++c) {
+            V sum{}, squares{};
+            for (i64 v = 0; v < vectors; ++v) {
+                T *to = s.largest + c * lanes + v * L, *at = s.place + c * lanes + v * L;
+                V largest = row ? S::load(to) : S::fill(-std::numeric_limits<T>::infinity()), best = S::load(at);
+                for (i64 q = 0; q < queries; ++q) {
+                    const Mask inside = real[v * side + q];
+                    const V x = S::pick(inside, S::load(s.map + (q * D + c - n * D) * lanes + v * L), V{});
+                    const Mask larger = inside & ((x > largest) | (x != x));  // NaN stays
+                    largest = S::pick(larger, x, largest), best = S::pick(larger, S::fill(T(row * side + q)), best);
+                    sum += x, squares += x * x;
+                }
+                S::store(to, largest), S::store(at, best);
+            }
+            for (i64 l = 0; l < L; ++l) sums[c] += sum[l], sums[N * D + c] += squares[l];
+        }
+    }
+
+    // The gradient of a head's output at a place of the block, from what left the pool; the output is at `map`.
+    void spread(const Scratch& s, i64 n, i64 position, const Mask& inside, i64 v, T* map) const {
+        const T* slopes = reinterpret_cast<const T*>(call.slopes);
+        for (i64 d = 0; d < D; ++d, map += lanes) {
+            const i64 c = n * D + d, at = c * lanes + v * L;
+            const V grad = S::load(map) * slopes[N * D + c] + slopes[c];
+            const V peak = S::pick(S::load(s.place + at) == S::fill(T(position)), S::load(s.largest + at), V{});
+            S::store(map, S::pick(inside, grad + peak, V{}));
+        }
+    }
+
+    void keep_partial(const Scratch& s, double* to) const {
         auto keep = [&](const T* sums, i64 n) {
             for (i64 e = 0; e < n; ++e) {
                 T total = 0;
@@ -405,12 +456,26 @@ struct Stem : Simd<T, L> {
         keep(s.sum_weight, N * M * D * C);
     }
 
+    double total_of(i64 e) const {
+        double total = 0;
+        for (i64 t = 0; t < B * strips; ++t) total += partial[t * partials() + e];
+        return total;
+    }
+
+    void keep_moments() const {
+        double* to = reinterpret_cast<double*>(call.moments);
+        const double count = double(B) * H * W;
+        for (i64 c = 0; c < N * D; ++c) {
+            const double mean = total_of(c) / count, variance = total_of(N * D + c) / count - mean * mean;
+            to[c] = mean, to[N * D + c] = variance < 0 ? 0 : variance;
+        }
+    }
+
     void sum_partials() const {
         T *to_forms = reinterpret_cast<T*>(call.grad_forms), *to_mixture = reinterpret_cast<T*>(call.grad_mixture);
         T* to_weight = reinterpret_cast<T*>(call.grad_weight);
-        for (i64 e = 0; e < gradients(); ++e) {
-            double total = 0;
-            for (i64 t = 0; t < B * strips; ++t) total += partial[t * gradients() + e];
+        for (i64 e = 0; e < partials(); ++e) {
+            const double total = total_of(e);
             const i64 p = e - N * C * C, w = p - P * M;
             if (p < 0) {
                 to_forms[e] = static_cast<T>(total);
@@ -424,12 +489,13 @@ struct Stem : Simd<T, L> {
     }
 
     bool execute() {
-        if (backward) partial.resize(B * strips * gradients());
+        partial.resize(B * strips * partials());
         Scratch s{};
-        const i64 flags = sliding + 2 * zero + 4 * backward + 8 * image_gradient;
+        const i64 flags = sliding + 2 * zero + 4 * backward + 8 * image_gradient + 16 * pooled;
         Job job{task, this, B * strips, lay_out(nullptr, s), {H, W, N, D, M, side, flags, strip_rows}};
         if (!run(job, call.threads, call.parallel)) return false;
         if (backward) sum_partials();
+        if (pooled && !backward) keep_moments();
         return true;
     }
 };
