@@ -189,9 +189,10 @@ class ResNet(nn.Module):
 class PooledAttentionStem(nn.Sequential):
     """Attention stem of the ImageNet form: attention, batch norm, 4x4 max pool, ReLU.
 
-    (B, 3, H, W) -> (B, C, ceil(H / 4), ceil(W / 4)). ReLU and pool commute, and the pool leaves a sixteenth to it. So do
-    batch norm and pool, but for the sign of the norm's weight: where the pool's windows are the attention's blocks and
-    the kernel can, it pools before the norm and the map of H x W never exists. With a hook on a layer, all are called.
+    (B, 3, H, W) -> (B, C, ceil(H / 4), ceil(W / 4)). ReLU and pool commute, and the pool leaves a sixteenth to it. So
+    do batch norm and pool, but for the sign of the norm's weight: where the pool's windows are the attention's blocks
+    and the kernel can, it pools before the norm and the map of H x W never exists. With a hook on a layer, all are
+    called one by one.
     """
 
     def __init__(self, attention: AttentionStem) -> None:

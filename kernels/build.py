@@ -57,12 +57,8 @@ def _load_or_build(dtype: torch.dtype) -> ctypes.CDLL:
     flags += _LEAVE_OUT if "Free Software Foundation" in version else []  # clang refuses what it does not know
     flags += shlex.split(os.environ.get("SASA_CXXFLAGS", ""))
     identity = [version, *compiler, *flags, _cpu()]
-    name = (
-        hashlib.sha256(
-            "\0".join(identity).encode() + b"".join(path.read_bytes() for path in (HEADER, *SOURCES))
-        ).hexdigest()[:24]
-        + ".so"
-    )
+    source = b"".join(path.read_bytes() for path in (HEADER, *SOURCES))
+    name = hashlib.sha256("\0".join(identity).encode() + source).hexdigest()[:24] + ".so"
     folders = _cache_folders()
     for folder in folders:
         library = _load(folder / name)

@@ -1,4 +1,4 @@
-"""Backend "cpu": local attention by the C++ kernel of cpu.cpp, and the stem's by stem.cpp; kernels/build.py builds them.
+"""Backend "cpu": local attention by the C++ kernel of cpu.cpp, the stem's attention by that of stem.cpp.
 
 Threads are torch's own: a kernel is handed GOMP_parallel of the OpenMP runtime that torch has loaded, and follows
 torch.set_num_threads.
@@ -116,7 +116,7 @@ def stem_forward(weights, x, window: str, border: str, out: Tensor, index: Tenso
 def stem_backward(weights, x, window: str, border: str, grad_out, grad_x=None, index=None, slopes=None):
     """Gradients of the weights; that of x is written to `grad_x` unless it is None.
 
-    With `index`, grad_out is of the largest values; a pixel's own is slopes[0] + slopes[1] * value, (2, N * D), besides.
+    With `index`, grad_out is of the largest values; slopes (2, N * D) adds slopes[0] + slopes[1] * value at each pixel.
     """
     grads = [torch.zeros_like(y, memory_format=torch.contiguous_format) for y in weights]
     if grad_out.numel():

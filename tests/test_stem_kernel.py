@@ -136,7 +136,7 @@ def test_infinite_and_nan_pixels_stay_in_their_windows():
         assert torch.isnan(stem(x)[0, :, 5, 21]).all()
 
 
-# ---- the stem that pools inside ----------------------------------------------------------------------------------------
+# ---- the stem that pools inside --------------------------------------------------------------------------------------
 
 
 def two_stems(dtype, **options):
