@@ -121,7 +121,7 @@ class Config:
         "auto", "mixed precision; auto: bf16 on GPUs that have it", choices=("auto", "off", "bf16", "fp16")
     )
     compile: bool = option(False, "torch.compile the network")
-    channels_last: bool = option(False, "channels-last memory format")
+    channels_last: bool = option(True, "contiguous maps instead of channels-last ones", flag="--no-channels-last")
     deterministic: bool = option(False, "refuse operators that are not deterministic")
 
     # Files
@@ -328,6 +328,8 @@ def _add_flag(parser: argparse.ArgumentParser, f: dataclasses.Field) -> None:
     text, rule = f.metadata["help"], f.metadata["rule"]
     if f.metadata["kind"] is bool:
         parser.add_argument(flag_of(f), dest=f.name, action="store_false" if f.default else "store_true", help=text)
+        if f.default:
+            parser.add_argument("--" + f.name.replace("_", "-"), action="store_true", help="the default")
         return
     options = {"metavar": f.name.rsplit("_", 1)[-1].upper()} | {k: rule[k] for k in ("nargs", "metavar") if k in rule}
     if "choices" in rule and "nargs" not in rule:

@@ -34,7 +34,7 @@ TYPED = {
 }  # fmt: skip
 SWITCHES = {
     "--stem": True, "--no-content": False, "--grouped": True, "--share-embeddings": True, "--zero-init-residual": True,
-    "--skip-bad-images": True, "--randaugment": True, "--compile": True, "--channels-last": True,
+    "--skip-bad-images": True, "--randaugment": True, "--compile": True, "--no-channels-last": False,
     "--deterministic": True, "--no-progress": False,
 }  # fmt: skip
 
@@ -54,6 +54,11 @@ def test_a_flags_value_gets_its_type_and_spelling(name):
     text, value = TYPED[name]
     given = parse_command_line(["--" + name.replace("_", "-"), text]).given
     assert given == {name: value} and type(given[name]) is type(value)
+
+
+@pytest.mark.parametrize("name", ["content", "channels_last", "progress"])
+def test_what_is_on_by_default_may_be_asked_for(name):
+    assert parse_command_line(["--" + name.replace("_", "-")]).given == {name: True}
 
 
 @pytest.mark.parametrize("flag", SWITCHES)
