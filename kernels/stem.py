@@ -29,6 +29,34 @@ def mixture_weights(emb_row: Tensor, emb_col: Tensor, emb_mix: Tensor) -> Tensor
     return (emb_mix.to(wide) @ place.flatten(1)).softmax(0).t().to(emb_row.dtype)
 
 
+def window_logits(queries: Tensor, keys: Tensor, forms: Tensor, inside: Tensor | None) -> Tensor:
+    """q.k of every query with the keys of its window, -inf where not `inside` (None: every key counts).
+
+    queries (..., Q, C), keys (..., P, C), forms (N, C, C), inside (..., P) -> (..., N, Q, P).
+    """
+    logits = torch.einsum("...qc,ncd,...kd->...nqk", queries, forms, keys)
+    return logits if inside is None else logits.masked_fill(~inside[..., None, None, :], float("-inf"))
+
+
+def logits_at(x: Tensor, forms: Tensor, pixels: Tensor, size: int, window: str, border: str) -> Tensor:
+    """The logits of chosen pixels alone: x (B, C, H, W), pixels (P, 2) rows and columns -> (B, N, P, S, S).
+
+    The S x S axes are the pixel's own block (window "block") or the window around it ("sliding").
+    """
+    x = x.to(accumulate_dtype(x.dtype))
+    rows, cols = pixels.unbind(1)
+
+    def keys_of(maps: Tensor) -> Tensor:  # (B, C, H, W) -> (B, P, S * S, C)
+        if window == "sliding":
+            return windows(maps, size)[:, :, rows, cols].flatten(-2).permute(0, 2, 3, 1)
+        return to_blocks(maps, size)[:, rows // size, cols // size]
+
+    inside = keys_of(x.new_ones(1, 1, *x.shape[-2:]))[..., 0] > 0 if border == "mask" else None  # (1, P, S * S)
+    queries = x[:, :, rows, cols].transpose(1, 2)[:, :, None]  # (B, P, 1, C)
+    logits = window_logits(queries, keys_of(x), forms, inside)  # (B, P, N, 1, S * S)
+    return logits.squeeze(3).transpose(1, 2).unflatten(-1, (size, size))
+
+
 def block_attention(x: Tensor, forms: Tensor, value: Tensor, block_size: int, border: str) -> Tensor:
     """Attention inside aligned S x S blocks that do not overlap.
 
@@ -37,11 +65,9 @@ def block_attention(x: Tensor, forms: Tensor, value: Tensor, block_size: int, bo
     """
     height, width = x.shape[-2:]
     pixels = to_blocks(x.to(accumulate_dtype(x.dtype)), block_size)  # (B, H/S, W/S, P, C)
-    logits = torch.einsum("bhwqc,ncd,bhwkd->bhwnqk", pixels, forms, pixels)
-    if border == "mask":
-        inside = to_blocks(x.new_ones(1, 1, height, width), block_size)[..., 0] > 0  # (1, H/S, W/S, P)
-        logits = logits.masked_fill(~inside[:, :, :, None, None, :], float("-inf"))
-    attn = logits.softmax(-1).to(value.dtype)
+    ones = x.new_ones(1, 1, height, width)
+    inside = to_blocks(ones, block_size)[..., 0] > 0 if border == "mask" else None  # (1, H/S, W/S, P)
+    attn = window_logits(pixels, pixels, forms, inside).softmax(-1).to(value.dtype)
     num_heads = forms.shape[0]
     values = to_blocks(value, block_size).unflatten(-1, (num_heads, -1)).transpose(3, 4)  # (B, H/S, W/S, N, P, D)
     out = (attn @ values).transpose(3, 4).flatten(-2)  # (B, H/S, W/S, P, N * D)
@@ -57,12 +83,10 @@ def sliding_attention(x: Tensor, forms: Tensor, mixture: Tensor, value_weight: T
     acc = accumulate_dtype(x.dtype)
     num_heads, size = forms.shape[0], round(mixture.shape[0] ** 0.5)
     neighbours = windows(x, size).flatten(-2)  # (B, C, H, W, P)
-    wide = neighbours.to(acc)
-    logits = torch.einsum("bchw,ncd,bdhwp->bhwnp", x.to(acc), forms, wide)
-    if border == "mask":
-        inside = windows(x.new_ones(x.shape[-2:]), size).flatten(-2) > 0  # (H, W, P)
-        logits = logits.masked_fill(~inside[None, :, :, None, :], float("-inf"))
-    attn = logits.softmax(-1).to(value_weight.dtype)  # (B, H, W, N, P)
+    inside = windows(x.new_ones(x.shape[-2:]), size).flatten(-2) > 0 if border == "mask" else None  # (H, W, P)
+    queries, keys = x.to(acc).permute(0, 2, 3, 1)[..., None, :], neighbours.to(acc).permute(0, 2, 3, 4, 1)
+    attn = window_logits(queries, keys, forms, inside).squeeze(-2)  # (B, H, W, N, P)
+    attn = attn.softmax(-1).to(value_weight.dtype)
     # The M * C inputs of a head, each weighted by attention and mixture, are all its values need.
     inputs = torch.einsum("bchwp,pm->bhwpmc", neighbours.to(attn.dtype), mixture.to(attn.dtype)).flatten(-2)
     mixed = attn @ inputs  # (B, H, W, N, M * C)
