@@ -67,6 +67,11 @@ def lattice(limit: int) -> Chooser:
     return choose
 
 
+def pixel_of(row: int, col: int, image_size: tuple[int, int]) -> Chooser:
+    """Chooses the pixel of a map that holds the pixel (row, col) of an image of that size."""
+    return lambda height, width: torch.tensor([[row * height // image_size[0], col * width // image_size[1]]])
+
+
 def attention_layers(network: nn.Module) -> dict[str, nn.Module]:
     """The attention layers of a network by their shortened names, the stem first."""
     layers = {

@@ -8,18 +8,19 @@ Shapes: N heads, K window side, H x W image or map.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from heads import LayerAttention, embeddings, entropy, mean_maps, similarity
+from heads import LayerAttention, centre_share, embeddings, entropy, mean_distance, mean_maps, similarity
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-TILE, GAP, MARGIN = 72, 6, 10  # pixels
+TILE, LOOK_TILE, GAP, MARGIN = 72, 84, 6, 10  # pixels
 TEXT, LINE = 12, 16  # pixels: size of the letters, height of a line
 INK, MUTED, PAPER, BETWEEN = (30, 36, 44), (105, 113, 125), (255, 255, 255), (226, 230, 235)
 DEEP, WARM = (8, 48, 107), (178, 63, 10)  # the ends of the colour scales: much, or negative and positive
@@ -119,7 +120,7 @@ def embedding_rows(attention: LayerAttention) -> list[tuple[str, list[Tile]]]:
 
 
 def overlay(image: Tensor, values: Tensor, side: int, pixel: tuple[int, int], size: tuple[int, int]) -> Image:
-    """`values` laid over a grey `image` in the colour of embers, and the pixel looked from as a frame.
+    """`values` laid over a grey `image` as a glow, full at the largest, and the pixel looked from as a frame.
 
     image (3, H, W) in [0, 1]; values (h, w), at least 0, of a map over the whole image; pixel: row and column on a map
     of that `size`.
@@ -129,7 +130,7 @@ def overlay(image: Tensor, values: Tensor, side: int, pixel: tuple[int, int], si
     height = round(side * image.shape[-2] / image.shape[-1])
     grey = image.mean(0, keepdim=True).expand(3, -1, -1)
     base = to_picture(0.15 + 0.55 * grey, side, height)
-    mask = to_picture((values / values.max().clamp(min=1e-12)).sqrt().expand(3, -1, -1) * 0.9, side, height)
+    mask = to_picture((values / values.max().clamp(min=1e-12)).expand(3, -1, -1) * 0.92, side, height)
     picture = Image.composite(Image.new("RGB", base.size, GLOW), base, mask.convert("L"))
     top, bottom = (round(height * (pixel[0] + more) / size[0]) for more in (0, 1))
     left, right = (round(side * (pixel[1] + more) / size[1]) for more in (0, 1))
@@ -144,3 +145,70 @@ def on_map(weights: Tensor, origin: tuple[int, int], size: tuple[int, int]) -> T
     rows, cols = slice(max(top, 0), min(top + side, height)), slice(max(left, 0), min(left + side, width))
     placed[rows, cols] = weights[rows.start - top : rows.stop - top, cols.start - left : cols.stop - left]
     return placed
+
+
+def look_row(picture: Tensor, attention: LayerAttention, share: Tensor | None) -> tuple[str, list[Tile]]:
+    """What the first chosen pixel of the first image attends to, a tile a head, and its rollout where given."""
+    from PIL import ImageDraw
+
+    pixel, origin = attention.pixels[0].tolist(), attention.origins[0].tolist()
+    row = []
+    for i, weights in enumerate(attention.weights[0, :, 0]):
+        tile = overlay(picture, on_map(weights, origin, attention.size), LOOK_TILE, pixel, attention.size)
+        corners = [(edge * LOOK_TILE / side, (edge + attention.kernel_size) * LOOK_TILE / side - 1)
+                   for edge, side in zip(origin, attention.size, strict=True)]  # fmt: skip
+        (top, bottom), (left, right) = corners
+        ImageDraw.Draw(tile).rectangle((left, top, right, bottom), outline=MUTED)
+        row.append((tile, f"head {i + 1}"))
+    if share is not None:
+        # Its peak stays where the shortcuts leave it: the square root shows the rest.
+        row.append((overlay(picture, share.sqrt(), LOOK_TILE, pixel, attention.size), "rollout, root"))
+    return f"{attention.name}, {attention.size[0]}x{attention.size[1]}", row
+
+
+# ---- measures -------------------------------------------------------------------------------------------------------
+
+PLOT, ROW, FINE = 200, 24, 4  # pixels: width of a plot, height of a layer's row; oversampling for round dots
+
+
+def round_up(value: float) -> float:
+    """The next number that a person would end an axis with; 1 for 0."""
+    power = 10 ** math.floor(math.log10(value)) if value > 0 else 1.0
+    return next(step * power for step in (1, 2, 4, 6, 8, 10) if step * power >= value)
+
+
+def measures_picture(layers: Sequence[LayerAttention]) -> Image:
+    """Entropy, mean distance and share on the own pixel, a dot a head and a row a layer, averaged over pixels."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    font = ImageFont.load_default(TEXT * FINE)
+    names = MARGIN + round(max(font.getlength(layer.name) for layer in layers) / FINE) + 2 * GAP
+    top = MARGIN + 2 * LINE
+    size = (names + 3 * (PLOT + 30), top + ROW * len(layers) + LINE + MARGIN)
+    picture = Image.new("RGB", tuple(FINE * side for side in size), PAPER)
+    draw = ImageDraw.Draw(picture)
+
+    def text(x: float, y: float, words: str, fill: tuple[int, int, int], anchor: str = "la") -> None:
+        draw.text((FINE * x, FINE * y), words, fill=fill, font=font, anchor=anchor)
+
+    measures = (
+        ("entropy, bit", lambda layer: entropy(layer.weights)),
+        ("mean distance, pixels of the map", mean_distance),
+        ("share on the own pixel, %", lambda layer: 100 * centre_share(layer)),
+    )
+    for i, layer in enumerate(layers):
+        text(MARGIN, top + ROW * (i + 0.5), layer.name, INK, "lm")
+    for column, (title, measure) in enumerate(measures):
+        left, values = names + column * (PLOT + 30), [measure(layer).mean((0, 2)) for layer in layers]
+        most = round_up(max(v.max().item() for v in values))
+        text(left, MARGIN, title, INK)
+        for share in (0, 0.5, 1):
+            x = left + share * PLOT
+            draw.line([FINE * c for c in (x, top, x, top + ROW * len(layers))], fill=BETWEEN, width=FINE)
+            text(x, top + ROW * len(layers) + 4, f"{share * most:.3g}", MUTED, "ma")
+        for i, heads in enumerate(values):
+            y = top + ROW * (i + 0.5)
+            for value in heads.tolist():
+                x = left + value / most * PLOT
+                draw.ellipse([FINE * c for c in (x - 4, y - 4, x + 4, y + 4)], fill=DEEP, outline=PAPER, width=FINE)
+    return picture.resize(size, Image.Resampling.LANCZOS)
