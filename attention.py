@@ -33,9 +33,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels import BORDERS, autocast_dtype, check_backend, local_attention, local_attention_packed
+from kernels import (
+    BORDERS,
+    attention_logits,
+    autocast_dtype,
+    check_backend,
+    local_attention,
+    local_attention_packed,
+    stem_operator,
+)
 from kernels import stem as stem_kernels
-from kernels.reference import accumulate_dtype, reach
+from kernels.reference import accumulate_dtype, reach, window_softmax
 
 POSITIONS = ("relative", "absolute", "none")
 WINDOWS = ("block", "sliding")
@@ -149,12 +157,7 @@ class LocalAttention2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, in_channels, H, W) -> (B, out_channels, ceil(H / stride), ceil(W / stride))."""
-        _check_input(x, self.in_channels)
-        if self.position == "absolute":
-            x = x + sinusoids(self.in_channels, *x.shape[-2:], dtype=x.dtype, device=x.device)
-        rel_row, rel_col = self.rel_row, self.rel_col
-        if rel_row is not None and self.share_embeddings:
-            rel_row, rel_col = (r.expand(self.num_heads, -1, -1) for r in (rel_row, rel_col))
+        x, rel_row, rel_col = self._placed(x)
         options = {
             "kernel_size": self.kernel_size, "border": self.border, "scale": self.scale, "backend": self.backend,
         }  # fmt: skip
@@ -169,6 +172,39 @@ class LocalAttention2d(nn.Module):
             out = local_attention_packed(qkv.unflatten(1, (len(layers), *heads)), rel_row, rel_col, **options)
         out = out.flatten(1, 2)  # (B, N, D, H, W) -> (B, C, H, W)
         return out if self.pool is None else self.pool(out)
+
+    def _placed(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """The input, checked and with its absolute positions, and each head's embedding tables."""
+        _check_input(x, self.in_channels)
+        if self.position == "absolute":
+            x = x + sinusoids(self.in_channels, *x.shape[-2:], dtype=x.dtype, device=x.device)
+        rel_row, rel_col = self.rel_row, self.rel_col
+        if rel_row is not None and self.share_embeddings:
+            rel_row, rel_col = (r.expand(self.num_heads, -1, -1) for r in (rel_row, rel_col))
+        return x, rel_row, rel_col
+
+    def attention_logits(self, x: Tensor, pixels: Tensor | None = None) -> Tensor:
+        """scale * (q.k + q.r) of each pixel with its window, -inf at masked keys; shapes of `attention_weights`."""
+        x, rel_row, rel_col = self._placed(x)
+        heads = (self.num_heads, self.head_dim)
+        query = self.query(x).unflatten(1, heads)
+        key = self.key(x).unflatten(1, heads) if self.content else None
+        return attention_logits(
+            query, key, rel_row, rel_col,
+            kernel_size=self.kernel_size, border=self.border, scale=self.scale, pixels=pixels,
+        )  # fmt: skip
+
+    def attention_weights(self, x: Tensor, pixels: Tensor | None = None) -> Tensor:
+        """What each pixel attends to, before the pool: (B, in_channels, H, W) -> (B, N, H, W, K, K).
+
+        A K x K map sums to 1; masked keys have weight 0. With `pixels` (P, 2), rows and columns: of these alone,
+        (B, N, P, K, K), in memory for these alone. The reference backend's softmax, whichever serves `forward`.
+        """
+        return window_softmax(self.attention_logits(x, pixels))
+
+    def window_origins(self, pixels: Tensor) -> Tensor:
+        """Row and column of the first key of each pixel's window, outside the map at its border: (P, 2) -> (P, 2)."""
+        return pixels - reach(self.kernel_size)[0]
 
     def extra_repr(self) -> str:
         shown = f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, num_heads={self.num_heads}"
@@ -282,13 +318,13 @@ class AttentionStem(nn.Module):
         if conv_values is not None:
             return stem_kernels.block_attention(x, self._forms(), conv_values.to(x.dtype), self.block_size, self.border)
         weights = (self._forms(), self._mixture(), self._value_weight())
-        return stem_kernels.attend(x, *weights, self.window, self.border, self.backend)
+        return stem_operator.attend(x, *weights, self.window, self.border, self.backend)
 
     def can_pool(self, x: Tensor) -> bool:
         """Whether `pooled` serves this input: blocks, values of one pixel, no autocast, and the C++ kernel."""
         if self.window != "block" or self.values == "conv" or autocast_dtype(x.device) is not None:
             return False
-        served = stem_kernels.kernel_serves(x.device.type, x.dtype, self.in_channels, self.backend)
+        served = stem_operator.kernel_serves(x.device.type, x.dtype, self.in_channels, self.backend)
         return served and x.dtype == accumulate_dtype(x.dtype)
 
     def pooled(self, x: Tensor, sign: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -299,13 +335,38 @@ class AttentionStem(nn.Module):
         """
         _check_input(x, self.in_channels)
         value_weight = self._value_weight() * sign[:, None]
-        return stem_kernels.attend_and_pool(x, self._forms(), self._mixture(), value_weight, self.border)
+        return stem_operator.attend_and_pool(x, self._forms(), self._mixture(), value_weight, self.border)
 
     def _forms(self) -> Tensor:
         return stem_kernels.logit_forms(self.query.weight.flatten(1), self.key.weight.flatten(1), self.num_heads)
 
     def _value_weight(self) -> Tensor:
         return self.value.weight.flatten(1).unflatten(0, (-1, self.out_channels))  # (M, N * D, C)
+
+    def attention_logits(self, x: Tensor, pixels: Tensor | None = None) -> Tensor:
+        """q.k of each pixel with its window, -inf at masked keys; shapes of `attention_weights`."""
+        _check_input(x, self.in_channels)
+        chosen = torch.cartesian_prod(*map(torch.arange, x.shape[-2:])) if pixels is None else pixels
+        with torch.autocast(x.device.type, enabled=False):  # wide, as in `forward`
+            logits = stem_kernels.logits_at(
+                x.to(self.query.weight.dtype), self._forms(), chosen.to(x.device), self.block_size, self.window,
+                self.border,
+            )  # fmt: skip
+        return logits.unflatten(2, x.shape[-2:]) if pixels is None else logits
+
+    def attention_weights(self, x: Tensor, pixels: Tensor | None = None) -> Tensor:
+        """What each pixel attends to: (B, in_channels, H, W) -> (B, N, H, W, S, S), the last two its block or window.
+
+        An S x S map sums to 1; masked keys have weight 0. With `pixels` (P, 2), rows and columns: of these alone,
+        (B, N, P, S, S), in memory for these alone.
+        """
+        return window_softmax(self.attention_logits(x, pixels))
+
+    def window_origins(self, pixels: Tensor) -> Tensor:
+        """Row and column of the first key of each pixel's block or window: (P, 2) -> (P, 2)."""
+        if self.window == "block":
+            return pixels // self.block_size * self.block_size
+        return pixels - reach(self.block_size)[0]
 
     def _mixture(self) -> Tensor:
         """p(a, b, m) as (P, M); with plain values the one matrix has weight 1 everywhere."""

@@ -11,6 +11,8 @@ from tqdm import tqdm
 
 from config import Config
 from evaluation import Evaluation
+from heads import LayerAttention, entropy, mean_distance
+from sheets import embedding_rows, map_row, table, to_tensor
 
 SCALAR_EVERY = 10  # steps between points of the training curves
 TILE, CAPTIONED_TILE = 64, 96  # pixels: small images are enlarged to about this side in pictures
@@ -79,6 +81,20 @@ class Monitor:
             captions = [(class_names[label], class_names[guess]) for _, label, guess in result.wrong]
             self.writer.add_image("images/wrong_label_then_prediction", captioned(images, captions), step)
         self.writer.add_image("images/confusion_matrix", confusion_picture(result.confusion, class_names), step)
+
+    def attention(self, step: int, layers: list[LayerAttention]) -> None:
+        """What the heads of each layer look at: mean maps, embeddings, entropy and distance, the largest logit.
+
+        The last is the alarm for half types: fp16 overflows at 65504.
+        """
+        for layer in layers:
+            self.writer.add_image(f"attention_maps/{layer.name}", to_tensor(table([map_row(layer)])), step)
+            rows = embedding_rows(layer)
+            if rows:
+                self.writer.add_image(f"attention_embeddings/{layer.name}", to_tensor(table(rows)), step)
+            self.writer.add_histogram(f"attention_entropy_bits/{layer.name}", entropy(layer.weights), step)
+            self.writer.add_histogram(f"attention_distance_pixels/{layer.name}", mean_distance(layer), step)
+            self.writer.add_scalar(f"attention_largest_logit/{layer.name}", layer.largest_logit, step)
 
     def hparams(self, config: Config, metrics: dict[str, float]) -> None:
         """The configuration beside the final metrics, in this run's own files (`add_hparams` opens another run)."""

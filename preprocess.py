@@ -416,6 +416,13 @@ def load(
     return info, split(train, kept), split(train, held) if len(held) else None, split(test)
 
 
+def info_without_files(name: str, num_classes: int, image_size: int) -> DataInfo:
+    """What is known of a data set when none of its files is at hand: its classes have numbers for names."""
+    spec = _SPECS[canonical_name(name)]
+    names = tuple(f"class {i}" for i in range(num_classes))
+    return DataInfo(name, num_classes, names, image_size, 3, _three(spec.mean), _three(spec.std), 0, 0, 0)
+
+
 def channel_stats(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation of each channel over all pixels of all images, in [0, 1].
 

@@ -39,6 +39,7 @@ from assembly import (
 from audit import count_flops, count_parameters
 from checkpoint import BEST, CheckpointError
 from evaluation import Evaluation, evaluate
+from heads import attention_layers, collect, lattice
 from monitor import WRONG_SHOWN, Monitor, write_json
 from optim import learning_rate
 from preprocess import DataError
@@ -47,6 +48,7 @@ STOPPED = 75  # exit code: stopped by a signal, state saved (EX_TEMPFAIL: run th
 EVAL_BATCH = 256
 SAVE_GAP_SECONDS = 60.0  # an epoch's end this soon after a save need not save again
 SAVE_FAILURES = 3  # in a row: then the run stops instead of training on without a checkpoint
+WATCHED_IMAGES, WATCHED_PIXELS = 8, 64  # of the attention panels: the first validation images, pixels a map
 SKIPPED_STEPS = 10  # in a row, by fp16's scaler: then the run has diverged
 
 
@@ -253,6 +255,8 @@ def finish_epoch(run: Run) -> Evaluation:
     }
     run.monitor.epoch(progress.step, row, result, config.epochs)
     tell_bad_images(run)
+    if complete and config.attention_every and (progress.epoch + 1) % config.attention_every == 0:
+        show_attention(run)
     if run.data.holdout is not None and (progress.best_top1 is None or result.top1_pct > progress.best_top1):
         progress.best_top1, progress.best_epoch = result.top1_pct, progress.epoch + 1
         run.best = {name: value.detach().cpu().clone() for name, value in run.scored_model.state_dict().items()}
@@ -263,6 +267,21 @@ def finish_epoch(run: Run) -> Evaluation:
         if due and time.monotonic() - run.saved_at >= SAVE_GAP_SECONDS:
             save(run)
     return result
+
+
+@torch.no_grad()
+def show_attention(run: Run) -> None:
+    """TensorBoard's attention panels, of the same few validation images each time."""
+    model = run.scored_model
+    if not attention_layers(model):
+        return
+    images, _ = next(run.data.val.eval_batches(WATCHED_IMAGES))
+    training = model.training
+    model.eval()
+    with collect(model, pixels=lattice(WATCHED_PIXELS)) as layers, run.autocast():
+        model(images)
+    model.train(training)
+    run.monitor.attention(run.progress.step, layers)
 
 
 def tell_bad_images(run: Run) -> None:

@@ -277,13 +277,44 @@ def local_attention_packed(
     return _attend((qkv, None, None), qkv[:, 0], has_key, rel_row, rel_col, kernel_size, border, scale, backend)
 
 
+def attention_logits(
+    query: Tensor,
+    key: Tensor | None,
+    rel_row: Tensor | None,
+    rel_col: Tensor | None,
+    *,
+    kernel_size: int,
+    border: str = "mask",
+    scale: float = 1.0,
+    pixels: Tensor | None = None,
+) -> Tensor:
+    """What `local_attention` takes the softmax of, to look at, by the reference backend.
+
+    Arguments as there -> (B, N, H, W, K, K), -inf at masked keys, in at least fp32; with `pixels` (P, 2), rows and
+    columns, those of these pixels alone: (B, N, P, K, K).
+
+    Raises:
+        ValueError: as `local_attention`.
+    """
+    _check(query, key is not None, rel_row, rel_col, kernel_size, border, "reference")
+    query, key, rel_row, rel_col = _to_autocast(query.device, query, key, rel_row, rel_col)
+    _check_dtypes(query, key, None, rel_row, rel_col)
+    with _without_autocast(query.device):
+        return _module("reference").logits(query, key, rel_row, rel_col, kernel_size, border, scale, pixels)
+
+
+def _to_autocast(device: torch.device, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The tensors in autocast's dtype where it is on; fp64 stays."""
+    dtype = autocast_dtype(device)
+    if dtype is None:
+        return tensors
+    return tuple(x if x is None or x.dtype == torch.float64 else x.to(dtype) for x in tensors)
+
+
 def _attend(maps, query, has_key: bool, rel_row, rel_col, kernel_size, border, scale, backend) -> Tensor:
     """The checks that both ways in share, autocast, and the operator."""
     _check(query, has_key, rel_row, rel_col, kernel_size, border, backend)
-    tensors = (*maps, rel_row, rel_col)
-    dtype = autocast_dtype(query.device)
-    if dtype is not None:
-        tensors = tuple(x if x is None or x.dtype == torch.float64 else x.to(dtype) for x in tensors)
+    tensors = _to_autocast(query.device, *maps, rel_row, rel_col)
     _check_dtypes(*tensors)
     out, _ = _local_attention(*tensors, kernel_size, border, float(scale), backend)
     return out

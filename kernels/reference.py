@@ -58,34 +58,45 @@ def relative_keys(rel_row: Tensor, rel_col: Tensor) -> Tensor:
     return torch.cat((rows, cols), dim=1)
 
 
-def logits(query, key, rel_row, rel_col, kernel_size: int, border: str, scale: float) -> Tensor:
-    """scale * (q.k + q.r) over each window, masked keys at -inf: -> (B, N, H, W, K, K) in the accumulation dtype."""
+def logits(query, key, rel_row, rel_col, kernel_size: int, border: str, scale: float, pixels=None) -> Tensor:
+    """scale * (q.k + q.r) over each window, masked keys at -inf: -> (B, N, H, W, K, K) in the accumulation dtype.
+
+    `pixels` (P, 2), rows and columns: the windows of these alone, in memory for these alone -> (B, N, P, K, K).
+    """
     acc = accumulate_dtype(query.dtype)
     query = query.to(acc)
     height, width = query.shape[-2:]
-    total = query.new_zeros(*query.shape[:2], height, width, kernel_size, kernel_size)
+    at = (...,) if pixels is None else (..., *pixels.unbind(1))  # of a map (..., H, W): all of it, or (..., P)
+    query_at = query[at]
+    total = query.new_zeros(*query_at.shape[:2], *query_at.shape[3:], kernel_size, kernel_size)
     if key is not None:
-        total = total + torch.einsum("bndhw,bndhwij->bnhwij", query, windows(key.to(acc), kernel_size))
+        keys = windows(key.to(acc), kernel_size)[(*at, slice(None), slice(None))]
+        total = total + torch.einsum("bnd...,bnd...ij->bn...ij", query_at, keys)
     if rel_row is not None:
-        total = total + torch.einsum("bndhw,ndij->bnhwij", query, relative_keys(rel_row.to(acc), rel_col.to(acc)))
+        relative = relative_keys(rel_row.to(acc), rel_col.to(acc))
+        total = total + torch.einsum("bnd...,ndij->bn...ij", query_at, relative)
     total = total * scale
     if border == "mask":
         inside = windows(torch.ones(height, width, device=query.device), kernel_size) > 0  # (H, W, K, K)
-        total = total.masked_fill(~inside, float("-inf"))
+        total = total.masked_fill(~inside[(*at, slice(None), slice(None))], float("-inf"))
     return total
 
 
+def window_softmax(scores: Tensor) -> Tensor:
+    """Softmax over each window: (..., K, K) -> (..., K, K), each K x K map sums to 1."""
+    return scores.flatten(-2).softmax(-1).unflatten(-1, scores.shape[-2:])
+
+
 def attention_weights(query, key, rel_row, rel_col, kernel_size: int, border: str, scale: float) -> Tensor:
-    """Softmax of the logits over each window: -> (B, N, H, W, K, K), each K x K map sums to 1."""
-    flat = logits(query, key, rel_row, rel_col, kernel_size, border, scale).flatten(-2)
-    return flat.softmax(-1).unflatten(-1, (kernel_size, kernel_size))
+    """Softmax of the logits over each window: -> (B, N, H, W, K, K)."""
+    return window_softmax(logits(query, key, rel_row, rel_col, kernel_size, border, scale))
 
 
 def forward(query, key, value, rel_row, rel_col, kernel_size: int, border: str, scale: float) -> tuple[Tensor, Tensor]:
     """-> out (B, N, D, H, W) in the input's dtype, log-sum-exp of the logits (B, N, H, W) in the accumulation dtype."""
-    scores = logits(query, key, rel_row, rel_col, kernel_size, border, scale).flatten(-2)
-    lse = scores.logsumexp(-1)
-    attn = scores.softmax(-1).unflatten(-1, (kernel_size, kernel_size))
+    scores = logits(query, key, rel_row, rel_col, kernel_size, border, scale)
+    lse = scores.flatten(-2).logsumexp(-1)
+    attn = window_softmax(scores)
     out = torch.einsum("bnhwij,bndhwij->bndhw", attn, windows(value.to(attn.dtype), kernel_size))
     return out.to(query.dtype), lse
 

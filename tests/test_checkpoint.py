@@ -267,6 +267,7 @@ def test_weights_of_another_network_are_named():
 def test_changed_keys_lists_what_could_change_the_result_and_nothing_else():
     saved = resolve({"lr": 0.1, "stem": True}, "DIGITS").to_dict()
     free = {"num_workers": 9, "output_dir": "elsewhere", "save_minutes": 1.0, "progress": False, "max_steps": 3}
+    free["attention_every"] = 1
     assert checkpoint.changed_keys(saved, resolve({"lr": 0.1, "stem": True, **free}, "DIGITS")) == []
     lines = checkpoint.changed_keys(saved, resolve({"lr": 0.2, "epochs": 99}, "DIGITS"))
     assert [line.split()[0] for line in lines] == ["--epochs", "--lr", "--stem"]

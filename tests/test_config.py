@@ -30,7 +30,7 @@ TYPED = {
     "label_smoothing": ("0.1", 0.1), "clip_grad": ("1", 1.0), "ema": ("0.99", 0.99), "mixup": (".2", 0.2),
     "cutmix": ("1", 1.0), "seed": ("3", 3), "device": ("cuda:1", "cuda:1"), "amp": ("BF16", "bf16"),
     "output_dir": ("out", "out"), "name": ("A", "A"), "save_every": ("0", 0), "save_minutes": ("0.5", 0.5),
-    "max_steps": ("10", 10),
+    "attention_every": ("3", 3), "max_steps": ("10", 10),
 }  # fmt: skip
 SWITCHES = {
     "--stem": True, "--no-content": False, "--grouped": True, "--share-embeddings": True, "--zero-init-residual": True,

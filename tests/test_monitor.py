@@ -15,8 +15,12 @@ from tqdm import tqdm
 
 import monitor
 import preprocess
+import sheets
 import small_runs
+from attention import LocalAttention2d
 from evaluation import Evaluation, evaluate
+from heads import LayerAttention, collect, entropy, lattice, mean_distance
+from model import ResNet26
 from monitor import Monitor, captioned, confusion_picture, enlarge, grid, text_strip
 from test_train import Tiny, go, tiny  # noqa: F401 (a fixture)
 
@@ -113,6 +117,50 @@ def test_without_holdout_the_mistakes_of_the_last_epoch_are_shown(tmp_path, tiny
     events = EventAccumulator(str(go(tmp_path, "--max-steps 1")))
     events.Reload()
     assert set(events.Tags()["images"]) == IMAGE_TAGS
+
+
+# ---- attention panels -----------------------------------------------------------------------------------------------
+
+
+def test_the_attention_panels_read_back(tmp_path):
+    """Each layer's sheets as they were drawn, histograms over images, heads and pixels, and the largest logit."""
+    network = ResNet26(10, stem=True, small_images=True).eval()
+    with torch.no_grad(), collect(network, pixels=lattice(9)) as layers:
+        network(torch.randn(2, 3, 12, 12))
+    writer = Monitor(tmp_path, [], 0, bars=False)
+    writer.attention(7, layers)
+    writer.close()
+    events = EventAccumulator(str(tmp_path), size_guidance={"histograms": 0}).Reload()
+    assert len(layers) == 9
+    for layer in layers:
+        maps = sheets.table([sheets.map_row(layer)])
+        assert near(picture(events, f"attention_maps/{layer.name}"), to_bytes(sheets.to_tensor(maps)))
+        tables = sheets.table(sheets.embedding_rows(layer))
+        assert near(picture(events, f"attention_embeddings/{layer.name}"), to_bytes(sheets.to_tensor(tables)))
+        for kind, values in (("entropy_bits", entropy(layer.weights)), ("distance_pixels", mean_distance(layer))):
+            (point,) = events.Histograms(f"attention_{kind}/{layer.name}")
+            found = point.histogram_value
+            assert point.step == 7 and found.num == values.numel()
+            wanted = [values.min().item(), values.max().item(), values.double().sum().item()]
+            assert [found.min, found.max, found.sum] == pytest.approx(wanted, rel=1e-5)
+        (point,) = events.Scalars(f"attention_largest_logit/{layer.name}")
+        assert point.value == pytest.approx(layer.largest_logit)
+
+
+def test_a_mean_maps_tile_is_white_for_nothing_and_blue_for_the_most():
+    weights = torch.zeros(1, 2, 1, 3, 3)
+    weights[0, 0, 0, 0, 2], weights[0, 0, 0, 1, 1] = 0.75, 0.25
+    weights[0, 1] = 1 / 9
+    pixels = torch.tensor([[1, 1]])
+    layer = LayerAttention("x", LocalAttention2d(4, 4, 3, num_heads=2), (3, 3), pixels, pixels - 1, weights, 0.0)
+    name, ((first, first_bits), (second, second_bits)) = sheets.map_row(layer)
+    assert name == "x" and (first_bits, second_bits) == ("0.81 bit", "3.17 bit")
+    cell = sheets.TILE // 3
+    found = sheets.to_tensor(first)[:, cell // 2 :: cell, cell // 2 :: cell]
+    deep, white = (torch.tensor(colour) / 255 for colour in (sheets.DEEP, sheets.PAPER))
+    assert near(to_bytes(found[:, 0, 2]), to_bytes(deep)) and near(to_bytes(found[:, 2, 0]), to_bytes(white))
+    assert near(to_bytes(found[:, 1, 1]), to_bytes(white + (deep - white) / 3))
+    assert len(sheets.to_tensor(second).flatten(1).unique(dim=1).T) == 1
 
 
 # ---- pictures -------------------------------------------------------------------------------------------------------

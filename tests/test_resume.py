@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import checkpoint
 import small_runs
@@ -390,3 +391,20 @@ def test_init_from_a_damaged_file_is_exit_2(tmp_path, capsys):
     (tmp_path / "x.pt").write_bytes(b"nothing")
     assert small_runs.run(tmp_path, *STRAIGHT, "--init-from", str(tmp_path / "x.pt")) == 2
     assert "x.pt" in capsys.readouterr().err
+
+
+def test_attention_panels_change_nothing_and_resume(tmp_path, straight, monkeypatch):
+    """Drawn each epoch, over a stop: the run is the one without them, and each panel is there once an epoch."""
+    with monkeypatch.context() as patch:
+        kill_at_step(patch, 5, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        assert small_runs.run(tmp_path, *STRAIGHT, "--attention-every", "1") == 75
+    assert resume(tmp_path, "--attention-every", "1") == 0
+    assert_same_run(straight, tmp_path / "run")
+    events = EventAccumulator(str(tmp_path / "run"), size_guidance={"images": 0, "scalars": 0, "histograms": 0})
+    events.Reload()
+    for kind, read in (("maps", events.Images), ("embeddings", events.Images), ("largest_logit", events.Scalars),
+                       ("entropy_bits", events.Histograms), ("distance_pixels", events.Histograms)):  # fmt: skip
+        for layer in ("stem", "layer1.0", "layer4.0"):
+            assert [point.step for point in read(f"attention_{kind}/{layer}")] == [4, 8]
+    events = EventAccumulator(str(straight)).Reload()
+    assert not any("attention" in tag for kind in ("images", "scalars", "histograms") for tag in events.Tags()[kind])

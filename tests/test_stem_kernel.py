@@ -8,8 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from attention import AttentionStem
-from kernels import cpu
-from kernels import stem as stem_kernels
+from kernels import cpu, stem_operator
 from model import ResNet26, make_stem
 
 pytestmark = pytest.mark.skipif(cpu.unusable() is not None, reason=f"no CPU kernel: {cpu.unusable()}")
@@ -109,7 +108,7 @@ def test_opcheck(image_gradient, pooled):
 
 
 def test_is_the_choice_and_can_be_refused(monkeypatch):
-    served = stem_kernels.kernel_serves
+    served = stem_operator.kernel_serves
     assert served("cpu", torch.float32, 3, "auto") and served("cpu", torch.bfloat16, 3, "cpu")
     assert not served("cpu", torch.float32, 4, "auto") and not served("cuda", torch.float32, 3, "auto")
     assert not served("cpu", torch.float32, 3, "tiled")
