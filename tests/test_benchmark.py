@@ -45,6 +45,15 @@ def test_candidates_take_turns_and_the_first_round_does_not_count():
     assert len(syncs) == 2 * len(order)
 
 
+def test_a_slow_candidate_takes_part_in_two_rounds():
+    order = []
+    candidates = {name: lambda name=name: order.append(name) for name in "abc"}
+    times = benchmark.interleave(candidates, 4, lambda: 0.0, lambda: None, few=("b",))
+    assert order == [*"ac", *"abc", *"bca", *"ca", *"ac"]
+    assert [len(times[name]) for name in "abc"] == [4, 2, 4]
+    assert benchmark.ratio([2.0, 6.0], [1.0, 2.0, 7.0]) == {"median": 2.5, "low": 2.0, "high": 3.0}
+
+
 def test_a_ratio_is_of_times_of_one_round():
     """A machine that is ten times slower in one round gives the same ratio there."""
     got = benchmark.ratio([2.0, 30.0, 4.0], [1.0, 10.0, 1.0])
