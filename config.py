@@ -79,7 +79,7 @@ class Config:
     )
     stem_values: str = option("mixture", "values of the attention stem (Table 7)", choices=("mixture", "plain", "conv"))
     stem_mixtures: int = option(4, "value matrices of the attention stem", low=1, high=1024)
-    zero_init_residual: bool = option(False, "each residual branch starts at zero")
+    zero_init_residual: bool = from_recipe("each residual branch starts at zero", kind=bool)
     backend: str = option("auto", "kernel of the attention (python -m kernels lists them)", free=True)
 
     # Data
@@ -207,14 +207,18 @@ class Config:
 # follows the global batch ("linear", "sqrt" or None), and batch norm's momentum. Augmentation: preprocess.py.
 HIDDEN = {"schedule": "cosine", "nesterov": True, "lr_batch": None, "lr_scaling": None, "bn_momentum": 0.1}
 
-_PLAIN = {"momentum": 0.9, "label_smoothing": 0.0, "clip_grad": 0.0, "ema": 0.0, "mixup": 0.0, "cutmix": 0.0}
+_PLAIN = {
+    "momentum": 0.9, "label_smoothing": 0.0, "clip_grad": 0.0, "ema": 0.0, "mixup": 0.0, "cutmix": 0.0,
+    "zero_init_residual": False,
+}  # fmt: skip
 _ADAMW = _PLAIN | {
     "optimizer": "adamw", "weight_decay": 0.05, "label_smoothing": 0.1, "clip_grad": 1.0, "lr_scaling": "sqrt",
+    "zero_init_residual": True,
 }  # fmt: skip
 # The default recipe of each data set. DIGITS' was found by trials (README); the others follow it or the family's
 # practice and say so in README.
 _DEFAULT = {
-    "DIGITS": _ADAMW | {"epochs": 16, "batch_size": 32, "lr": 1e-3, "lr_batch": 32, "warmup_epochs": 3, "ema": 0.99},
+    "DIGITS": _ADAMW | {"epochs": 12, "batch_size": 32, "lr": 1e-3, "lr_batch": 32, "warmup_epochs": 2, "ema": 0.98},
     "MNIST": _ADAMW | {"epochs": 20, "batch_size": 64, "lr": 1e-3, "lr_batch": 64, "warmup_epochs": 2},
     "FashionMNIST": _ADAMW | {"epochs": 30, "batch_size": 64, "lr": 1e-3, "lr_batch": 64, "warmup_epochs": 2},
     "CIFAR10": _ADAMW | {
@@ -327,6 +331,9 @@ def flag_of(f: dataclasses.Field) -> str:
 
 def _add_flag(parser: argparse.ArgumentParser, f: dataclasses.Field) -> None:
     text, rule = f.metadata["help"], f.metadata["rule"]
+    if f.metadata["kind"] is bool and f.default is None:
+        parser.add_argument(flag_of(f), dest=f.name, action=argparse.BooleanOptionalAction, help=text)
+        return
     if f.metadata["kind"] is bool:
         parser.add_argument(flag_of(f), dest=f.name, action="store_false" if f.default else "store_true", help=text)
         if f.default:
