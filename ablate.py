@@ -1,0 +1,288 @@
+"""Run the rows of the paper's tables by train.py, resume what was interrupted, and print what they scored.
+
+    python ablate.py --table 5 --dataset DIGITS --seeds 3
+    python ablate.py --table 1 seed --model-name ResNet26 --dataset FashionMNIST --epochs 3 -- --train-images 10000
+
+What all runs share (data set, epochs, the flags after --) names the folder that they are in, so that runs in one folder
+are comparable; rows that several tables share are run once. Every run is a train.py of its own with --resume: the same
+command goes on after any kind of end, leaves alone what is done, and two of them at a time share the work.
+
+Exit codes: 0 all done; 1 a run failed (the others were run); 2 wrong usage; 75 stopped by a signal, go on with the same
+command.
+"""
+
+import argparse
+import dataclasses
+import fcntl
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ablations import DEPTHS, TABLES, Row, rows, run_name, unique
+from config import DATASETS, MODELS, USAGE_ERROR, Command, Config, flag_of, parse_command_line, resolve
+from signals import StopRequest
+
+TRAIN = Path(__file__).with_name("train.py")
+STOPPED = 75  # train.py's, and this one's
+POLL_SECONDS = 0.1
+OWN = ("model_name", "dataset", "data_dir", "seed", "output_dir", "name")  # flags that this command sets
+SETTLED = ("form", "img_size", "amp")  # fields that a run fills in at its start where they are "auto" or None
+OUTPUT = "output.txt"  # what a run has printed
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What all runs of a folder share: the data set and `flags`, as train.py takes them."""
+
+    dataset: str
+    flags: tuple[str, ...] = ()
+
+    def given(self) -> dict[str, Any]:
+        """The flags that can change the result and say more than the recipe does."""
+        free = {f.name for f in dataclasses.fields(Config) if f.metadata["free"]}
+        given = {k: v for k, v in parse_command_line(list(self.flags)).given.items() if k not in free}
+        for key in list(given):
+            rest = {k: v for k, v in given.items() if k != key}
+            if resolve(rest, self.dataset) == resolve(given, self.dataset):
+                given = rest
+        return given
+
+    def name(self) -> str:
+        """The folder: digits, fashionmnist-epochs-3-train-images-10000."""
+        return "-".join([self.dataset.lower(), *(word.strip("-") for word in self.words())])
+
+    def words(self) -> list[str]:
+        """`given` as flags, in one spelling whatever the order and spelling of `flags`."""
+        given, words = self.given(), []
+        for f in dataclasses.fields(Config):
+            if f.name in given:
+                value = given[f.name]
+                values = value if isinstance(value, tuple) else () if isinstance(value, bool) else (value,)
+                words += [flag_of(f), *map(str, values)]
+        return words
+
+
+class Run(NamedTuple):
+    """One training of a row."""
+
+    row: Row
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return run_name(self.row.model, self.row.flags, self.seed)
+
+    def flags(self, budget: Budget) -> list[str]:
+        """What makes the run what it is, as train.py takes it; a row's own flags win."""
+        own = ["--model-name", self.row.model, *self.row.flags.split(), "--seed", str(self.seed)]
+        return ["--dataset", budget.dataset, *budget.flags, *own]
+
+    def command(self, budget: Budget, folder: Path, data_dir: str | None) -> list[str]:
+        where = ["--output-dir", str(folder), "--name", self.name, "--no-progress", "--resume"]
+        return [str(TRAIN), *self.flags(budget), *(["--data-dir", data_dir] if data_dir else []), *where]
+
+    def config(self, budget: Budget) -> Config:
+        return resolve(parse_command_line(self.flags(budget)).given, budget.dataset)
+
+
+# ---- what is there --------------------------------------------------------------------------------------------------
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """None where the file is missing or not whole."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return values if isinstance(values, dict) else None
+
+
+def is_done(folder: Path, config: Config) -> bool:
+    """Whether the folder holds the whole summary of a run of this configuration."""
+    saved, summary = read_json(folder / "config.json"), read_json(folder / "summary.json")
+    if saved is None or summary is None or saved.get("max_steps") != config.max_steps:
+        return False
+    return not differing(saved, config)
+
+
+def differing(saved: dict[str, Any], config: Config) -> list[str]:
+    """The fields in which a run's config.json differs from `config` and that can change its result.
+
+    A field that is younger than the run counts as its default.
+    """
+    ours = config.to_dict()
+    names = []
+    for f in dataclasses.fields(Config):
+        open_value = f.name in SETTLED and ours[f.name] in ("auto", None)
+        if not f.metadata["free"] and not open_value and saved.get(f.name, f.default) != ours[f.name]:
+            names.append(f.name)
+    return names
+
+
+# ---- running --------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Work:
+    """The runs to make and how; what became of them."""
+
+    runs: list[Run]
+    budget: Budget
+    folder: Path
+    data_dir: str | None = None
+    jobs: int = 1
+    threads: int | None = None
+    keep_weights: bool = False
+    failures: dict[str, str] = dataclasses.field(default_factory=dict)
+    stop: StopRequest = dataclasses.field(default_factory=StopRequest)
+
+    def say(self, run: Run, text: str) -> None:
+        place = self.runs.index(run) + 1
+        print(f"[{place:{len(str(len(self.runs)))}}/{len(self.runs)}] {run.name}: {text}", flush=True)
+
+
+def run_all(work: Work) -> None:
+    """Every run that is not done, `jobs` at a time; on a signal the open ones save and end."""
+    work.stop.install()
+    waiting, open_runs, told = list(work.runs), {}, False
+    while open_runs or (waiting and work.stop.received is None):
+        while waiting and len(open_runs) < work.jobs and work.stop.received is None:
+            run = waiting.pop(0)
+            process = start(work, run)
+            if process is not None:
+                open_runs[run] = process
+        if work.stop.received is not None and not told:
+            told = True
+            for process in open_runs.values():
+                process.send_signal(signal.SIGTERM)
+        time.sleep(POLL_SECONDS if open_runs else 0)
+        for run in [run for run, process in open_runs.items() if process.poll() is not None]:
+            finish(work, run, open_runs.pop(run).returncode)
+
+
+def start(work: Work, run: Run) -> subprocess.Popen | None:
+    """The run's train.py, or None where it is done or another process is at it.
+
+    The lock is inherited by train.py and lives as long as it does, also where this process is killed.
+    """
+    folder = work.folder / run.name
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w") as lock, open(folder / OUTPUT, "a") as output:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            work.say(run, "another process is at it, left to that one")
+            return None
+        if is_done(folder, run.config(work.budget)):
+            work.say(run, "done before")
+            return None
+        threads = {} if work.threads is None else {"OMP_NUM_THREADS": str(work.threads)}
+        command = [sys.executable, *run.command(work.budget, work.folder, work.data_dir)]
+        work.say(run, f"started, output in {folder / OUTPUT}")
+        return subprocess.Popen(
+            command, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=os.environ | threads,
+            pass_fds=(lock.fileno(),),
+        )  # fmt: skip
+
+
+def finish(work: Work, run: Run, code: int) -> None:
+    """Say what became of a run whose train.py has ended with `code`."""
+    folder = work.folder / run.name
+    if code == 0:
+        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+        work.say(run, f"test top-1 {summary['test_top1_pct']:.2f}%, trained {summary['seconds']:.0f} s")
+        if not work.keep_weights:
+            for path in folder.glob("*.pt"):
+                path.unlink()
+    elif work.stop.received is not None:
+        work.say(run, "stopped, the same command goes on")
+    else:
+        lines = (folder / OUTPUT).read_text(encoding="utf-8", errors="replace").split("\n")
+        said = next((line.strip() for line in reversed(lines) if line.strip()), "it printed nothing")
+        work.failures[run.name] = f"exit code {code}: {said}"
+        work.say(run, f"FAILED, {work.failures[run.name]}")
+
+
+# ---- the command line -----------------------------------------------------------------------------------------------
+
+
+def parse(arguments: list[str]) -> tuple[argparse.Namespace, Budget]:
+    """This command's own flags, and what all runs share; wrong usage ends the process with one line and code 2."""
+    own, shared = arguments, []
+    if "--" in arguments:
+        cut = arguments.index("--")
+        own, shared = arguments[:cut], arguments[cut + 1 :]
+
+    def positive(text: str) -> int:
+        if not text.isdecimal() or int(text) < 1:
+            raise argparse.ArgumentTypeError(f"{text}: must be an integer of at least 1")
+        return int(text)
+
+    def one_of(names: tuple[str, ...]):
+        """Any case, as train.py takes it."""
+        spelling = {name.lower(): name for name in names}
+        return lambda text: spelling.get(text.lower(), text)
+
+    parser = argparse.ArgumentParser(
+        prog="ablate.py", allow_abbrev=False,
+        description="Run the rows of the paper's tables by train.py, resume what was interrupted, tell what came out.",
+        epilog="Flags of train.py after -- go to every run: ablate.py --table 5 -- --train-images 10000",
+    )  # fmt: skip
+    parser.add_argument("--table", nargs="+", required=True, choices=TABLES, help="tables whose rows are run")
+    parser.add_argument("--dataset", default="DIGITS", type=one_of(DATASETS), choices=DATASETS, help="default: DIGITS")
+    parser.add_argument("--data-dir", metavar="DIR", help="folder of the data sets")
+    parser.add_argument("--epochs", type=positive, metavar="N", help="of every run (default: the recipe's)")
+    parser.add_argument("--seeds", type=positive, default=1, metavar="N", help="seeds 0 to N-1 (default: 1)")
+    parser.add_argument("--model-name", type=one_of(MODELS), choices=DEPTHS,
+                        help="network of the rows; of tables 1 and seed, whose rows have their own, those of that depth "
+                        "(default: all of those, and ResNet26, or ResNet50 on image trees)")  # fmt: skip
+    parser.add_argument("--jobs", type=positive, default=1, metavar="N", help="runs at a time (default: 1)")
+    parser.add_argument("--threads", type=positive, metavar="N", help="threads of a run (default: OMP_NUM_THREADS)")
+    parser.add_argument("--output-dir", default="runs/ablate", metavar="DIR", help="default: runs/ablate")
+    parser.add_argument("--keep-weights", action="store_true", help="keep the checkpoints of runs that are done")
+    parser.add_argument("--dry-run", action="store_true", help="print the train.py lines of what is not done, and end")
+    parser.error = lambda message: fail(message.removeprefix("argument "))
+    args = parser.parse_args(own)
+    command = parse_command_line(shared)
+    taken = [name for name in OWN if name in command.given] + (["epochs"] if "epochs" in command.given else [])
+    if taken or command != Command(command.given):
+        what = "--" + taken[0].replace("_", "-") if taken else "--resume, --init-from, --evaluate or --overwrite"
+        fail(f"{what} after --: not for train.py here, this command has or sets it")
+    return args, Budget(args.dataset, (*(["--epochs", str(args.epochs)] if args.epochs else []), *shared))
+
+
+def fail(message: str) -> None:
+    print(f"ablate.py: error: {message}", file=sys.stderr)
+    sys.exit(USAGE_ERROR)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    args, budget = parse(sys.argv[1:] if arguments is None else arguments)
+    default = "ResNet50" if args.dataset in ("IMAGENET", "FOLDER") else "ResNet26"
+    chosen = unique(row for name in args.table for row in rows(TABLES[name], args.model_name, default))
+    runs = [Run(row, seed) for seed in range(args.seeds) for row in chosen]
+    work = Work(
+        runs, budget, Path(args.output_dir, budget.name()), args.data_dir, args.jobs, args.threads, args.keep_weights
+    )
+    if args.dry_run:
+        for run in runs:
+            if not is_done(work.folder / run.name, run.config(budget)):
+                print(shlex.join(["python", "train.py", *run.command(budget, work.folder, args.data_dir)[1:]]))
+        return 0
+    run_all(work)
+    for name, why in work.failures.items():
+        print(f"ablate.py: {name} failed, {why}", file=sys.stderr)
+    if work.stop.received is not None:
+        return STOPPED
+    return 1 if work.failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
