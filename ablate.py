@@ -23,13 +23,13 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from ablations import DEPTHS, TABLES, Row, rows, run_name, unique
-from config import DATASETS, MODELS, USAGE_ERROR, Command, Config, flag_of, parse_command_line, resolve
+from ablations import DEPTHS, TABLES, Budget, Run, read_json, rows, unique
+from config import DATASETS, MODELS, USAGE_ERROR, Command, Config, parse_command_line
 from signals import StopRequest
 
-TRAIN = Path(__file__).with_name("train.py")
+HERE = Path(__file__).parent
 STOPPED = 75  # train.py's, and this one's
 POLL_SECONDS = 0.1
 OWN = ("model_name", "dataset", "data_dir", "seed", "output_dir", "name")  # flags that this command sets
@@ -37,71 +37,7 @@ SETTLED = ("form", "img_size", "amp")  # fields that a run fills in at its start
 OUTPUT = "output.txt"  # what a run has printed
 
 
-@dataclass(frozen=True)
-class Budget:
-    """What all runs of a folder share: the data set and `flags`, as train.py takes them."""
-
-    dataset: str
-    flags: tuple[str, ...] = ()
-
-    def given(self) -> dict[str, Any]:
-        """The flags that can change the result and say more than the recipe does."""
-        free = {f.name for f in dataclasses.fields(Config) if f.metadata["free"]}
-        given = {k: v for k, v in parse_command_line(list(self.flags)).given.items() if k not in free}
-        for key in list(given):
-            rest = {k: v for k, v in given.items() if k != key}
-            if resolve(rest, self.dataset) == resolve(given, self.dataset):
-                given = rest
-        return given
-
-    def name(self) -> str:
-        """The folder: digits, fashionmnist-epochs-3-train-images-10000."""
-        return "-".join([self.dataset.lower(), *(word.strip("-") for word in self.words())])
-
-    def words(self) -> list[str]:
-        """`given` as flags, in one spelling whatever the order and spelling of `flags`."""
-        given, words = self.given(), []
-        for f in dataclasses.fields(Config):
-            if f.name in given:
-                value = given[f.name]
-                values = value if isinstance(value, tuple) else () if isinstance(value, bool) else (value,)
-                words += [flag_of(f), *map(str, values)]
-        return words
-
-
-class Run(NamedTuple):
-    """One training of a row."""
-
-    row: Row
-    seed: int
-
-    @property
-    def name(self) -> str:
-        return run_name(self.row.model, self.row.flags, self.seed)
-
-    def flags(self, budget: Budget) -> list[str]:
-        """What makes the run what it is, as train.py takes it; a row's own flags win."""
-        own = ["--model-name", self.row.model, *self.row.flags.split(), "--seed", str(self.seed)]
-        return ["--dataset", budget.dataset, *budget.flags, *own]
-
-    def command(self, budget: Budget, folder: Path, data_dir: str | None) -> list[str]:
-        where = ["--output-dir", str(folder), "--name", self.name, "--no-progress", "--resume"]
-        return [str(TRAIN), *self.flags(budget), *(["--data-dir", data_dir] if data_dir else []), *where]
-
-    def config(self, budget: Budget) -> Config:
-        return resolve(parse_command_line(self.flags(budget)).given, budget.dataset)
-
-
 # ---- what is there --------------------------------------------------------------------------------------------------
-
-
-def read_json(path: Path) -> dict[str, Any] | None:
-    """None where the file is missing or not whole."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return values if isinstance(values, dict) else None
 
 
 def is_done(folder: Path, config: Config) -> bool:
@@ -142,6 +78,11 @@ class Work:
     keep_weights: bool = False
     failures: dict[str, str] = dataclasses.field(default_factory=dict)
     stop: StopRequest = dataclasses.field(default_factory=StopRequest)
+
+    def command(self, run: Run) -> list[str]:
+        """The run's line, from train.py on."""
+        where = ["--output-dir", str(self.folder), "--name", run.name, "--no-progress", "--resume"]
+        return ["train.py", *run.flags(self.budget), *(["--data-dir", self.data_dir] if self.data_dir else []), *where]
 
     def say(self, run: Run, text: str) -> None:
         place = self.runs.index(run) + 1
@@ -184,7 +125,7 @@ def start(work: Work, run: Run) -> subprocess.Popen | None:
             work.say(run, "done before")
             return None
         threads = {} if work.threads is None else {"OMP_NUM_THREADS": str(work.threads)}
-        command = [sys.executable, *run.command(work.budget, work.folder, work.data_dir)]
+        command = [sys.executable, str(HERE / "train.py"), *work.command(run)[1:]]
         work.say(run, f"started, output in {folder / OUTPUT}")
         return subprocess.Popen(
             command, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=os.environ | threads,
@@ -241,8 +182,8 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, Budget]:
     parser.add_argument("--epochs", type=positive, metavar="N", help="of every run (default: the recipe's)")
     parser.add_argument("--seeds", type=positive, default=1, metavar="N", help="seeds 0 to N-1 (default: 1)")
     parser.add_argument("--model-name", type=one_of(MODELS), choices=DEPTHS,
-                        help="network of the rows; of tables 1 and seed, whose rows have their own, those of that depth "
-                        "(default: all of those, and ResNet26, or ResNet50 on image trees)")  # fmt: skip
+                        help="network of the rows; tables 1 and seed, whose rows have their own, are cut to that depth "
+                        "(default: not cut; ResNet26, ResNet50 on image trees)")  # fmt: skip
     parser.add_argument("--jobs", type=positive, default=1, metavar="N", help="runs at a time (default: 1)")
     parser.add_argument("--threads", type=positive, metavar="N", help="threads of a run (default: OMP_NUM_THREADS)")
     parser.add_argument("--output-dir", default="runs/ablate", metavar="DIR", help="default: runs/ablate")
@@ -274,7 +215,7 @@ def main(arguments: list[str] | None = None) -> int:
     if args.dry_run:
         for run in runs:
             if not is_done(work.folder / run.name, run.config(budget)):
-                print(shlex.join(["python", "train.py", *run.command(budget, work.folder, args.data_dir)[1:]]))
+                print(shlex.join(["python", *work.command(run)]))
         return 0
     run_all(work)
     for name, why in work.failures.items():
