@@ -26,7 +26,8 @@ from pathlib import Path
 from typing import Any
 
 from ablations import DEPTHS, TABLES, Budget, Run, read_json, rows, unique
-from config import DATASETS, MODELS, USAGE_ERROR, Command, Config, parse_command_line
+from config import DATASETS, MODELS, USAGE_ERROR, Command, Config, ConfigError, parse_command_line
+from report import markdown, remember, write_beside
 from signals import StopRequest
 
 HERE = Path(__file__).parent
@@ -69,7 +70,7 @@ def differing(saved: dict[str, Any], config: Config) -> list[str]:
 class Work:
     """The runs to make and how; what became of them."""
 
-    runs: list[Run]
+    runs: dict[Run, Config]
     budget: Budget
     folder: Path
     data_dir: str | None = None
@@ -85,7 +86,7 @@ class Work:
         return ["train.py", *run.flags(self.budget), *(["--data-dir", self.data_dir] if self.data_dir else []), *where]
 
     def say(self, run: Run, text: str) -> None:
-        place = self.runs.index(run) + 1
+        place = list(self.runs).index(run) + 1
         print(f"[{place:{len(str(len(self.runs)))}}/{len(self.runs)}] {run.name}: {text}", flush=True)
 
 
@@ -121,7 +122,7 @@ def start(work: Work, run: Run) -> subprocess.Popen | None:
         except BlockingIOError:
             work.say(run, "another process is at it, left to that one")
             return None
-        if is_done(folder, run.config(work.budget)):
+        if is_done(folder, work.runs[run]):
             work.say(run, "done before")
             return None
         threads = {} if work.threads is None else {"OMP_NUM_THREADS": str(work.threads)}
@@ -206,18 +207,26 @@ def fail(message: str) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     args, budget = parse(sys.argv[1:] if arguments is None else arguments)
-    default = "ResNet50" if args.dataset in ("IMAGENET", "FOLDER") else "ResNet26"
-    chosen = unique(row for name in args.table for row in rows(TABLES[name], args.model_name, default))
+    model = args.model_name or ("ResNet50" if args.dataset in ("IMAGENET", "FOLDER") else "ResNet26")
+    # As (table, network): tables whose rows name their networks are told whole, whatever was run of them.
+    tables = [(name, model if TABLES[name].rows[0].model is None else None) for name in args.table]
+    chosen = unique(row for name, net in tables for row in rows(TABLES[name], net or args.model_name))
     runs = [Run(row, seed) for seed in range(args.seeds) for row in chosen]
-    work = Work(
-        runs, budget, Path(args.output_dir, budget.name()), args.data_dir, args.jobs, args.threads, args.keep_weights
-    )
+    try:
+        configs = {run: run.config(budget) for run in runs}
+        folder = Path(args.output_dir, budget.name())
+    except ConfigError as error:
+        fail(str(error))
+    work = Work(configs, budget, folder, args.data_dir, args.jobs, args.threads, args.keep_weights)
     if args.dry_run:
-        for run in runs:
-            if not is_done(work.folder / run.name, run.config(budget)):
+        for run, config in configs.items():
+            if not is_done(folder / run.name, config):
                 print(shlex.join(["python", *work.command(run)]))
         return 0
+    remember(folder, budget, tables)
     run_all(work)
+    done = write_beside(folder)
+    print("", *(markdown(done, *table) for table in tables), f"Tables and CSV: {folder}", sep="\n")
     for name, why in work.failures.items():
         print(f"ablate.py: {name} failed, {why}", file=sys.stderr)
     if work.stop.received is not None:

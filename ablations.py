@@ -152,13 +152,13 @@ TABLES = {
 }
 
 
-def rows(table: Table, model: str | None, default: str = DEPTHS[0]) -> list[Row]:
-    """The table's rows on one network: `model`, or `default` where it is None.
+def rows(table: Table, model: str | None) -> list[Row]:
+    """The table's rows on the network `model`.
 
-    A table whose rows name their networks (1 and seed) is whole without `model`, and cut to that depth with it.
+    A table whose rows name their networks (1 and seed) is cut to that depth, or whole where `model` is None.
     """
     if table.rows[0].model is None:
-        return [row._replace(model=model or default) for row in table.rows]
+        return [row._replace(model=model) for row in table.rows]
     return [row for row in table.rows if model in (None, row.depth)]
 
 
