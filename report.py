@@ -5,8 +5,8 @@
     python report.py --check                     exit 1 where one of them is not what the runs say
 
 A folder of runs holds ablation.json (data set, shared flags, the tables that were asked for) and a folder a run with
-config.json, log.jsonl and summary.json; beside them the tables are written, and notes.md, if a person wrote one, is shown
-under them. Read without torch: every figure comes from the summaries.
+config.json, log.jsonl and summary.json; beside them the tables are written, and in README notes.md,
+where a person wrote one, is shown under them. Read without torch: every figure comes from the summaries.
 
 Spread: mean and standard deviation (n - 1) over the seeds that are there. Difference: the mean over the seeds of row
 minus base, paired by seed, with Student's 95% interval.
@@ -158,8 +158,10 @@ def markdown(folder: Folder, table: str, model: str | None) -> str:
     of = records(folder, table, model)
     named = len({r["model"] for r in of}) > 1
     head = ["", "parameters", "MFLOPs", "top-1, %", "n", "minus base, points", "s a run"]
-    head += [f"{source}: top-1, %", "GFLOPs", "M parameters"] if source else []
     lines = [f"**{title}**" + ("" if named else f", {of[0]['model']}"), ""]
+    if source:
+        lines[0] += f"; on the right the {source}"
+        head += [f"{figure} ({source.partition(',')[0]})" for figure in ("top-1, %", "GFLOPs", "M parameters")]
     lines += ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for r in of:
         label = f"{r['row']}, {r['model']}" if named and r["model"].lower() not in r["row"].lower() else r["row"]
