@@ -6,6 +6,7 @@ import re
 import shutil
 import statistics
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -234,7 +235,7 @@ def test_labels_stand_apart_in_their_order_and_near_their_lines():
     placed = plot.apart([0.5, 0.1, 0.51, 0.5], 0.1, 0.0, 1.0)
     assert placed[1] == pytest.approx(0.1)
     ordered = [placed[0], placed[3], placed[2]]
-    assert [b - a for a, b in zip(ordered, ordered[1:], strict=False)] == pytest.approx([0.1, 0.1])
+    assert [b - a for a, b in pairwise(ordered)] == pytest.approx([0.1, 0.1])
     assert sum(ordered) / 3 == pytest.approx(0.505, abs=0.006)
     assert plot.apart([0.99, 1.0], 0.1, 0.0, 1.0) == pytest.approx([0.9, 1.0])
 
