@@ -18,7 +18,7 @@ from ablations import TABLES, Budget, Run, rows, run_name
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = sorted(path.parent for path in (ROOT / "results").glob("*/ablation.json"))
-README = f"# Title\n\nbefore\n\n{report.BEGIN}\nold\n{report.END}\n\nafter\n"
+README = f"# Title\n\nbefore\n\n{report.BEGIN}\nreplaced words\n{report.END}\n\nafter\n"
 
 
 def make_run(folder: Path, row, seed: int, top1: float, **changes) -> None:
@@ -109,7 +109,7 @@ def test_adding_takes_small_files_without_paths_and_check_finds_what_is_not_up_t
     assert not (target / "resnet26-seed8").exists()
     assert not any("secret" in path.read_text() for path in target.glob("*/*"))
     text = readme.read_text()
-    assert text.startswith("# Title\n\nbefore\n\n") and text.endswith("\n\nafter\n") and "old" not in text
+    assert text.startswith("# Title\n\nbefore\n\n") and text.endswith("\n\nafter\n") and "replaced words" not in text
     assert "93.00 +- 3.61" in text
     assert report.main([*where, "--check"]) == 0
 
