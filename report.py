@@ -263,8 +263,7 @@ def add(source: Path, results: Path) -> Path:
     """Copy the small files of the folder's finished runs to results/<the same name>, without where they were made."""
     folder, target = read(source), results / source.resolve().name
     target.mkdir(parents=True, exist_ok=True)
-    before = read(target).tables if (target / ABOUT).exists() else []
-    remember(target, folder.budget, before + folder.tables)
+    remember(target, folder.budget, folder.tables)
     for name, config in folder.configs.items():
         (target / name).mkdir(exist_ok=True)
         kept = {key: value for key, value in config.items() if key not in PATHS}
