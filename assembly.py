@@ -207,8 +207,9 @@ def load_data(config: Config, device: torch.device) -> Data:
     holdout = config.holdout if config.holdout < 1 else int(config.holdout)
     return Data(
         *preprocess.load(
-            dataset=config.dataset, data_dir=config.data_dir, img_size=config.img_size, holdout=holdout,
-            seed=config.seed, skip_bad_images=config.skip_bad_images, num_workers=config.num_workers, device=device,
+            dataset=config.dataset, data_dir=config.data_dir, img_size=config.img_size,
+            train_images=config.train_images, holdout=holdout, seed=config.seed, skip_bad_images=config.skip_bad_images,
+            num_workers=config.num_workers, device=device,
         )
     )  # fmt: skip
 

@@ -63,7 +63,7 @@ class AugmentConfig:
         return bool(self.pad or self.affine)
 
 
-_PURPOSES = ("order", "augment", "mix", "holdout", "sample")  # the place is part of every stream: append only
+_PURPOSES = ("order", "augment", "mix", "holdout", "sample", "part")  # the place is part of every stream: append only
 
 
 def stream(seed: int, purpose: str, *key: int) -> np.random.Generator:

@@ -92,6 +92,9 @@ class Config:
     img_size: int | None = option(
         None, "side of the images fed, pixels (default: the set's own; 224 for trees)", kind=int, low=8, high=4096
     )
+    train_images: int | None = option(
+        None, "train on a seeded part of this many images; --holdout is taken from it (default: all)", kind=int, low=1
+    )
     holdout: float = option(0.0, "part of train that selects best.pt: a fraction below 1, or a number of images", low=0)
     skip_bad_images: bool = option(False, "skip unreadable images of a tree, counted, instead of ending")
     num_workers: int = option(4, "processes that decode a tree's images", low=0, high=1024, free=True)

@@ -371,6 +371,7 @@ def load(
     dataset: str,
     data_dir: str | Path = "datasets",
     img_size: int | None = None,
+    train_images: int | None = None,
     holdout: int | float = 0,
     seed: int = 0,
     skip_bad_images: bool = False,
@@ -379,8 +380,9 @@ def load(
 ) -> tuple[DataInfo, TensorData | FolderData, TensorData | FolderData | None, TensorData | FolderData]:
     """(info, train, holdout or None, test) of a data set by its name, in any case.
 
-    img_size: None is the set's own size, 224 for image trees. holdout: that many images (int), or that share (float
-    below 1), taken from the training set by the seed and evaluated like the test set.
+    img_size: None is the set's own size, 224 for image trees. train_images: the training set is a part of that many
+    images, drawn by the seed; None is all of it. holdout: that many images (int), or that share (float below 1), taken
+    from the training set (or that part of it) by the seed and evaluated like the test set.
     Raises: ValueError for an unknown name; DataError for everything that is wrong with the data.
     """
     name = canonical_name(dataset)
@@ -389,7 +391,8 @@ def load(
         classes, train, test = read_trees(name, Path(data_dir))
     else:
         classes, train, test = SMALL_SETS[name](Path(data_dir))
-    kept, held = _hold_out(len(train[1]), holdout, seed)
+    part = _draw_part(len(train[1]), train_images, seed)
+    kept, held = (part[index] for index in _hold_out(len(part), holdout, seed))
     info = DataInfo(
         name=name,
         num_classes=len(classes),
@@ -442,6 +445,15 @@ def denormalise(images: Tensor, info: DataInfo) -> Tensor:
 
 def _three(values: tuple[float, ...]) -> tuple[float, float, float]:
     return values * 3 if len(values) == 1 else values
+
+
+def _draw_part(size: int, count: int | None, seed: int) -> Tensor:
+    """Sorted indices of `count` of the training images, the same for the same seed; all of them where it is None."""
+    if count is None:
+        return torch.arange(size)
+    if count > size:
+        raise DataError(f"--train-images {count}: the training set has {size} images")
+    return torch.from_numpy(stream(seed, "part").permutation(size))[:count].sort().values
 
 
 def _hold_out(size: int, holdout: int | float, seed: int) -> tuple[Tensor, Tensor]:

@@ -398,7 +398,7 @@ def evaluate_checkpoint(command: Command) -> int:
         if "amp" in given:
             raise
         amp = pick_amp("auto", device)
-    data = load_data(dataclasses.replace(config, holdout=0.0), device)
+    data = load_data(dataclasses.replace(config, train_images=None, holdout=0.0), device)
     weights = checkpoint.weights_of(state)
     classes = weights["fc.weight"].shape[0]
     if data.info.num_classes != classes:

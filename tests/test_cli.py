@@ -140,6 +140,10 @@ def test_a_holdout_that_leaves_nothing(tmp_path, tiny, capsys):  # noqa: F811
     refused(capsys, tmp_path, "--holdout 0.001", "--holdout 0.001")
 
 
+def test_more_training_images_than_there_are(tmp_path, tiny, capsys):  # noqa: F811
+    refused(capsys, tmp_path, "--train-images 41", "--train-images 41", "40 images")
+
+
 @pytest.mark.parametrize("classes", [("ant", "bee"), ("ant", "bee", "cow", "dog")])
 def test_other_classes_than_the_checkpoints(tmp_path, tiny, tree, capsys, classes):  # noqa: F811
     folder = go(tmp_path, tree_flags(tree, 0), "--max-steps 1")

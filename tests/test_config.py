@@ -24,6 +24,7 @@ TYPED = {
     "embedding_std": ("0.1", 0.1), "stem_window": ("Block", "block"), "stem_values": ("PLAIN", "plain"),
     "stem_mixtures": ("2", 2), "backend": ("reference", "reference"), "dataset": ("fashionmnist", "FashionMNIST"),
     "data_dir": ("some/Folder", "some/Folder"), "img_size": ("16", 16), "holdout": ("0.25", 0.25),
+    "train_images": ("10000", 10000),
     "num_workers": ("0", 0), "recipe": ("Paper", "paper"), "epochs": ("7", 7), "batch_size": ("9", 9),
     "accumulate": ("2", 2), "optimizer": ("AdamW", "adamw"), "lr": ("1e-3", 0.001), "momentum": ("0.8", 0.8),
     "weight_decay": ("0", 0.0), "embedding_weight_decay": ("1e-2", 0.01), "warmup_epochs": ("0.5", 0.5),

@@ -300,6 +300,22 @@ def test_holdout_is_a_seeded_part_of_train(digits):
             load(dataset="DIGITS", holdout=wrong)
 
 
+def test_train_images_is_a_seeded_part_of_train_that_the_holdout_is_taken_from(digits):
+    everything = {bytes(image) for image in digits[1].images.flatten(1).numpy()}
+    info, part, held, test = load(dataset="DIGITS", train_images=300, holdout=0.1, seed=4)
+    assert (len(part), len(held), len(test), info.train_size, info.holdout_size) == (270, 30, 360, 270, 30)
+    _, whole, none, _ = load(dataset="DIGITS", train_images=300, seed=4)
+    assert (len(whole), none) == (300, None)
+    rows = sorted(map(bytes, torch.cat((part.images, held.images)).flatten(1).numpy()))
+    assert rows == sorted(map(bytes, whole.images.flatten(1).numpy())) and everything.issuperset(rows)
+    assert torch.bincount(whole.labels).min() >= 15  # of all classes: not the first 300 of a sorted set
+    assert torch.equal(whole.images, load(dataset="DIGITS", train_images=300, seed=4)[1].images)
+    assert not torch.equal(whole.images, load(dataset="DIGITS", train_images=300, seed=5)[1].images)
+    assert len(load(dataset="DIGITS", train_images=1437)[1]) == 1437
+    with pytest.raises(DataError, match="--train-images 1438: the training set has 1437"):
+        load(dataset="DIGITS", train_images=1438)
+
+
 # ---- the mathematics of augmentation --------------------------------------------------------------------------------
 
 

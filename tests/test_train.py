@@ -167,6 +167,18 @@ def test_with_holdout_the_best_epoch_is_kept_and_the_test_set_is_scored_once(tmp
     assert read(folder)["test_loss"] == read(after_one)["test_loss"]
 
 
+def test_a_part_of_the_training_images_survives_a_resume_and_is_not_needed_to_evaluate(tmp_path, tiny, monkeypatch):
+    part = "--train-images 20 --holdout 4"
+    straight = go(tmp_path / "a", part)
+    cut = go(tmp_path / "b", part, "--max-steps 3")
+    go(tmp_path / "b", part, "--resume")
+    assert small_runs.log_rows(cut) == small_runs.log_rows(straight)
+    assert small_runs.log_rows(cut)[-1]["step"] == 2 * (16 // 4)
+    assert small_runs.run(tmp_path / "b", *BASE.split(), "--train-images", "21", "--holdout", "4", "--resume") == 2
+    small_runs.few_digits(monkeypatch, train_images=10)  # fewer than the run had
+    assert small_runs.run(tmp_path / "b", "--evaluate", str(cut / "best.pt")) == 0
+
+
 def test_max_steps_ends_the_run_as_its_last_epoch(tmp_path, tiny):
     folder = go(tmp_path, "--max-steps 3")
     assert read(folder)["steps"] == 3 and read(folder)["epochs"] == 0
