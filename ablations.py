@@ -143,7 +143,7 @@ TABLES = {
             Row("embeddings start at 1", "--embedding-std 1"),
             Row("logits / sqrt(16)", "--scale 0.25"),
             Row("embeddings decay too", "--embedding-weight-decay 0.05"),
-            Row("zero-init of the last norm", "--zero-init-residual"),
+            Row("no zero-init of the last norm", "--no-zero-init-residual"),
             Row("attention stem, sliding", "--stem"),
             Row("attention stem, blocks", "--stem --stem-window block", base="--stem"),
         ),
