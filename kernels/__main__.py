@@ -12,6 +12,7 @@ from torch import nn
 
 import kernels
 from attention import AttentionStem, LocalAttention2d
+from kernels import stem_operator
 from model import MIN_SIZE, VARIANTS, build
 
 
@@ -46,7 +47,9 @@ def choice(layer: LocalAttention2d | AttentionStem, shape: torch.Size, device: t
     size = layer.block_size if isinstance(layer, AttentionStem) else layer.kernel_size
     line = f"B {batch}  N {heads}  D {head_dim:<3}  H {height:<3}  W {width:<3}  K {size:<2}"
     if isinstance(layer, AttentionStem) and not (layer.window == "sliding" and layer.values == "conv"):
-        return f"{line}  kernels/stem.py ({layer.window} windows of the image)"
+        served = stem_operator.kernel_serves(device.type, dtype, layer.in_channels, layer.backend)
+        by = "cpu (kernels/stem.cpp)" if served and layer.values != "conv" else "PyTorch (kernels/stem.py)"
+        return f"{line}  {by}, {layer.window} windows of the image"
     # One number, seen as the whole query: the choice asks for device, dtype and shape only.
     query = torch.empty((), dtype=dtype, device=device).expand(batch, heads, head_dim, height, width)
     return f"{line}  {kernels.choose_backend(query, size, layer.backend)}"

@@ -181,7 +181,7 @@ def test_the_choice_for_each_layer_is_printed(capsys, monkeypatch):
     assert len(chosen) == 8
     assert all(line[-1] == "tiled" for line in chosen)
     assert "layer2.0.spatial B 1 N 8 D 16 H 32 W 32 K 7 tiled" in (" ".join(line) for line in chosen)
-    assert any("stem.0" in line and "K 4" in line for line in lines)
+    assert any("stem.0" in line and "K 4" in line and "PyTorch (kernels/stem.py)" in line for line in lines)
 
 
 def test_python_m_kernels():
