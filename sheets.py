@@ -136,7 +136,9 @@ def overlay(image: Tensor, values: Tensor, side: int, pixel: tuple[int, int], si
     return picture
 
 
-def frame(picture: Image, corner: Sequence[int], cells: int, size: tuple[int, int], colour: tuple[int, int, int]):
+def frame(
+    picture: Image, corner: Sequence[int], cells: int, size: tuple[int, int], colour: tuple[int, int, int]
+) -> None:
     """Draws the outline of `cells` x `cells` cells of a map of that size, at least 3 pixels wide, over its picture."""
     from PIL import ImageDraw
 

@@ -177,6 +177,7 @@ def test_own_images_are_resized_and_named(best, tmp_path):
         ("--dataset FOLDER --data-dir nowhere", ["nowhere", "no such folder"]),
         ("--images nowhere.png", ["nowhere.png"]),
         ("--images a.png --dataset DIGITS", ["--dataset", "--images"]),
+        ("--images a.png --index 0", ["--images", "--index"]),
         ("--device gpu", ["--device gpu"]),
         ("--output-dir {file}", ["file"]),
     ],
