@@ -125,17 +125,29 @@ def overlay(image: Tensor, values: Tensor, side: int, pixel: tuple[int, int], si
     image (3, H, W) in [0, 1]; values (h, w), at least 0, of a map over the whole image; pixel: row and column on a map
     of that `size`.
     """
-    from PIL import Image, ImageDraw
+    from PIL import Image
 
     height = round(side * image.shape[-2] / image.shape[-1])
     grey = image.mean(0, keepdim=True).expand(3, -1, -1)
     base = to_picture(0.15 + 0.55 * grey, side, height)
     mask = to_picture((values / values.max().clamp(min=1e-12)).expand(3, -1, -1) * 0.92, side, height)
     picture = Image.composite(Image.new("RGB", base.size, GLOW), base, mask.convert("L"))
-    top, bottom = (round(height * (pixel[0] + more) / size[0]) for more in (0, 1))
-    left, right = (round(side * (pixel[1] + more) / size[1]) for more in (0, 1))
-    ImageDraw.Draw(picture).rectangle((left, top, right - 1, bottom - 1), outline=PAPER)
+    frame(picture, pixel, 1, size, PAPER)
     return picture
+
+
+def frame(
+    picture: Image, corner: Sequence[int], cells: int, size: tuple[int, int], colour: tuple[int, int, int]
+) -> None:
+    """Draws the outline of `cells` x `cells` cells of a map of that size, at least 3 pixels wide, over its picture."""
+    from PIL import ImageDraw
+
+    ends = []
+    for place, side, length in zip(corner, size, (picture.height, picture.width), strict=True):
+        first, last = (round(edge * length / side) for edge in (place, place + cells))
+        ends.append((first, max(last - 1, first + 2)))
+    (top, bottom), (left, right) = ends
+    ImageDraw.Draw(picture).rectangle((left, top, right, bottom), outline=colour)
 
 
 def on_map(weights: Tensor, origin: tuple[int, int], size: tuple[int, int]) -> Tensor:
@@ -149,16 +161,11 @@ def on_map(weights: Tensor, origin: tuple[int, int], size: tuple[int, int]) -> T
 
 def look_row(picture: Tensor, attention: LayerAttention, share: Tensor | None) -> tuple[str, list[Tile]]:
     """What the first chosen pixel of the first image attends to, a tile a head, and its rollout where given."""
-    from PIL import ImageDraw
-
     pixel, origin = attention.pixels[0].tolist(), attention.origins[0].tolist()
     row = []
     for i, weights in enumerate(attention.weights[0, :, 0]):
         tile = overlay(picture, on_map(weights, origin, attention.size), LOOK_TILE, pixel, attention.size)
-        corners = [(edge * LOOK_TILE / side, (edge + attention.kernel_size) * LOOK_TILE / side - 1)
-                   for edge, side in zip(origin, attention.size, strict=True)]  # fmt: skip
-        (top, bottom), (left, right) = corners
-        ImageDraw.Draw(tile).rectangle((left, top, right, bottom), outline=MUTED)
+        frame(tile, origin, attention.kernel_size, attention.size, MUTED)
         row.append((tile, f"head {i + 1}"))
     if share is not None:
         # Its peak stays where the shortcuts leave it: the square root shows the rest.

@@ -54,13 +54,16 @@ def parse(arguments: list[str] | None) -> tuple[_Parser, argparse.Namespace]:
     which.add_argument("--dataset", type=lambda text: names.get(text.lower(), text), choices=DATASETS,
                        metavar="NAME", help="a data set's test split (default: the checkpoint's own)")  # fmt: skip
     parser.add_argument("--data-dir", help="folder of the data set (default: the checkpoint's own)")
-    parser.add_argument("--index", nargs="+", type=int, default=[0], metavar="I",
+    parser.add_argument("--index", nargs="+", type=int, metavar="I",
                         help="images of the test split, from 0 (default: 0)")  # fmt: skip
     parser.add_argument("--pixel", nargs=2, type=int, metavar=("ROW", "COL"),
                         help="the pixel that the pictures look from (default: the centre)")  # fmt: skip
     parser.add_argument("--output-dir", type=Path, help="folder of the files (default: attention/ by the checkpoint)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
-    return parser, parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
+    if args.images and (args.index or args.data_dir):
+        parser.error("--images does not go with --index or --data-dir")
+    return parser, args
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -69,6 +72,7 @@ def main(arguments: list[str] | None = None) -> int:
         state = checkpoint.load(args.checkpoint)
         config, weights = Config.from_dict(state["config"]), checkpoint.weights_of(state)
         classes = weights["fc.weight"].shape[0]
+        config = dataclasses.replace(config, backend="auto")  # not that of the machine it was trained on
         network = build_model(config, classes).to(pick_device(args.device)).eval()
         checkpoint.load_weights(network, weights)
         if not attention_layers(network):
@@ -114,7 +118,7 @@ def read_images(
     dataset, data_dir = args.dataset or config.dataset, args.data_dir or config.data_dir
     data = load_data(dataclasses.replace(config, dataset=dataset, data_dir=data_dir, holdout=0.0, num_workers=0), "cpu")
     size, chosen = len(data.test), []
-    for index in args.index:
+    for index in args.index or [0]:
         if not 0 <= index < size:
             raise ConfigError(f"--index {index}: must be from 0 to {size - 1}, the test split's last image")
         ((image, label),) = data.test.eval_batches(1, rank=index, world_size=size)  # that one image alone
