@@ -87,13 +87,14 @@ def bucket(value: int, bounds: tuple[int, ...]) -> int:
     return next((bound for bound in bounds if value <= bound), bounds[-1])
 
 
-WINDOWS, WIDTHS, SIDES = (3, 5, 7, 9, 13), (16, 32, 64), (4, 8, 16, 56)  # the table's rows; 56: and larger
+# The table's rows; 56: and larger. fp32 is there to be right, not fast, and has one tile for all maps.
+WINDOWS, WIDTHS, SIDES = (3, 5, 7, 9, 13), (16, 32, 64), {"half": (4, 8, 16, 56), "float": (56,)}
 
 
 def table_key(kernel_size: int, head_dim: int, side: int, dtype: torch.dtype) -> str:
     """The row of the table for a map whose longer side is `side`."""
     kind = "float" if dtype == torch.float32 else "half"
-    sizes = bucket(kernel_size, WINDOWS), bucket(head_dim, WIDTHS), bucket(side, SIDES)
+    sizes = bucket(kernel_size, WINDOWS), bucket(head_dim, WIDTHS), bucket(side, SIDES[kind])
     return "K{} d{} map{} {}".format(*sizes, kind)
 
 

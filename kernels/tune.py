@@ -1,10 +1,10 @@
 """python -m kernels.tune: choose the tiles of backend "triton" by compiling for GPUs that need not be here.
 
-Every candidate whose patch is not much larger than need be is compiled for compute capability 9.0 and disassembled with
-the tools that triton brings. Those that keep all of their numbers in registers and at most 48 KiB in shared memory
-stay; of them the one with the fewest executed instructions a pixel wins, and among those within 5% of it the one of
-which most warps fit on a multiprocessor. Where none stays, the one that spills least is taken; its row says so. The
-choice and the figures behind it are written to cuda_table.json. Nothing runs, and nothing is timed.
+Candidates whose patch is not much larger than need be are compiled for compute capability 9.0 and disassembled with the
+tools that triton brings, larger ones where none of these fits. Those fit that keep all of their numbers in registers
+and at most 48 KiB in shared memory. Of them the one with the fewest executed instructions a pixel wins, and among those
+within 5% of it the one of which most warps fit on a multiprocessor. Where none fits, the one that spills least is
+taken, and its row says so. The choice and the figures behind it are written to cuda_table.json. Nothing is timed.
 
 Executed instructions are those of the disassembly, its loops multiplied by their known trips, over the pixels of the
 map that the tile stands for (pixels of ragged tiles are paid for and not counted). Shapes as in cuda.py.
@@ -32,7 +32,7 @@ from kernels import cuda
 CHOOSING = 90  # compute capability, times ten, of the builds that choose
 MAX_REGISTERS, MAX_SHARED = 255, 48 * 1024
 WARP_REGISTERS, WARPS, SHARED = 65536 // 32, 64, 227 * 1024  # of a multiprocessor of compute capability 9.0
-WASTE = 1.3  # patches so much larger than the smallest are not built
+WASTE = 1.3  # patches so much larger than the smallest are built only where no other fits
 CLOSE = 1.05  # instructions within which occupancy decides
 MAPS = {4: 4, 8: 7, 16: 14, 56: 56}  # bucket of the table -> the side of a ResNet's map that stands for it
 DTYPES = {"half": torch.bfloat16, "float": torch.float32}
@@ -47,10 +47,9 @@ CANDIDATES = {
         8: ((2, 8, 4, 1), (8, 8, 4, 4), (8, 8, 8, 4)),
         16: ((2, 8, 2, 1), (2, 8, 4, 1), (4, 4, 2, 1), (4, 8, 2, 2)),
     },
-    "float": {4: ((4, 4, 2, 2),), 8: ((4, 4, 1, 2),), 16: ((4, 4, 1, 2),)},
+    "float": {56: ((4, 4, 1, 2),)},
 }
-for _tiles in CANDIDATES.values():
-    _tiles[56] = _tiles[16]
+CANDIDATES["half"][56] = CANDIDATES["half"][16]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,7 +195,10 @@ def choose(arguments: tuple[int, int, int, str]) -> tuple[str, dict]:
         shape = (width, side, side)
         pairs = {tile: patch(stage, tile, kernel_size, shape) for tile in CANDIDATES[kind][bucket]}
         near = [tile for tile in pairs if pairs[tile] <= WASTE * min(pairs.values())]
-        builds = {tile: compile_stage(stage, tile, kernel_size, shape, dtype) for tile in near}
+        builds: dict[cuda.Tile, Build] = {}
+        for tile in near + [tile for tile in pairs if tile not in near]:
+            if tile in near or not any(build.fits for build in builds.values()):
+                builds[tile] = compile_stage(stage, tile, kernel_size, shape, dtype)
         fitting = {tile: build for tile, build in builds.items() if build.fits}
         if not fitting:
             fitting = dict([min(builds.items(), key=lambda item: item[1].stack)])
@@ -276,7 +278,11 @@ def main(argv: list[str] | None = None) -> int:
     if not args.roofline:
         table = json.loads(cuda.TABLE.read_text())["tiles"] if cuda.TABLE.exists() else {}
         start = time.monotonic()
-        work = list(itertools.product(args.kernel_size, args.head_dim, cuda.SIDES, DTYPES))
+        work = [
+            (size, width, side, kind)
+            for size, width, kind in itertools.product(args.kernel_size, args.head_dim, DTYPES)
+            for side in cuda.SIDES[kind]
+        ]
         with multiprocessing.get_context("spawn").Pool(args.jobs) as pool:
             for key, row in pool.imap_unordered(choose, work):
                 table[key] = row
