@@ -39,6 +39,8 @@ def interpreted() -> bool:
 
 @functools.cache
 def _cuda_missing() -> str | None:
+    if torch.version.hip:
+        return "torch is built for ROCm, it needs CUDA"
     if not torch.cuda.is_available():
         return "no CUDA device"
     found = max(torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count()))
@@ -88,7 +90,7 @@ def bucket(value: int, bounds: tuple[int, ...]) -> int:
 
 
 # The table's rows; 56: and larger. fp32 is there to be right, not fast, and has one tile for all maps.
-WINDOWS, WIDTHS, SIDES = (3, 5, 7, 9, 13), (16, 32, 64), {"half": (4, 8, 16, 56), "float": (56,)}
+WINDOWS, WIDTHS, SIDES = (3, 5, 7, 13), (16, 32, 64), {"half": (4, 8, 16, 56), "float": (56,)}
 
 
 def table_key(kernel_size: int, head_dim: int, side: int, dtype: torch.dtype) -> str:

@@ -32,7 +32,7 @@ from kernels import cuda
 CHOOSING = 90  # compute capability, times ten, of the builds that choose
 MAX_REGISTERS, MAX_SHARED = 255, 48 * 1024
 WARP_REGISTERS, WARPS, SHARED = 65536 // 32, 64, 227 * 1024  # of a multiprocessor of compute capability 9.0
-WASTE = 1.3  # patches so much larger than the smallest are built only where no other fits
+WASTE = 1.15  # patches so much larger than the smallest are built only where no other fits
 CLOSE = 1.05  # instructions within which occupancy decides
 MAPS = {4: 4, 8: 7, 16: 14, 56: 56}  # bucket of the table -> the side of a ResNet's map that stands for it
 DTYPES = {"half": torch.bfloat16, "float": torch.float32}
@@ -264,31 +264,40 @@ def print_roofline() -> None:
         print(f"| {' | '.join(map(str, row.values()))} |")
 
 
+def write(key: str, row: dict) -> None:
+    """One row of the table, a line of the file: an interrupted run keeps what it has."""
+    table = json.loads(cuda.TABLE.read_text())["tiles"] if cuda.TABLE.exists() else {}
+    table[key] = row
+    rows = ",\n".join(f" {json.dumps(key)}: {json.dumps(table[key])}" for key in sorted(table))
+    cuda.TABLE.write_text(f'{{"tiles": {{\n{rows}\n}}}}\n')
+
+
 # Command line --------------------------------------------------------------------------------------------------------
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m kernels.tune", description=__doc__.splitlines()[0])
-    parser.add_argument("--kernel-size", type=int, nargs="+", choices=cuda.WINDOWS, default=cuda.WINDOWS)
-    parser.add_argument("--head-dim", type=int, nargs="+", choices=cuda.WIDTHS, default=cuda.WIDTHS)
+    parser.add_argument("--kernel-size", type=int, nargs="+", default=cuda.WINDOWS, help="only the rows of these")
+    parser.add_argument("--head-dim", type=int, nargs="+", default=cuda.WIDTHS, help="only the rows of these")
     parser.add_argument("--roofline", action="store_true", help="choose nothing, only print the table of rooflines")
     parser.add_argument("--quiet", action="store_true", help="leave the rooflines out")
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)))
     args = parser.parse_args(argv)
     if not args.roofline:
-        table = json.loads(cuda.TABLE.read_text())["tiles"] if cuda.TABLE.exists() else {}
         start = time.monotonic()
+        sizes, widths = (
+            sorted({cuda.bucket(value, bounds) for value in given})
+            for given, bounds in ((args.kernel_size, cuda.WINDOWS), (args.head_dim, cuda.WIDTHS))
+        )
         work = [
             (size, width, side, kind)
-            for size, width, kind in itertools.product(args.kernel_size, args.head_dim, DTYPES)
+            for size, width, kind in itertools.product(sizes, widths, DTYPES)
             for side in cuda.SIDES[kind]
         ]
         with multiprocessing.get_context("spawn").Pool(args.jobs) as pool:
             for key, row in pool.imap_unordered(choose, work):
-                table[key] = row
+                write(key, row)
                 print(key, *(f"{stage} {row[stage]['tile']}" for stage in row), flush=True)
-        rows = ",\n".join(f" {json.dumps(key)}: {json.dumps(table[key])}" for key in sorted(table))
-        cuda.TABLE.write_text(f'{{"tiles": {{\n{rows}\n}}}}\n')
         print(f"{len(work)} rows in {time.monotonic() - start:.0f} s")
         cuda.table.cache_clear()
     if not args.quiet:
