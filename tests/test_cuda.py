@@ -57,42 +57,41 @@ def label(c):
 # Every K of the paper and others, every width, maps smaller than the window, as large as the patch, and larger than it
 # both ways, prime, single rows, columns and pixels; both borders; without embeddings, without keys.
 CASES = [
-    case(2, 8, 7, 9, 11),
-    case(1, 16, 7, 19, 21),
-    case(1, 8, 7, 11, 13, "zero"),
+    case(2, 8, 7, 5, 9),
+    case(1, 16, 7, 11, 18),
+    case(1, 8, 7, 9, 6, "zero"),
     case(1, 4, 3, 5, 7, batch=2),
-    case(1, 16, 3, 11, 10, "zero"),
-    case(1, 12, 5, 7, 13),
+    case(1, 16, 3, 9, 10, "zero"),
+    case(1, 12, 5, 7, 11),
     case(1, 32, 5, 1, 9),
-    case(1, 32, 7, 14, 14),
+    case(1, 32, 7, 8, 10),
     case(2, 64, 7, 7, 7),
-    case(1, 64, 7, 9, 17),
     case(1, 64, 5, 4, 4, "zero"),
-    case(1, 24, 9, 12, 18),
+    case(1, 24, 9, 6, 13),
     case(1, 8, 9, 5, 3, "zero"),
-    case(1, 16, 11, 6, 17),
-    case(1, 64, 11, 9, 10),
-    case(1, 32, 13, 15, 9),
+    case(1, 16, 11, 3, 17),
+    case(1, 64, 11, 5, 6),
+    case(1, 32, 13, 7, 5),
     case(1, 8, 1, 3, 4),
     case(1, 16, 2, 4, 5),
-    case(1, 8, 4, 9, 12, "zero"),
+    case(1, 8, 4, 7, 9, "zero"),
     case(1, 6, 6, 5, 7),
-    case(1, 10, 12, 10, 13),
+    case(1, 10, 12, 5, 6),
     case(3, 4, 7, 1, 1),
     case(1, 16, 7, 9, 1, "zero"),
-    case(1, 16, 7, 9, 12, content=False),
-    case(1, 32, 5, 7, 6, "zero", content=False),
-    case(1, 8, 7, 10, 9, embeddings=False),
+    case(1, 16, 7, 5, 9, content=False),
+    case(1, 32, 5, 5, 6, "zero", content=False),
+    case(1, 8, 7, 9, 5, embeddings=False),
     case(1, 5, 3, 6, 7, embeddings=False),  # without embeddings an odd head width is fine
     case(1, 1, 4, 4, 5, "zero", embeddings=False),
-    case(1, 16, 7, 9, 10, scale=0.25),
+    case(1, 16, 7, 5, 6, scale=0.25),
 ]
-NARROW_CASES = [CASES[i] for i in (0, 2, 3, 8, 9, 11, 13, 23, 25)]
+NARROW_CASES = [*(CASES[i] for i in (0, 3, 10, 12, 22, 24)), case(1, 8, 7, 11, 18), case(1, 64, 7, 7, 7)]
 
 
 def check(found, dtype):
     for name, (error, plain, largest) in found.items():
-        scale = max(largest, 1e-3)  # where the exact gradient is zero, an error in absolute terms
+        scale = largest if largest > 1e-9 else 1.0  # where the exact gradient is zero, an error in absolute terms
         assert error <= LIMIT[dtype] * scale, f"{name}: off by {error} of {largest}"
         if dtype != torch.float32:  # one rounding of the result is what even an exact computation would have
             assert error <= plain + torch.finfo(dtype).eps * scale / 2, f"{name}: off by {error}, plain types {plain}"
@@ -240,7 +239,7 @@ def test_triton_is_imported_by_the_first_call_only():
 
 # ---- mutants -------------------------------------------------------------------------------------------------------
 
-LARGE, WHOLE = case(1, 8, 7, 9, 19), case(1, 8, 7, 7, 7)  # larger than the patch, in one patch
+LARGE, WHOLE = case(1, 8, 3, 7, 9), case(1, 8, 7, 5, 5)  # larger than the patch, in one patch
 MUTANTS = {
     "no patch clamp": ("first = tl.maximum(first, 0)", "first = first", WHOLE),
     "patch clamped to the first rows": (
@@ -250,18 +249,18 @@ MUTANTS = {
         "shift_row, shift_col = top - rows + (K - 1) // 2", "shift_row, shift_col = rows - top + (K - 1) // 2", LARGE,
     ),
     "flipped offset, key kernel": ("tile_row * TH - query_rows +", "query_rows - tile_row * TH +", LARGE),
-    "window of an even K the other way": ("- (K - 1) // 2, MASK)", "- K // 2, MASK)", case(1, 8, 4, 9, 12, "zero")),
-    "queries of an even K the other way": ("- K // 2, True)", "- (K - 1) // 2, True)", case(1, 8, 4, 11, 12)),
-    "no border mask, rows": ("(top + place_row < H) | (not MASK)", "place_row >= 0", case(1, 8, 7, 9, 5)),
-    "no border mask, columns": ("(left + place_col < W) | (not MASK)", "place_col >= 0", case(1, 8, 7, 5, 9)),
+    "window of an even K the other way": ("- (K - 1) // 2, MASK)", "- K // 2, MASK)", case(1, 8, 4, 6, 5, "zero")),
+    "queries of an even K the other way": ("- K // 2, True)", "- (K - 1) // 2, True)", case(1, 8, 4, 6, 5)),
+    "no border mask, rows": ("(top + place_row < H) | (not MASK)", "place_row >= 0", case(1, 8, 3, 5, 4)),
+    "no border mask, columns": ("(left + place_col < W) | (not MASK)", "place_col >= 0", case(1, 8, 3, 4, 5)),
     "border always masked": ("(top + place_row < H) | (not MASK)", "top + place_row < H", case(1, 8, 3, 5, 6, "zero")),
     "swapped embeddings": ("_embedding(rel_row", "_embedding(rel_col", case(1, 8, 3, 5, 6)),
     "swapped halves of their gradient": ("tl.where(channel < half, q, 0.0)", "tl.where(channel < half, 0.0, q)",
                                          case(1, 8, 3, 5, 6)),
-    "no fade of the online softmax": ("total * fade", "total", case(1, 8, 7, 12, 9)),
+    "no fade of the online softmax": ("total * fade", "total", case(1, 8, 3, 5, 6)),
     "no delta": ("- mean[:, None]", "", case(1, 8, 3, 5, 6)),
     "no scale": ("grad_k * scale", "grad_k", case(1, 8, 3, 5, 6, scale=0.25)),
-    "rows beyond the strip": ("tl.minimum(strip * STRIP + STRIP, tiles_h)", "tiles_h", case(1, 8, 3, 35, 2)),
+    "rows beyond the strip": ("tl.minimum(strip * STRIP + STRIP, tiles_h)", "tiles_h", case(1, 8, 3, 33, 2)),
 }  # fmt: skip
 
 
