@@ -28,7 +28,7 @@ from torch import Tensor
 
 BORDERS = ("mask", "zero")
 # Fastest first: "auto" takes the first that is usable here and takes the call.
-_MODULES = {"cpu": "kernels.cpu", "tiled": "kernels.tiled", "reference": "kernels.reference"}
+_MODULES = {"triton": "kernels.cuda", "cpu": "kernels.cpu", "tiled": "kernels.tiled", "reference": "kernels.reference"}
 
 
 def _module(name: str) -> ModuleType:
@@ -72,6 +72,8 @@ def choose_backend(query: Tensor, kernel_size: int, backend: str = "auto") -> st
         return backend
     for name in _MODULES:
         module = _module(name)
+        if name == "triton" and query.device.type == "cpu":
+            continue  # with TRITON_INTERPRET=1 it takes them, interpreted: far too slow to be chosen unasked
         if module.unusable() is None and module.unsupported(query, kernel_size) is None:
             return name
     raise AssertionError("the reference backend takes every call")

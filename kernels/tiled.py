@@ -9,7 +9,8 @@ Relative logits and masks are separable: q.r = R[key row - query row] + C[key co
 pixel, and a pair that a row or a column excludes gets MASKED there.
 
 Inputs that are not finite, or so large that logits could reach MASKED, take the same way with every pair outside a
-window cut out of every product (0 * inf is NaN): slow, and NaN and inf come out where the definition has them.
+window cut out of every product (0 * inf is NaN): slow, and NaN and inf come out where the definition has them. On CUDA
+nobody looks at the numbers, since that takes a synchronisation: there they make their whole tile NaN.
 
 Shapes: B batch, N heads, D head width, H x W map, K window side; G = part of the B * N maps, T tiles of a chunk, Q
 queries of a tile, P keys of a patch. Source: Ramachandran et al. 2019, equation 3.
@@ -148,7 +149,7 @@ def is_tame(query, key, value, rel_row, rel_col, scale: float, grad_out=None) ->
         low_high = [x.detach().aminmax() for x in tensors if x is not None]
         return sum(torch.maximum(-low, high).double() for low, high in low_high)
 
-    if query.numel() == 0:
+    if query.numel() == 0 or query.device.type == "cuda":  # there, to look would stop the host until the GPU is done
         return True
     bound = largest(query) * (largest(key, rel_row, rel_col) * abs(scale)) + largest(value)
     if grad_out is not None:

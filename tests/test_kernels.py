@@ -18,11 +18,20 @@ import kernels
 import oracle
 from kernels import local_attention, local_attention_packed, reference
 
-BACKENDS = [
-    pytest.param(name, marks=[pytest.mark.skip(reason=f"{name}: {reason}")] if reason else [])
-    for name, reason in kernels.backends().items()
-]
+
+def on(device):
+    """Each backend as a parameter, skipped with its reason where it is not usable or takes no tensors of the device."""
+    query = types.SimpleNamespace(device=torch.device(device), dtype=torch.float32, shape=torch.Size((1, 1, 2, 3, 3)))
+    reasons = {n: reason or kernels._module(n).unsupported(query, 3) for n, reason in kernels.backends().items()}
+    return [
+        pytest.param(name, marks=[pytest.mark.skip(reason=f"{name}: {reason}")] if reason else [])
+        for name, reason in reasons.items()
+    ]
+
+
+BACKENDS = on("cpu")
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
+each_backend_on_the_gpu = pytest.mark.parametrize("backend", on("cuda") if torch.cuda.is_available() else BACKENDS)
 NAMES = ("query", "key", "value", "rel_row", "rel_col")
 
 
@@ -737,7 +746,7 @@ def test_bad_input(which):
 
 
 @pytest.mark.gpu
-@each_backend
+@each_backend_on_the_gpu
 @pytest.mark.parametrize("parameters", CASES)
 def test_on_the_gpu_output_and_gradients_match_the_loops(parameters, backend):
     inputs, direction = draw(*parameters)
@@ -748,7 +757,7 @@ def test_on_the_gpu_output_and_gradients_match_the_loops(parameters, backend):
 
 
 @pytest.mark.gpu
-@each_backend
+@each_backend_on_the_gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 def test_on_the_gpu_autocast_narrows_the_inputs_and_nothing_inside(dtype, backend):
     parameters = (1, 2, 16, 7, 9, 8, "mask", True, True, 1.0)

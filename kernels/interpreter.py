@@ -1,0 +1,43 @@
+"""Repairs of Triton's interpreter for bf16, which it keeps as raw 16-bit numbers (seen in triton 3.9).
+
+Its product multiplies those raw numbers, and its rounding from fp32 cuts the last bits off. A GPU does neither.
+"""
+
+import functools
+
+import numpy as np
+import triton.language as tl
+from triton.runtime import interpreter
+
+
+def widen(bits: np.ndarray) -> np.ndarray:
+    """bf16 as uint16 -> fp32."""
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def narrow(x: np.ndarray) -> np.ndarray:
+    """fp32 -> bf16 as uint16, to nearest, ties to even; NaN stays NaN."""
+    bits = np.ascontiguousarray(x, dtype=np.float32).view(np.uint32)
+    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    return np.where(np.isnan(x), 0x7FC0, rounded).astype(np.uint16)
+
+
+@functools.cache
+def repair() -> None:
+    """For this process, from now on."""
+    create_dot, convert = interpreter.InterpreterBuilder.create_dot, interpreter._convert_float
+
+    def dot(self, a, b, total, *options):
+        if a.dtype.scalar == tl.bfloat16:
+            a, b = (interpreter.TensorHandle(widen(x.data), tl.float32) for x in (a, b))
+        return create_dot(self, a, b, total, *options)
+
+    def rounding(x, source, target, mode):
+        if source == tl.float32 and target == tl.bfloat16:
+            return narrow(x)
+        if source == tl.bfloat16 and target == tl.float32:
+            return widen(x)
+        return convert(x, source, target, mode)
+
+    interpreter.InterpreterBuilder.create_dot = dot
+    interpreter._convert_float = rounding
