@@ -108,6 +108,7 @@ class Config:
     embedding_weight_decay: float = option(0.0, "weight decay of the attention's embeddings", low=0)
     warmup_epochs: float | None = from_recipe("epochs of linear warm-up", kind=float, low=0)
     label_smoothing: float | None = from_recipe("label smoothing", kind=float, low=0, high=1)
+    sync_bn: bool = option(False, "batch norm over the batches of all ranks")
     clip_grad: float | None = from_recipe("largest norm of the gradient, 0 for no limit", kind=float, low=0)
     ema: float | None = from_recipe("decay of the weights' moving average, 0 for none", kind=float, low=0, high=1)
     mixup: float | None = from_recipe("mixup's alpha, 0 for none", kind=float, low=0)
@@ -286,8 +287,12 @@ class _Parser(argparse.ArgumentParser):
 
 def fail(message: str) -> NoReturn:
     """Wrong usage or data: one line, exit code 2."""
-    print(f"train.py: error: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
+    say_failure(message)
     sys.exit(USAGE_ERROR)
+
+
+def say_failure(message: object) -> None:
+    print(f"train.py: error: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
 
 
 def parse_command_line(arguments: list[str] | None = None) -> Command:

@@ -10,7 +10,7 @@ weights move from one set to another; the price is a first layer that sees each 
 
 Order, augmentation and mixing are functions of (seed, epoch, step) or (seed, epoch, index), each drawn for the whole
 global batch (batch_size * accumulate * world_size images) and then cut: process `rank` trains on its own contiguous
-part, in `accumulate` equal pieces. So any step of any epoch can be entered directly, and nothing reads a global
+part, in `accumulate` pieces. So any step of any epoch can be entered directly, and nothing reads a global
 random state.
 
 Small sets are one uint8 tensor on the device (`TensorData`); image trees are read by workers (`FolderData`).
@@ -20,7 +20,7 @@ import atexit
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import tee
+from itertools import pairwise, tee
 from pathlib import Path
 from typing import NamedTuple
 
@@ -167,7 +167,7 @@ class _Split:
         """Optimizer steps in an epoch: whole global batches only, at least one.
 
         The images of the last and smaller batch would weigh more than others; each epoch leaves out other ones. A set
-        smaller than one global batch makes one step of equal pieces, smaller than batch_size.
+        smaller than one global batch makes one step of all its images.
         """
         return max(len(self) // (batch_size * world_size * accumulate), 1)
 
@@ -182,33 +182,36 @@ class _Split:
         world_size: int = 1,
         seed: int = 0,
         augment: AugmentConfig | None = None,
+        global_batch: int | None = None,
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """One epoch of this process from optimizer step start_step on: `accumulate` pairs a step.
 
-        Yields images (B, 3, H, W) float32 and labels (B,) int64, or soft targets (B, classes) float32 where mixed. B is
-        batch_size, but len(self) // (accumulate * world_size) where that is less. The global batch of a step is that of
-        a single process with batch_size * accumulate * world_size, bitwise.
-        Raises: DataError where there are fewer images than accumulate * world_size.
+        Yields images (B, 3, H, W) float32 and labels (B,) int64, or soft targets (B, classes) float32 where mixed. The
+        global batch of a step has global_batch images, by default batch_size * accumulate * world_size, and all of the
+        set where that is less. It is bitwise that of a single process; each process takes its own part in `accumulate`
+        pieces, whose sizes B differ by one where it does not divide.
+        Raises: DataError where a step has fewer images than accumulate * world_size.
         """
         pieces = accumulate * world_size
-        if len(self) < pieces:
-            raise DataError(f"{self.info.name}: {len(self)} training images are too few for {pieces} batches at a time")
-        piece = min(batch_size, len(self) // pieces)
-        steps = range(start_step, self.steps_per_epoch(batch_size, world_size, accumulate))
-        firsts = range(rank * accumulate * piece, (rank + 1) * accumulate * piece, piece)
+        total = min(global_batch or batch_size * pieces, len(self))
+        if total < pieces:
+            what = f"{total} training images" if total == len(self) else f"{total} images a step"
+            raise DataError(f"{self.info.name}: {what} are too few for {pieces} batches at a time")
+        steps = range(start_step, self.steps_per_epoch(total))
+        bounds = [total * i // pieces for i in range(rank * accumulate, (rank + 1) * accumulate + 1)]
         config = augment or AugmentConfig()
-        return self._train(self._pieces(epoch, steps, pieces * piece, firsts, piece, seed, config), epoch, seed, config)
+        return self._train(self._pieces(epoch, steps, total, bounds, seed, config), epoch, seed, config)
 
     def _pieces(
-        self, epoch: int, steps: range, total: int, firsts: range, piece: int, seed: int, config: AugmentConfig
+        self, epoch: int, steps: range, total: int, bounds: list[int], seed: int, config: AugmentConfig
     ) -> Iterator[_Piece]:
-        """The pieces that begin at `firsts` of each step's global batch of `total` images."""
+        """The pieces between the `bounds` in each step's global batch of `total` images."""
         order, side, mixed = epoch_order(len(self), seed, epoch), self.info.image_size, config.mixup or config.cutmix
         for step in steps:
             draws = draw(stream(seed, "augment", epoch, step), total, side, side, config)
             mixing = draw_mix(stream(seed, "mix", epoch, step), side, side, config) if mixed else None
-            for first in firsts:
-                position = torch.arange(first - 1 if mixed else first, first + piece) % total
+            for first, stop in pairwise(bounds):
+                position = torch.arange(first - 1 if mixed else first, stop) % total
                 yield _Piece(order[step * total + position], rows(draws, position), mixing)
 
     def _train(
