@@ -107,7 +107,8 @@ class Run:
 
     def batch_norm_buffers(self) -> list[Tensor]:
         """Of the network and of its moving average."""
-        return [buffer for model in {self.model, self.scored_model} for buffer in model.buffers()]
+        models = [self.model] if self.ema is None else [self.model, self.ema]  # in the same order on every rank
+        return [buffer for model in models for buffer in model.buffers()]
 
 
 def plan(command: Command) -> tuple[Config, Path, dict[str, Any] | None]:

@@ -50,7 +50,7 @@ def launch(folder: Path, ranks: int, function: Callable, *arguments) -> tuple[li
         AssertionError: a rank has not ended after SECONDS.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["ranks", "train", "small_runs", "torch.utils.tensorboard"])
+    context.set_forkserver_preload(["ranks", "torch._dynamo", "torch.utils.tensorboard"])
     folder.mkdir(parents=True, exist_ok=True)
     port = str(free_port())
     processes, outputs = [], [folder / f"rank{rank}.txt" for rank in range(ranks)]
@@ -80,7 +80,7 @@ def launch(folder: Path, ranks: int, function: Callable, *arguments) -> tuple[li
 IMAGES = (250, 37)  # of training and test: 2 and 3 ranks divide neither
 
 
-class Small(nn.Module):
+class Small(nn.Sequential):
     """A convolution, local attention, perhaps batch norms; `spoil(logits, call)` changes the logits of a step."""
 
     def __init__(self, num_classes: int, spoil: Callable | None, norm: bool) -> None:
@@ -176,9 +176,9 @@ def normalise(output: str) -> int:
     """Batch norm over ranks with 3, 4, 5, .. images each, in fp64: what it gives, its gradients and its buffers."""
     distributed.start()
     torch.manual_seed(0)
-    norm = nn.BatchNorm2d(4).double()
+    norm = nn.BatchNorm2d(4)
     nn.init.normal_(norm.weight)
-    model = sync_batch_norms(nn.Sequential(norm), torch.device("cpu"))
+    model = sync_batch_norms(nn.Sequential(norm), torch.device("cpu")).double()
     x, direction = (torch.randn(BATCH, 4, 3, 2, dtype=torch.float64) + 1000 for _ in range(2))
     first = sum(range(3, 3 + distributed.rank()))
     own = slice(first, BATCH if distributed.rank() == distributed.world_size() - 1 else first + 3 + distributed.rank())
