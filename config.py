@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, NoReturn
 
 MODELS = ("ResNet26", "ResNet38", "ResNet50", "NaiveResNet26", "NaiveResNet38")
-DATASETS = ("DIGITS", "CIFAR10", "CIFAR100", "MNIST", "FashionMNIST", "IMAGENET", "FOLDER")
+DATASETS = ("DIGITS", "CIFAR10", "CIFAR100", "MNIST", "FashionMNIST", "IMAGENET", "FOLDER", "WEBDATASET")
 USAGE_ERROR = 2  # exit code of wrong usage or data
 MAX_INT = 2**31 - 1  # of every integer flag: beyond it floats, timers and progress bars overflow
 
@@ -88,7 +88,9 @@ class Config:
         "data set; auto: CIFAR10 if at hand, or downloadable to a GPU machine, else DIGITS",
         choices=("auto", *DATASETS),
     )
-    data_dir: str = option("datasets", "folder of the data sets, or of a FOLDER or IMAGENET tree", free=True)
+    data_dir: str = option(
+        "datasets", "folder of the data sets, or of a FOLDER or IMAGENET tree, or WEBDATASET's train shards", free=True
+    )
     img_size: int | None = option(
         None, "side of the images fed, pixels (default: the set's own; 224 for trees)", kind=int, low=8, high=4096
     )
@@ -227,6 +229,7 @@ _DEFAULT = {
     "FOLDER": _ADAMW | {"epochs": 90, "batch_size": 64, "lr": 1e-3, "lr_batch": 256, "warmup_epochs": 5},
 }  # fmt: skip
 _DEFAULT["CIFAR100"] = _DEFAULT["CIFAR10"]
+_DEFAULT["WEBDATASET"] = _DEFAULT["IMAGENET"]  # which is what shards are for
 # The port's CIFAR-10 run: rate divided by 10 every 30 epochs (PAPER: README of the port, results table).
 _SEED = _PLAIN | {
     "optimizer": "sgd", "epochs": 100, "batch_size": 25, "lr": 0.1, "warmup_epochs": 0, "weight_decay": 1e-4,

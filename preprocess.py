@@ -13,10 +13,12 @@ global batch (batch_size * accumulate * world_size images) and then cut: process
 part, in `accumulate` pieces. So any step of any epoch can be entered directly, and nothing reads a global
 random state.
 
-Small sets are one uint8 tensor on the device (`TensorData`); image trees are read by workers (`FolderData`).
+Small sets are one uint8 tensor on the device (`TensorData`); image trees and tar shards are read by workers
+(`FolderData`). As a command it packs trees into shards and indexes shards: `python preprocess.py --help`.
 """
 
 import atexit
+import sys
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -41,7 +43,9 @@ from augment import (
     rows,
     stream,
 )
-from sources import SMALL_SETS, DataError, ImageFiles, Key, collate, download, ignore_signals, read_trees
+from shards import ShardFiles, read_shards
+from shards import main as shards_main
+from sources import SMALL_SETS, DataError, Files, ImageFiles, Key, collate, download, ignore_signals, read_trees
 
 _DEFAULT_TREE_SIZE = 224
 _IMAGENET_STATS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -54,7 +58,7 @@ class _Spec:
     mean, std: of images in [0, 1], one number a stored channel. DIGITS and FashionMNIST: `channel_stats` of the
     training set, rounded to 4 places (tests/test_preprocess.py computes them again). MNIST and CIFAR: the figures in
     general use, which are that same statistic of their training sets (pytorch/examples; kuangliu/pytorch-cifar;
-    weiaicunzai/pytorch-cifar100). IMAGENET: torchvision's; FOLDER takes them over, as its images are photographs too.
+    weiaicunzai/pytorch-cifar100). IMAGENET: torchvision's; FOLDER and WEBDATASET take them over: photographs too.
     """
 
     mean: tuple[float, ...]
@@ -73,6 +77,7 @@ _SPECS = {
     "FashionMNIST": _Spec((0.2860,), (0.3530,), 28, AugmentConfig(2, True), True),
     "IMAGENET": _Spec(*_IMAGENET_STATS, None, AugmentConfig(flip=True), True),
     "FOLDER": _Spec(*_IMAGENET_STATS, None, AugmentConfig(flip=True), True),
+    "WEBDATASET": _Spec(*_IMAGENET_STATS, None, AugmentConfig(flip=True), True),
 }
 DATASETS = tuple(_SPECS)
 
@@ -265,14 +270,14 @@ class TensorData(_Split):
 
 
 class FolderData(_Split):
-    """Image files read by workers; the interface of TensorData.
+    """Image files, or images in shards, read by workers; the interface of TensorData.
 
     One pass at a time: starting another on the same object ends the first, as they share the persistent workers.
     """
 
     def __init__(
         self,
-        paths: list[str],
+        files: Files | ShardFiles,
         labels: list[int],
         info: DataInfo,
         *,
@@ -282,7 +287,7 @@ class FolderData(_Split):
     ) -> None:
         super().__init__(info, device)
         self.skip_bad_images = skip_bad_images
-        self._files = ImageFiles(paths, labels, info.image_size, skip_bad_images)
+        self._files = ImageFiles(files, labels, info.image_size, skip_bad_images)
         self._keys = _Refillable()
         self._loader = DataLoader(
             self._files,
@@ -388,7 +393,9 @@ def load(
     """
     name = canonical_name(dataset)
     spec = _SPECS[name]
-    if spec.side is None:
+    if name == "WEBDATASET":
+        classes, train, test = read_shards(str(data_dir))
+    elif spec.side is None:
         classes, train, test = read_trees(name, Path(data_dir))
     else:
         classes, train, test = SMALL_SETS[name](Path(data_dir))
@@ -409,9 +416,9 @@ def load(
     def split(source: tuple, index: Tensor | None = None) -> TensorData | FolderData:
         images, labels = source
         if spec.side is None:
-            part = range(len(labels)) if index is None else index.tolist()
+            part = list(range(len(labels))) if index is None else index.tolist()
             options = {"num_workers": num_workers, "skip_bad_images": skip_bad_images, "device": device}
-            return FolderData([images[i] for i in part], [labels[i] for i in part], info, **options)
+            return FolderData(images.take(part), [labels[i] for i in part], info, **options)
         if index is not None:
             images, labels = images[index], labels[index]
         return TensorData(_resize(images, info.image_size), labels, info, device)
@@ -456,3 +463,7 @@ def _resize(images: Tensor, side: int) -> Tensor:
     size = (side, side)
     parts = (F.interpolate(p.float(), size, mode="bilinear", antialias=True) for p in images.split(4096))
     return torch.cat([p.round().clamp(0, 255).byte() for p in parts])
+
+
+if __name__ == "__main__":
+    sys.exit(shards_main())
