@@ -7,6 +7,7 @@ import os
 import random
 import re
 import time
+import warnings
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -14,8 +15,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
+import distributed
 import preprocess
 from attention import LocalAttention2d
 from audit import count_flops, count_parameters
@@ -27,6 +30,7 @@ from monitor import Monitor, write_json
 from optim import build_ema, build_optimizer, set_batch_norm_momentum
 from preprocess import DataInfo
 from signals import StopRequest
+from sync_batchnorm import sync_batch_norms
 
 SMALL_FORM_LIMIT = 64  # pixels: images up to this side get the small form of the network
 RUN_FILES = (LAST, PREVIOUS, BEST, "config.json", "log.jsonl", "summary.json")
@@ -58,7 +62,7 @@ class Data:
 
 @dataclass
 class Run:
-    """Everything that trains; `network` is `model`, compiled where asked for."""
+    """Everything that trains; `network` is `model`, compiled where asked for and wrapped by DDP on several ranks."""
 
     config: Config
     folder: Path
@@ -70,7 +74,7 @@ class Run:
     scaler: torch.amp.GradScaler | None
     ema: nn.Module | None
     autocast: Any
-    progress: Progress = field(default_factory=Progress)
+    progress: Progress
     best: dict[str, Tensor] | None = None  # weights that the held-out images selected
     monitor: Monitor | None = None
     stop: StopRequest = field(default_factory=StopRequest)
@@ -79,6 +83,8 @@ class Run:
     save_seconds: float = 0.0  # spent on saves by this process
     overwrite: bool = False  # the folder's old run is removed once this one is known to start
     told: set[str] = field(default_factory=set)  # skipped images that were named already
+    stopping: bool = False  # a rank was asked to stop: known to all from the same step on
+    save_due: bool = False  # by the main rank's clock, known to all from the same step on
 
     @property
     def scored_model(self) -> nn.Module:
@@ -86,12 +92,27 @@ class Run:
         return self.model if self.ema is None else self.ema.module
 
     @property
+    def step_images(self) -> int:
+        """Images of a step over all ranks."""
+        return min(self.progress.global_batch, len(self.data.train))
+
+    @property
     def steps_per_epoch(self) -> int:
-        return self.data.train.steps_per_epoch(self.config.batch_size, accumulate=self.config.accumulate)
+        return self.data.train.steps_per_epoch(self.step_images)
+
+    @property
+    def accumulate(self) -> int:
+        """Batches a step of this rank: the run's own, or on fewer ranks as many as keep each within --batch-size."""
+        return math.ceil(self.progress.global_batch / (self.config.batch_size * distributed.world_size()))
+
+    def batch_norm_buffers(self) -> list[Tensor]:
+        """Of the network and of its moving average."""
+        models = [self.model] if self.ema is None else [self.model, self.ema]  # in the same order on every rank
+        return [buffer for model in models for buffer in model.buffers()]
 
 
 def plan(command: Command) -> tuple[Config, Path, dict[str, Any] | None]:
-    """The run's Config, its folder, and the state to go on from (None: from step 0)."""
+    """The run's Config, its folder, and the state to go on from (None: from step 0). For the main rank."""
     given = without_auto(command.given)
     if command.resume:
         state = checkpoint.load_run(Path(command.resume))
@@ -99,7 +120,7 @@ def plan(command: Command) -> tuple[Config, Path, dict[str, Any] | None]:
             Path(given.get("output_dir", "runs"), given["name"]) if "name" in given else Path(command.resume).parent
         )
         return resumed_config(state["config"], given), folder, state
-    config = resolve(given, given.get("dataset") or auto_dataset(given))
+    config = resolve(given, given.get("dataset") or auto_dataset(given), distributed.world_size())
     folder = Path(config.output_dir, config.name or config.default_name())
     if command.resume is None:
         refuse_other_run(folder, command.overwrite)
@@ -177,9 +198,13 @@ def claim_folder(run: Run) -> None:
 
 
 def pick_device(name: str) -> torch.device:
-    """Raises ConfigError where there is no such device."""
+    """Of several ranks, each takes the GPU of its own number. Raises ConfigError where there is no such device."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if distributed.several() and name.startswith("cuda"):
+        if name != "cuda":
+            raise ConfigError(f"--device {name}: every rank takes a GPU of its own; allowed are auto, cpu, cuda")
+        name = f"cuda:{distributed.local_rank()}"
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -204,14 +229,14 @@ def pick_amp(name: str, device: torch.device) -> torch.dtype | None:
 
 
 def load_data(config: Config, device: torch.device) -> Data:
+    """On the main rank first, which downloads what is missing."""
     holdout = config.holdout if config.holdout < 1 else int(config.holdout)
-    return Data(
-        *preprocess.load(
-            dataset=config.dataset, data_dir=config.data_dir, img_size=config.img_size,
-            train_images=config.train_images, holdout=holdout, seed=config.seed, skip_bad_images=config.skip_bad_images,
-            num_workers=config.num_workers, device=device,
-        )
+    load = partial(
+        preprocess.load, dataset=config.dataset, data_dir=config.data_dir, img_size=config.img_size,
+        train_images=config.train_images, holdout=holdout, seed=config.seed, skip_bad_images=config.skip_bad_images,
+        num_workers=config.num_workers, device=device,
     )  # fmt: skip
+    return Data(*distributed.main_first(load))
 
 
 def build_model(config: Config, num_classes: int) -> nn.Module:
@@ -233,7 +258,10 @@ def as_flags(message: str) -> str:
 
 def check_batch(config: Config, data: Data) -> None:
     """Raises ConfigError where batch norm would meet one value a channel: one image whose last map is one pixel."""
-    images = min(config.batch_size, len(data.train) // config.accumulate)
+    ranks = distributed.world_size()
+    images = min(config.batch_size, len(data.train) // (config.accumulate * ranks))
+    if config.sync_bn:
+        images *= ranks
     side = math.ceil(data.info.image_size / (8 if config.form == "small" else 32))
     if images == 1 and side == 1:
         raise ConfigError(
@@ -242,35 +270,67 @@ def check_batch(config: Config, data: Data) -> None:
         )
 
 
-def set_up(config: Config, folder: Path) -> Run:
-    """Device, data, network and optimizer of a run, and its folder; nothing in the folder is changed yet."""
-    device = pick_device(config.device)
-    amp = pick_amp(config.amp, device)
+def set_up(config: Config, folder: Path, global_batch: int = 0) -> Run:
+    """Device, data, network and optimizer of a run, and its folder; nothing in the folder is changed yet.
+
+    global_batch: images of a step over all ranks, of a run that goes on; 0: --batch-size * --accumulate on each rank.
+    """
+    device, amp = distributed.together(partial(pick_machine, config))
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or cuBLAS refuses
         torch.use_deterministic_algorithms(True)
-    make_folder(folder)
+    distributed.from_main(partial(make_folder, folder))
     data = load_data(config, device)
     config = dataclasses.replace(
         config, form=form_of(config, data.info), img_size=data.info.image_size, amp=AMP_NAMES[amp], name=folder.name
     )
+    model = distributed.together(partial(make_network, config, data, device))
+    run = Run(
+        config, folder, device, data, model,
+        network=parallel(torch.compile(model) if config.compile else model, device),
+        optimizer=build_optimizer(model, config, device),
+        scaler=torch.amp.GradScaler() if amp is torch.float16 else None,
+        ema=build_ema(model, config.ema),
+        autocast=partial(torch.autocast, device.type, dtype=amp, enabled=amp is not None),
+        progress=Progress(
+            global_batch=global_batch or config.batch_size * config.accumulate * distributed.world_size()
+        ),
+    )  # fmt: skip
+    if distributed.is_main():
+        describe(run)
+    return run
+
+
+def pick_machine(config: Config) -> tuple[torch.device, torch.dtype | None]:
+    device = pick_device(config.device)
+    return device, pick_amp(config.amp, device)
+
+
+def make_network(config: Config, data: Data, device: torch.device) -> nn.Module:
+    """The network as it is trained, with the same weights on every rank."""
     check_batch(config, data)
     random.seed(config.seed)
     torch.manual_seed(config.seed)
     model = build_model(config, data.info.num_classes).to(device)
     set_batch_norm_momentum(model, config.recipe_value("bn_momentum"))
-    if config.channels_last:
-        model = model.to(memory_format=torch.channels_last)
-    run = Run(
-        config, folder, device, data, model,
-        network=torch.compile(model) if config.compile else model,
-        optimizer=build_optimizer(model, config, device),
-        scaler=torch.amp.GradScaler() if amp is torch.float16 else None,
-        ema=build_ema(model, config.ema),
-        autocast=partial(torch.autocast, device.type, dtype=amp, enabled=amp is not None),
-    )  # fmt: skip
-    describe(run)
-    return run
+    if config.sync_bn:
+        model = sync_batch_norms(model, device)
+    return model.to(memory_format=torch.channels_last) if config.channels_last else model
+
+
+def parallel(network: nn.Module, device: torch.device) -> nn.Module:
+    """The network whose gradients are the mean over the ranks.
+
+    Buffers are copied where they matter, before an evaluation, instead of before each forward.
+    """
+    if not distributed.several():
+        return network
+    devices = [device] if device.type == "cuda" else None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # its new name is not known to the oldest torch served here
+        return DistributedDataParallel(
+            network, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
+        )
 
 
 def form_of(config: Config, info: DataInfo) -> str:
@@ -297,11 +357,15 @@ def describe(run: Run) -> None:
     precision = "fp32" if config.amp == "off" else config.amp
     val = f"{info.holdout_size} held out" if info.holdout_size else "none held out: val figures are the test split's"
     stages = sum(isinstance(module, LocalAttention2d) for module in run.model.modules())
-    batch = config.batch_size * config.accumulate
+    batch, ranks = run.progress.global_batch, distributed.world_size()
     factor = rate_factor(config.recipe, config.dataset, batch)
     scaling = f"a recipe's rate is scaled by {factor:g} here"
     flops = count_flops(run.model, info.image_size).total
     print(f"device    {device}, {precision}, torch {torch.__version__}")
+    if ranks > 1:
+        norm = "over all ranks" if config.sync_bn else "of each rank's own batch"
+        share = f"{run.accumulate} x {batch / ranks / run.accumulate:g} images a step"
+        print(f"ranks     {ranks}, each {share}; batch norm {norm}")
     print(f"data      {info.name}: {info.train_size} train and {info.test_size} test images, {val}")
     print(f"          {info.num_classes} classes, fed at {info.image_size}x{info.image_size}")
     print(f"model     {config.model_name}, {'attention' if config.stem else 'convolution'} stem, {config.form} form")
@@ -313,8 +377,10 @@ def describe(run: Run) -> None:
 
 def initialise(run: Run, path: Path) -> None:
     """--init-from: the weights of a checkpoint, and a list of what was not taken."""
-    lines = checkpoint.transfer_weights(run.model, checkpoint.weights_of(checkpoint.load(path)))
-    print(f"--init-from {path}: weights taken, {len(lines)} exceptions")
-    for line in lines:
-        print(f"  {line}")
+    weights = distributed.from_main(lambda: checkpoint.weights_of(checkpoint.load(path)))
+    lines = distributed.together(lambda: checkpoint.transfer_weights(run.model, weights))
+    if distributed.is_main():
+        print(f"--init-from {path}: weights taken, {len(lines)} exceptions")
+        for line in lines:
+            print(f"  {line}")
     run.ema = build_ema(run.model, run.config.ema)

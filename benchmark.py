@@ -29,9 +29,9 @@ from typing import NoReturn
 import torch
 import torch.nn.functional as F
 
+import benchmark_network
 import kernels
 from attention import LocalAttention2d
-from model import build
 
 PAPER = ((4, 64, 56), (4, 128, 56), (16, 128, 28), (16, 256, 28), (16, 256, 14), (16, 512, 14), (32, 512, 7))
 CIFAR = ((16, 64, 32), (16, 128, 16), (16, 256, 8), (16, 512, 4))
@@ -43,7 +43,6 @@ SCALING = {  # what grows -> (B, C, H, K); 7 divides every map, so that tiles ar
     "batch": ((2, 64, 56, 7), (4, 64, 56, 7), (8, 64, 56, 7)),
     "K": ((4, 64, 56, 3), (4, 64, 56, 7), (4, 64, 56, 11)),
 }
-NETWORKS = {"CIFAR": (64, 32), "ImageNet": (4, 224)}  # form -> batch, image side
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 
 # Measuring ------------------------------------------------------------------------------------------------------------
@@ -124,35 +123,29 @@ def layer_step(b: int, c: int, h: int, stride: int, backend: str, device, dtype)
 STEPS = {"conv": conv_step, "core": core_step, "layer": layer_step}
 
 
-def train_step(options: dict, small: bool, batch: int, side: int, device, dtype) -> Callable:
-    model = build("ResNet26", 10 if small else 1000, small_images=small, **options).to(device, dtype)
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
-    x, y = torch.randn(batch, 3, side, side, device=device, dtype=dtype), torch.zeros(batch, dtype=torch.long)
-    y = y.to(device)
-
-    def run():
-        optimizer.zero_grad()
-        F.cross_entropy(model(x), y).backward()
-        optimizer.step()
-
-    return run
-
-
-def _resident_growth(pipe, threads: int, kind: str, small: tuple, full: tuple) -> None:
-    """In a process of its own: sends the bytes that a run adds to the resident set at its highest."""
+def growth(run: Callable) -> int:
+    """Bytes that `run` adds to this process's resident set at its highest."""
     libc = ctypes.CDLL(None)
-    with contextlib.suppress(AttributeError):  # glibc: memory that is freed leaves at once, so that its reuse counts
-        libc.mallopt(-3, 1 << 16)  # M_MMAP_THRESHOLD
-    torch.set_num_threads(threads)
-    STEPS[kind](*small)()  # libraries and their buffers are loaded before the count starts
-    run = STEPS[kind](*full)
     with contextlib.suppress(AttributeError):
         libc.malloc_trim(0)
     with contextlib.suppress(OSError):  # Linux: the high-water mark starts again from what is resident now
         Path("/proc/self/clear_refs").write_text("5")
     before = _high_water()
     run()
-    pipe.send(_high_water() - before)
+    return _high_water() - before
+
+
+def _growth_of_call(kind: str, small: tuple, full: tuple) -> int:
+    STEPS[kind](*small)()  # libraries and their buffers are loaded before the count starts
+    return growth(STEPS[kind](*full))
+
+
+def _send(pipe, threads: int, function: Callable, arguments: tuple) -> None:
+    """In a process of its own: sends the bytes that function(*arguments) found."""
+    with contextlib.suppress(AttributeError):  # glibc: memory that is freed leaves at once, so that its reuse counts
+        ctypes.CDLL(None).mallopt(-3, 1 << 16)  # M_MMAP_THRESHOLD
+    torch.set_num_threads(threads)
+    pipe.send(function(*arguments))
 
 
 def _high_water() -> int:
@@ -171,11 +164,16 @@ def peak_memory(kind: str, arguments: tuple, device: torch.device) -> float | No
         before = torch.cuda.memory_allocated()
         run()
         return (torch.cuda.max_memory_allocated() - before) / 2**20
+    small = (1, 16, 8, *arguments[3:])
+    return in_fresh_process(_growth_of_call, kind, small, arguments)
+
+
+def in_fresh_process(function: Callable, *arguments) -> float | None:
+    """MiB of the bytes that function(*arguments) gives in a process of its own; None where that failed."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["attention", "model"])  # a child then starts at once
     ours, theirs = context.Pipe(duplex=False)
-    small = (1, 16, 8, *arguments[3:])
-    process = context.Process(target=_resident_growth, args=(theirs, torch.get_num_threads(), kind, small, arguments))
+    process = context.Process(target=_send, args=(theirs, torch.get_num_threads(), function, arguments))
     process.start()
     theirs.close()
     try:
@@ -195,6 +193,7 @@ class Bench:
     def __init__(self, args: argparse.Namespace, device: torch.device, backends: list[str]) -> None:
         self.device, self.dtype, self.backends = device, getattr(torch, args.dtype), backends
         self.rounds, self.quick = args.rounds or (2 if args.quick else 5), args.quick
+        self.peaks = args.network  # of whole networks: a process each
         self.fast = [name for name in backends if name != "reference"]
         self.target = sys.stderr if args.json else sys.stdout
 
@@ -290,38 +289,6 @@ class Bench:
                 )  # fmt: skip
         return rows
 
-    def network(self) -> list[dict]:
-        self.say("\nResNet26, training step (SGD): / twin against the convolution twin, / conv stem against attention")
-        columns = (
-            f"{'form':<9} {'network':<26} {'images/s':>9} {'/ twin':>7} {'lowest .. highest':>18} {'/ conv stem':>11}"
-        )
-        self.say(columns + "\n" + "-" * len(columns))
-        rows = []
-        backend = (self.fast or self.backends)[0]
-        for form, (batch, side) in NETWORKS.items():
-            if self.quick and form != "CIFAR":
-                continue
-            batch = 16 if self.quick else batch
-            nets = {"convolution": {"attention_stages": ()}, "attention": {"backend": backend}}
-            nets["attention + stem"] = {"backend": backend, "stem_backend": backend, "stem": True}
-            steps = {
-                name: train_step(options, form == "CIFAR", batch, side, self.device, self.dtype)
-                for name, options in nets.items()
-            }
-            times = self.time(steps)
-            for name, seconds in times.items():
-                twin, stem = (ratio(seconds, times[base]) for base in ("convolution", "attention"))
-                rate = batch / statistics.median(seconds)
-                label = name if name == "convolution" else f"{name} ({backend})"
-                text = f"{form:<9} {label:<26} {rate:>9.1f} {twin['median']:>7.3f}"
-                text += f" {twin['low']:>8.3f} ..{twin['high']:>7.3f}"
-                self.say(text + (f" {stem['median']:>11.3f}" if "stem" in name else ""))
-                rows.append(
-                    {"form": form, "batch": batch, "image": side, "network": name, "backend": backend,
-                     "images_per_s": rate, "ratio_to_twin": twin, "ratio_to_conv_stem": stem}
-                )  # fmt: skip
-        return rows
-
     def means(self, rows: list[dict]) -> dict[str, float]:
         """Geometric means over the shapes of the median ratios, to the convolution and of unfold to each core."""
         names = rows[0]["candidates"]
@@ -372,6 +339,10 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def batch_size(text: str) -> int | str:
+    return text if text == "auto" else positive(text)
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message}\n")  # one line, no usage
@@ -380,7 +351,12 @@ class _Parser(argparse.ArgumentParser):
 def parse(argv: list[str] | None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     parser = _Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--shapes", type=parse_shapes, metavar="paper|cifar|all|B,C,H", help="only the layers of these")
-    parser.add_argument("--network", action="store_true", help="only the networks")
+    parser.add_argument("--network", action="store_true", help="only the networks: ResNet26, 38 and 50, with peaks")
+    parser.add_argument("--plan", action="store_true", help="only the memory of a training step, by stage")
+    parser.add_argument("--batch-size", type=batch_size, metavar="N|auto", help="of --network (auto: the largest that "
+                        "fits) and --plan")  # fmt: skip
+    parser.add_argument("--models", nargs="+", choices=benchmark_network.DEPTHS, help="of --network and --plan")
+    parser.add_argument("--form", choices=tuple(benchmark_network.FORMS), default="ImageNet", help="of --plan")
     parser.add_argument("--quick", action="store_true", help="few shapes and rounds")
     parser.add_argument("--backends", nargs="+", metavar="NAME", help="without it, all that are usable here")
     parser.add_argument("--rounds", type=positive, help="without it 5, or 2 with --quick")
@@ -393,6 +369,10 @@ def parse(argv: list[str] | None) -> tuple[argparse.ArgumentParser, argparse.Nam
 
 def main(argv: list[str] | None = None) -> int:
     parser, args = parse(argv)
+    if args.plan and args.batch_size == "auto":
+        parser.error("--batch-size auto: --plan needs a number")
+    if args.batch_size and not (args.plan or args.network):
+        parser.error(f"--batch-size {args.batch_size}: goes with --network or --plan")
     try:
         device = torch.device(args.device)
         torch.empty(1, device=device)
@@ -415,14 +395,19 @@ def main(argv: list[str] | None = None) -> int:
     result: dict = {"machine": machine(device), "dtype": args.dtype, "rounds": bench.rounds, "backends": backends}
     bench.say("  ".join(f"{key} {value}" for key, value in result["machine"].items()))
     bench.say(f"device {device}  {args.dtype}  rounds {bench.rounds}  backends {', '.join(backends)}")
-    if not args.network:
+    layers = not args.network and not args.plan
+    if layers:
         rows = result["layers"] = bench.layers(args.shapes or (QUICK if args.quick else PAPER + CIFAR))
         if not args.shapes:
             result["strided"] = bench.strided()
             result["scaling"] = bench.scaling()
-    if args.network or not args.shapes:
-        result["network"] = bench.network()
-    if not args.network:
+    if args.plan:
+        names = args.models or ["ResNet50"]
+        result["plan"] = [benchmark_network.plan(bench, args.batch_size, args.form, name) for name in names]
+    elif args.network or not args.shapes:
+        names = tuple(args.models or (benchmark_network.DEPTHS if args.network else ("ResNet26",)))
+        result["network"] = benchmark_network.network(bench, names, args.batch_size)
+    if layers:
         result["geometric_means"] = bench.means(rows)
         bench.say(f"\nGeometric means over {len(rows)} shapes (stride 1)")
         for name, value in result["geometric_means"].items():

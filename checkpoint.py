@@ -19,9 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import distributed
 from config import Config, flag_of
 
-FORMAT = 1
+FORMAT = 2  # 2: generators of every rank, and the global batch
 LAST, PREVIOUS, BEST = "last.pt", "previous.pt", "best.pt"
 RUN_KEYS = ("model", "optimizer", "scaler", "ema", "best", "progress", "generators")
 
@@ -42,6 +43,7 @@ class Progress:
     images: int = 0
     epoch_seconds: float = 0.0
     seconds: float = 0.0  # trained, over all resumes
+    global_batch: int = 0  # images of a step over all ranks: of the run, not of the ranks that happen to do it
     skipped: int = 0  # steps that fp16's scaler has skipped in a row
     last_loss: float | None = None  # the last finite one
     best_top1: float | None = None
@@ -72,6 +74,7 @@ def set_generator_states(states: dict[str, Any]) -> None:
 def run_state(config: Config, model: nn.Module, optimizer, scaler, ema, best, progress: Progress) -> dict[str, Any]:
     """Everything that a run needs to go on exactly; tensors, numbers, strings, lists and dicts only.
 
+    Called on every rank, as each has its own generators; the rest is the same on all, or the caller's own times.
     `best` holds the weights selected so far, or None: a file of its own could be of another moment than this one.
     """
     return _header(config, "run") | {
@@ -81,7 +84,7 @@ def run_state(config: Config, model: nn.Module, optimizer, scaler, ema, best, pr
         "ema": ema.state_dict() if ema is not None else None,
         "best": best,
         "progress": dataclasses.asdict(progress),
-        "generators": generator_states(),
+        "generators": distributed.gather(generator_states()),
     }
 
 
@@ -97,6 +100,8 @@ def _header(config: Config, kind: str) -> dict[str, Any]:
 def restore(state: dict[str, Any], model: nn.Module, optimizer, scaler, ema) -> Progress:
     """Put a run's state back, strictly; generators last, since building things draws from them.
 
+    Each rank gets its own generators; a rank that the saved run had not gets another's.
+
     Raises:
         CheckpointError: the state is of another network, or lacks a part.
     """
@@ -111,7 +116,7 @@ def restore(state: dict[str, Any], model: nn.Module, optimizer, scaler, ema) -> 
         progress = Progress(**state["progress"])
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"the checkpoint does not fit this version: {_one_line(error)}") from error
-    set_generator_states(state["generators"])
+    set_generator_states(state["generators"][distributed.rank() % len(state["generators"])])
     return progress
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, NoReturn
 
 MODELS = ("ResNet26", "ResNet38", "ResNet50", "NaiveResNet26", "NaiveResNet38")
-DATASETS = ("DIGITS", "CIFAR10", "CIFAR100", "MNIST", "FashionMNIST", "IMAGENET", "FOLDER")
+DATASETS = ("DIGITS", "CIFAR10", "CIFAR100", "MNIST", "FashionMNIST", "IMAGENET", "FOLDER", "WEBDATASET")
 USAGE_ERROR = 2  # exit code of wrong usage or data
 MAX_INT = 2**31 - 1  # of every integer flag: beyond it floats, timers and progress bars overflow
 
@@ -88,7 +88,9 @@ class Config:
         "data set; auto: CIFAR10 if at hand, or downloadable to a GPU machine, else DIGITS",
         choices=("auto", *DATASETS),
     )
-    data_dir: str = option("datasets", "folder of the data sets, or of a FOLDER or IMAGENET tree", free=True)
+    data_dir: str = option(
+        "datasets", "folder of the data sets, or of a FOLDER or IMAGENET tree, or WEBDATASET's train shards", free=True
+    )
     img_size: int | None = option(
         None, "side of the images fed, pixels (default: the set's own; 224 for trees)", kind=int, low=8, high=4096
     )
@@ -111,6 +113,7 @@ class Config:
     embedding_weight_decay: float = option(0.0, "weight decay of the attention's embeddings", low=0)
     warmup_epochs: float | None = from_recipe("epochs of linear warm-up", kind=float, low=0)
     label_smoothing: float | None = from_recipe("label smoothing", kind=float, low=0, high=1)
+    sync_bn: bool = option(False, "batch norm over the batches of all ranks")
     clip_grad: float | None = from_recipe("largest norm of the gradient, 0 for no limit", kind=float, low=0)
     ema: float | None = from_recipe("decay of the weights' moving average, 0 for none", kind=float, low=0, high=1)
     mixup: float | None = from_recipe("mixup's alpha, 0 for none", kind=float, low=0)
@@ -234,6 +237,7 @@ _DEFAULT = {
     "FOLDER": _ADAMW | {"epochs": 90, "batch_size": 64, "lr": 1e-3, "lr_batch": 256, "warmup_epochs": 5},
 }  # fmt: skip
 _DEFAULT["CIFAR100"] = _DEFAULT["CIFAR10"]
+_DEFAULT["WEBDATASET"] = _DEFAULT["IMAGENET"]  # which is what shards are for
 # The port's CIFAR-10 run: rate divided by 10 every 30 epochs (PAPER: README of the port, results table).
 _SEED = _PLAIN | {
     "optimizer": "sgd", "epochs": 100, "batch_size": 25, "lr": 0.1, "warmup_epochs": 0, "weight_decay": 1e-4,
@@ -294,8 +298,12 @@ class _Parser(argparse.ArgumentParser):
 
 def fail(message: str) -> NoReturn:
     """Wrong usage or data: one line, exit code 2."""
-    print(f"train.py: error: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
+    say_failure(message)
     sys.exit(USAGE_ERROR)
+
+
+def say_failure(message: object) -> None:
+    print(f"train.py: error: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
 
 
 def parse_command_line(arguments: list[str] | None = None) -> Command:

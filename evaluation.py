@@ -1,10 +1,15 @@
-"""A network's score on a split: loss, top-1, top-5, per class, the confusion matrix and some wrong predictions."""
+"""A network's score on a split: loss, top-1, top-5, per class, the confusion matrix and some wrong predictions.
+
+Several ranks score their own part of the split each, and all get the whole score.
+"""
 
 from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+import distributed
 
 
 @dataclass
@@ -28,6 +33,8 @@ class Evaluation:
 def evaluate(model: nn.Module, split, num_classes: int, batch_size: int, autocast, keep_wrong: int = 0) -> Evaluation:
     """Score `model` in eval mode (its mode is put back) on every image of `split` (see preprocess.py) once.
 
+    On several ranks every one must call it, with the same weights and buffers.
+
     `autocast` makes the context to compute in. Top-5 is top-`num_classes` where there are fewer than five.
 
     Raises:
@@ -35,9 +42,23 @@ def evaluate(model: nn.Module, split, num_classes: int, batch_size: int, autocas
     """
     training = model.training
     model.eval()
+    own = distributed.together(lambda: _score(model, split, num_classes, batch_size, autocast, keep_wrong))
+    model.train(training)
+    parts = distributed.gather(own)
+    seen, loss_sum, top5, confusion = (sum(part[i] for part in parts) for i in range(4))
+    wrong = [item for part in parts for item in part[4]][:keep_wrong]
+    expected = len(split) - sum(part[5] for part in parts)
+    if seen != expected:
+        raise RuntimeError(f"evaluated {seen} images of a split of {expected}")
+    right = confusion.diagonal().sum().item()
+    return Evaluation(seen, loss_sum / seen, 100 * right / seen, 100 * top5 / seen, confusion, wrong)
+
+
+def _score(model: nn.Module, split, num_classes: int, batch_size: int, autocast, keep_wrong: int) -> tuple:
+    """This rank's part: images, sum of losses, top-5, confusion matrix, wrong predictions, images that were skipped."""
     confusion = torch.zeros(num_classes * num_classes, dtype=torch.int64)
     loss_sum, top5, seen, wrong = 0.0, 0, 0, []
-    for images, labels in split.eval_batches(batch_size):
+    for images, labels in split.eval_batches(batch_size, distributed.rank(), distributed.world_size()):
         with autocast():
             logits = model(images)
         logits = logits.float()
@@ -49,10 +70,4 @@ def evaluate(model: nn.Module, split, num_classes: int, batch_size: int, autocas
         seen += len(labels)
         for i in (predicted != labels).nonzero().flatten().tolist()[: keep_wrong - len(wrong)]:
             wrong.append((images[i].cpu(), labels[i].item(), predicted[i].item()))
-    model.train(training)
-    expected = len(split) - len(split.bad_images)
-    if seen != expected:
-        raise RuntimeError(f"evaluated {seen} images of a split of {expected}")
-    confusion = confusion.view(num_classes, num_classes)
-    right = confusion.diagonal().sum().item()
-    return Evaluation(seen, loss_sum / seen, 100 * right / seen, 100 * top5 / seen, confusion, wrong)
+    return seen, loss_sum, top5, confusion.view(num_classes, num_classes), wrong, len(split.bad_images)

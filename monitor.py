@@ -117,6 +117,18 @@ class Monitor:
         self.writer.close()
 
 
+class Silent:
+    """The monitor of the ranks that write and show nothing: takes every call of `Monitor`."""
+
+    def epochs(self, *_) -> tqdm:
+        return tqdm(disable=True)
+
+    batches = epochs
+
+    def __getattr__(self, name: str):
+        return lambda *_: None
+
+
 def write_whole(path: Path, text: str) -> None:
     """Replace a small text file, whole or not at all."""
     temporary = path.with_name(f".{path.name}.tmp")

@@ -10,17 +10,19 @@ weights move from one set to another; the price is a first layer that sees each 
 
 Order, augmentation and mixing are functions of (seed, epoch, step) or (seed, epoch, index), each drawn for the whole
 global batch (batch_size * accumulate * world_size images) and then cut: process `rank` trains on its own contiguous
-part, in `accumulate` equal pieces. So any step of any epoch can be entered directly, and nothing reads a global
+part, in `accumulate` pieces. So any step of any epoch can be entered directly, and nothing reads a global
 random state.
 
-Small sets are one uint8 tensor on the device (`TensorData`); image trees are read by workers (`FolderData`).
+Small sets are one uint8 tensor on the device (`TensorData`); image trees and tar shards are read by workers
+(`FolderData`). As a command it packs trees into shards and indexes shards: `python preprocess.py --help`.
 """
 
 import atexit
+import sys
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import tee
+from itertools import pairwise, tee
 from pathlib import Path
 from typing import NamedTuple
 
@@ -41,7 +43,9 @@ from augment import (
     rows,
     stream,
 )
-from sources import SMALL_SETS, DataError, ImageFiles, Key, collate, download, ignore_signals, read_trees
+from shards import ShardFiles, read_shards
+from shards import main as shards_main
+from sources import SMALL_SETS, DataError, Files, ImageFiles, Key, collate, download, ignore_signals, read_trees
 
 _DEFAULT_TREE_SIZE = 224
 _IMAGENET_STATS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -54,7 +58,7 @@ class _Spec:
     mean, std: of images in [0, 1], one number a stored channel. DIGITS and FashionMNIST: `channel_stats` of the
     training set, rounded to 4 places (tests/test_preprocess.py computes them again). MNIST and CIFAR: the figures in
     general use, which are that same statistic of their training sets (pytorch/examples; kuangliu/pytorch-cifar;
-    weiaicunzai/pytorch-cifar100). IMAGENET: torchvision's; FOLDER takes them over, as its images are photographs too.
+    weiaicunzai/pytorch-cifar100). IMAGENET: torchvision's; FOLDER and WEBDATASET take them over: photographs too.
     """
 
     mean: tuple[float, ...]
@@ -73,6 +77,7 @@ _SPECS = {
     "FashionMNIST": _Spec((0.2860,), (0.3530,), 28, AugmentConfig(2, True), True),
     "IMAGENET": _Spec(*_IMAGENET_STATS, None, AugmentConfig(flip=True), True),
     "FOLDER": _Spec(*_IMAGENET_STATS, None, AugmentConfig(flip=True), True),
+    "WEBDATASET": _Spec(*_IMAGENET_STATS, None, AugmentConfig(flip=True), True),
 }
 DATASETS = tuple(_SPECS)
 
@@ -167,7 +172,7 @@ class _Split:
         """Optimizer steps in an epoch: whole global batches only, at least one.
 
         The images of the last and smaller batch would weigh more than others; each epoch leaves out other ones. A set
-        smaller than one global batch makes one step of equal pieces, smaller than batch_size.
+        smaller than one global batch makes one step of all its images.
         """
         return max(len(self) // (batch_size * world_size * accumulate), 1)
 
@@ -182,33 +187,36 @@ class _Split:
         world_size: int = 1,
         seed: int = 0,
         augment: AugmentConfig | None = None,
+        global_batch: int | None = None,
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """One epoch of this process from optimizer step start_step on: `accumulate` pairs a step.
 
-        Yields images (B, 3, H, W) float32 and labels (B,) int64, or soft targets (B, classes) float32 where mixed. B is
-        batch_size, but len(self) // (accumulate * world_size) where that is less. The global batch of a step is that of
-        a single process with batch_size * accumulate * world_size, bitwise.
-        Raises: DataError where there are fewer images than accumulate * world_size.
+        Yields images (B, 3, H, W) float32 and labels (B,) int64, or soft targets (B, classes) float32 where mixed. The
+        global batch of a step has global_batch images, by default batch_size * accumulate * world_size, and all of the
+        set where that is less. It is bitwise that of a single process; each process takes its own part in `accumulate`
+        pieces, whose sizes B differ by one where it does not divide.
+        Raises: DataError where a step has fewer images than accumulate * world_size.
         """
         pieces = accumulate * world_size
-        if len(self) < pieces:
-            raise DataError(f"{self.info.name}: {len(self)} training images are too few for {pieces} batches at a time")
-        piece = min(batch_size, len(self) // pieces)
-        steps = range(start_step, self.steps_per_epoch(batch_size, world_size, accumulate))
-        firsts = range(rank * accumulate * piece, (rank + 1) * accumulate * piece, piece)
+        total = min(global_batch or batch_size * pieces, len(self))
+        if total < pieces:
+            what = f"{total} training images" if total == len(self) else f"{total} images a step"
+            raise DataError(f"{self.info.name}: {what} are too few for {pieces} batches at a time")
+        steps = range(start_step, self.steps_per_epoch(total))
+        bounds = [total * i // pieces for i in range(rank * accumulate, (rank + 1) * accumulate + 1)]
         config = augment or AugmentConfig()
-        return self._train(self._pieces(epoch, steps, pieces * piece, firsts, piece, seed, config), epoch, seed, config)
+        return self._train(self._pieces(epoch, steps, total, bounds, seed, config), epoch, seed, config)
 
     def _pieces(
-        self, epoch: int, steps: range, total: int, firsts: range, piece: int, seed: int, config: AugmentConfig
+        self, epoch: int, steps: range, total: int, bounds: list[int], seed: int, config: AugmentConfig
     ) -> Iterator[_Piece]:
-        """The pieces that begin at `firsts` of each step's global batch of `total` images."""
+        """The pieces between the `bounds` in each step's global batch of `total` images."""
         order, side, mixed = epoch_order(len(self), seed, epoch), self.info.image_size, config.mixup or config.cutmix
         for step in steps:
             draws = draw(stream(seed, "augment", epoch, step), total, side, side, config)
             mixing = draw_mix(stream(seed, "mix", epoch, step), side, side, config) if mixed else None
-            for first in firsts:
-                position = torch.arange(first - 1 if mixed else first, first + piece) % total
+            for first, stop in pairwise(bounds):
+                position = torch.arange(first - 1 if mixed else first, stop) % total
                 yield _Piece(order[step * total + position], rows(draws, position), mixing)
 
     def _train(
@@ -262,14 +270,14 @@ class TensorData(_Split):
 
 
 class FolderData(_Split):
-    """Image files read by workers; the interface of TensorData.
+    """Image files, or images in shards, read by workers; the interface of TensorData.
 
     One pass at a time: starting another on the same object ends the first, as they share the persistent workers.
     """
 
     def __init__(
         self,
-        paths: list[str],
+        files: Files | ShardFiles,
         labels: list[int],
         info: DataInfo,
         *,
@@ -279,7 +287,7 @@ class FolderData(_Split):
     ) -> None:
         super().__init__(info, device)
         self.skip_bad_images = skip_bad_images
-        self._files = ImageFiles(paths, labels, info.image_size, skip_bad_images)
+        self._files = ImageFiles(files, labels, info.image_size, skip_bad_images)
         self._keys = _Refillable()
         self._loader = DataLoader(
             self._files,
@@ -387,7 +395,9 @@ def load(
     """
     name = canonical_name(dataset)
     spec = _SPECS[name]
-    if spec.side is None:
+    if name == "WEBDATASET":
+        classes, train, test = read_shards(str(data_dir))
+    elif spec.side is None:
         classes, train, test = read_trees(name, Path(data_dir))
     else:
         classes, train, test = SMALL_SETS[name](Path(data_dir))
@@ -409,9 +419,9 @@ def load(
     def split(source: tuple, index: Tensor | None = None) -> TensorData | FolderData:
         images, labels = source
         if spec.side is None:
-            part = range(len(labels)) if index is None else index.tolist()
+            part = list(range(len(labels))) if index is None else index.tolist()
             options = {"num_workers": num_workers, "skip_bad_images": skip_bad_images, "device": device}
-            return FolderData([images[i] for i in part], [labels[i] for i in part], info, **options)
+            return FolderData(images.take(part), [labels[i] for i in part], info, **options)
         if index is not None:
             images, labels = images[index], labels[index]
         return TensorData(_resize(images, info.image_size), labels, info, device)
@@ -472,3 +482,7 @@ def _resize(images: Tensor, side: int) -> Tensor:
     size = (side, side)
     parts = (F.interpolate(p.float(), size, mode="bilinear", antialias=True) for p in images.split(4096))
     return torch.cat([p.round().clamp(0, 255).byte() for p in parts])
+
+
+if __name__ == "__main__":
+    sys.exit(shards_main())

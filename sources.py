@@ -148,7 +148,7 @@ SMALL_SETS: dict[str, Callable[[Path], SmallSet]] = {
 
 
 def read_trees(name: str, data_dir: Path) -> tuple[list[str], tuple, tuple]:
-    """Classes, and (paths, labels) of data_dir/train and data_dir/val, a folder a class."""
+    """Classes, and (`Files`, labels) of data_dir/train and data_dir/val, a folder a class."""
     if not data_dir.is_dir():
         raise DataError(f"{data_dir}: no such folder; --data-dir must hold train/ and val/, each with a folder a class")
     classes, train = _read_tree(data_dir / "train")
@@ -161,7 +161,7 @@ def read_trees(name: str, data_dir: Path) -> tuple[list[str], tuple, tuple]:
     return classes, train, val
 
 
-def _read_tree(root: Path) -> tuple[list[str], tuple[list[str], list[int]]]:
+def _read_tree(root: Path) -> tuple[list[str], tuple["Files", list[int]]]:
     from torchvision.datasets import ImageFolder
 
     try:
@@ -172,7 +172,7 @@ def _read_tree(root: Path) -> tuple[list[str], tuple[list[str], list[int]]]:
     empty = sorted(set(range(len(tree.classes))) - set(tree.targets))
     if empty:
         raise DataError(f"{root / tree.classes[empty[0]]}: class folder without images; fill it or remove it")
-    return tree.classes, ([path for path, _ in tree.samples], tree.targets)
+    return tree.classes, (Files([path for path, _ in tree.samples]), tree.targets)
 
 
 class Key(NamedTuple):
@@ -184,14 +184,37 @@ class Key(NamedTuple):
     randaugment: bool = False
 
 
-class ImageFiles(Dataset):
-    """Files and labels; one sample is a function of its key, whichever worker makes it."""
+class Files:
+    """The image files of a tree, by number."""
 
-    def __init__(self, paths: list[str], labels: list[int], size: int, skip_bad_images: bool) -> None:
+    def __init__(self, paths: list[str]) -> None:
+        # An array, not a list: the workers' copies of a million Python objects would grow with every reference count.
+        self.paths = np.array([os.fsencode(path) for path in paths])
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def take(self, index: list[int]) -> "Files":
+        return Files([self.name(i) for i in index])
+
+    def name(self, index: int) -> str:
+        return os.fsdecode(self.paths[index])
+
+    def open(self, index: int) -> str:
+        """What PIL opens."""
+        return self.name(index)
+
+
+class ImageFiles(Dataset):
+    """Files and labels; one sample is a function of its key, whichever worker makes it.
+
+    files: `Files`, or `shards.ShardFiles`.
+    """
+
+    def __init__(self, files, labels: list[int], size: int, skip_bad_images: bool) -> None:
         from torchvision.transforms import v2
 
-        # Arrays, not lists: the workers' copies of a million Python objects would grow with every reference count.
-        self.paths = np.array([os.fsencode(path) for path in paths])
+        self.files = files
         self.labels = np.array(labels, dtype=np.int64)
         self.skip_bad_images = skip_bad_images
         self._train = v2.RandomResizedCrop(size, antialias=True)  # area 0.08 to 1, aspect 3/4 to 4/3: the family's
@@ -211,14 +234,24 @@ class ImageFiles(Dataset):
         bad: list[str] = []
         for index in range(key.index, key.index + len(self)):
             index %= len(self)
-            path = os.fsdecode(self.paths[index])
             try:
-                return self._transform(_read_image(path), key), int(self.labels[index]), bad
+                return self._transform(self._read(index), key), int(self.labels[index]), bad
             except _BadImageError as error:
-                bad.append(f"{path}: {error}")
+                bad.append(f"{self.files.name(index)}: {error}")
             if key.draw is None or not self.skip_bad_images:
                 break
         return None, -1, bad
+
+    def _read(self, index: int) -> Tensor:
+        """The file as (3, H, W) uint8, by PIL: torchvision's decoder fills a truncated JPEG with gray silently."""
+        from PIL import Image
+        from torchvision.transforms.v2.functional import pil_to_tensor
+
+        try:
+            with Image.open(self.files.open(index)) as image:
+                return pil_to_tensor(image.convert("RGB"))
+        except Exception as error:  # broken files make the decoders raise anything, from OSError to struct.error
+            raise _BadImageError(one_line(error)) from error
 
     def _transform(self, image: Tensor, key: Key) -> Tensor:
         if key.draw is None:
@@ -237,18 +270,6 @@ class ImageFiles(Dataset):
 
 class _BadImageError(Exception):
     pass
-
-
-def _read_image(path: str) -> Tensor:
-    """The file as (3, H, W) uint8, by PIL: torchvision's decoder fills a truncated JPEG with gray and says nothing."""
-    from PIL import Image
-    from torchvision.transforms.v2.functional import pil_to_tensor
-
-    try:
-        with Image.open(path) as image:
-            return pil_to_tensor(image.convert("RGB"))
-    except Exception as error:  # broken files make the decoders raise anything, from OSError to struct.error
-        raise _BadImageError(one_line(error)) from error
 
 
 def collate(samples: list[tuple[Tensor | None, int, list[str]]]) -> tuple[Tensor, Tensor, list[str]]:

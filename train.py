@@ -5,7 +5,7 @@ Exit codes: 0 done; 2 wrong usage or data; 75 stopped by a signal with its state
 
 import sys
 
-from config import Command, Config, ConfigError, fail, parse_command_line
+from config import USAGE_ERROR, Command, Config, ConfigError, parse_command_line, say_failure
 
 if __name__ == "__main__":
     COMMAND = parse_command_line()  # before torch is imported: --help and a wrong flag answer at once
@@ -15,14 +15,17 @@ import dataclasses
 import math
 import resource
 import time
+from contextlib import nullcontext
 from functools import partial
 from itertools import islice
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 import checkpoint
+import distributed
 import preprocess
 from assembly import (
     Run,
@@ -40,7 +43,7 @@ from audit import count_flops, count_parameters
 from checkpoint import BEST, CheckpointError
 from evaluation import Evaluation, evaluate
 from heads import attention_layers, collect, lattice
-from monitor import WRONG_SHOWN, Monitor, write_json
+from monitor import WRONG_SHOWN, Monitor, Silent, write_json
 from optim import learning_rate
 from preprocess import DataError
 
@@ -61,24 +64,48 @@ class Stopped(Exception):
 
 
 def main(command: Command) -> int:
-    """Do what the command line says; returns the exit code."""
+    """Do what the command line says, on every rank alike; returns the exit code."""
+    distributed.start()
     try:
-        if command.evaluate is not None:
-            return evaluate_checkpoint(command)
-        config, folder, state = plan(command)
-        run = set_up(config, folder)
-        run.overwrite = command.overwrite
-        if command.init_from is not None:
-            initialise(run, Path(command.init_from))
-        if state is not None:
-            run.progress = checkpoint.restore(state, run.model, run.optimizer, run.scaler, run.ema)
-            run.best = state["best"]
-        try:
-            return train(run)
-        finally:
-            run.data.close()
+        code = evaluate_checkpoint(command) if command.evaluate is not None else run_to_end(command)
     except (ConfigError, DataError, CheckpointError) as error:
-        fail(error)
+        if distributed.is_main() or not distributed.known_to_all(error):
+            say_failure(error)
+        if not distributed.known_to_all(error):
+            sys.exit(USAGE_ERROR)
+        code = USAGE_ERROR
+    distributed.stop()
+    return code
+
+
+def run_to_end(command: Command) -> int:
+    config, folder, state = distributed.from_main(partial(plan, command))
+    run = set_up(config, folder, state["progress"]["global_batch"] if state is not None else 0)
+    run.overwrite = command.overwrite
+    if command.init_from is not None:
+        initialise(run, Path(command.init_from))
+    if state is not None:
+        run.progress = distributed.together(
+            lambda: checkpoint.restore(state, run.model, run.optimizer, run.scaler, run.ema)
+        )
+        run.best = state["best"]
+        tell_other_ranks(len(state["generators"]), config)
+    try:
+        return train(run)
+    finally:
+        run.data.close()
+
+
+def tell_other_ranks(saved: int, config: Config) -> None:
+    """What is no longer bitwise where a run goes on with another number of ranks."""
+    now = distributed.world_size()
+    if saved == now or not distributed.is_main():
+        return
+    norm = "" if config.sync_bn else ", batch norm's statistics are of other parts of the batch (no --sync-bn)"
+    print(
+        f"--resume: saved by {saved} ranks, goes on with {now}: same step, global batch, order and rate; no longer "
+        f"bitwise the run of {saved}: sums over the batch round otherwise{norm}, generators are dealt anew"
+    )
 
 
 # ---- training -------------------------------------------------------------------------------------------------------
@@ -87,14 +114,18 @@ def main(command: Command) -> int:
 def train(run: Run) -> int:
     """All epochs that are left, then the summary; returns the exit code."""
     config, progress = run.config, run.progress
-    first = next(batches(run))[0] if progress.step == 0 else None  # wrong data ends here: no file was changed yet
-    claim_folder(run)
-    run.monitor = Monitor(run.folder, progress.rows, progress.step, bars=config.progress and sys.stderr.isatty())
+    fresh = progress.step == 0
+    first = distributed.together(lambda: next(batches(run))[0]) if fresh else None  # wrong data: no file changed yet
+    distributed.from_main(partial(claim_folder, run))
+    if distributed.is_main():
+        run.monitor = Monitor(run.folder, progress.rows, progress.step, bars=config.progress and sys.stderr.isatty())
+    else:
+        run.monitor = Silent()
     run.stop.install()
     if first is not None:
         run.monitor.start(0, config, str(run.model), preprocess.denormalise(first, run.data.info))
     else:
-        print(f"resumed   at step {progress.step}, epoch {progress.epoch + 1}, batch {progress.batch}", flush=True)
+        run.monitor.say(f"resumed   at step {progress.step}, epoch {progress.epoch + 1}, batch {progress.batch}")
     result = None
     try:
         with run.monitor.epochs(config.epochs, progress.epoch) as bar:
@@ -106,14 +137,18 @@ def train(run: Run) -> int:
                     break
         finish(run, result)
     except Stopped:
-        print(f"stopped by {run.stop.received} at step {progress.step}, saved: the same command with --resume goes on")
+        signals = [name for name in distributed.gather(run.stop.received) if name is not None]
+        run.monitor.say(
+            f"stopped by {signals[0]} at step {progress.step}, saved: the same command with --resume goes on"
+        )
         return STOPPED
     except TrainingError as error:
-        print(f"train.py: {error}", file=sys.stderr)
+        if distributed.is_main():
+            print(f"train.py: {error}", file=sys.stderr)
         return 1
     except OSError as error:  # a full disk
         print(f"train.py: {error}: stopping at step {progress.step}", file=sys.stderr)
-        return 1
+        sys.exit(1)  # not `return`: the other ranks do not know
     finally:
         run.monitor.close()
     return 0
@@ -129,23 +164,24 @@ def augment_config(config: Config) -> preprocess.AugmentConfig:
 
 
 def batches(run: Run):
-    """The open epoch's batches from the next one on: `accumulate` pairs a step."""
+    """This rank's batches of the open epoch from the next one on: `accumulate` pairs a step."""
     config, progress = run.config, run.progress
     return run.data.train.batches(
-        progress.epoch, progress.batch, batch_size=config.batch_size, accumulate=config.accumulate, seed=config.seed,
-        augment=augment_config(config),
+        progress.epoch, progress.batch, batch_size=config.batch_size, accumulate=run.accumulate, seed=config.seed,
+        augment=augment_config(config), rank=distributed.rank(), world_size=distributed.world_size(),
+        global_batch=progress.global_batch,
     )  # fmt: skip
 
 
 def train_epoch(run: Run) -> None:
     """The rest of the open epoch, or up to --max-steps; saves by the clock and on a signal."""
-    config, progress = run.config, run.progress
+    progress = run.progress
     run.network.train()
     pairs = batches(run)
     with run.monitor.batches(run.steps_per_epoch, progress.batch, progress.epoch) as bar:
         while progress.batch < run.steps_per_epoch and not ended(run):
             started = time.perf_counter()
-            step = train_step(run, islice(pairs, config.accumulate))
+            step = train_step(run, islice(pairs, run.accumulate))
             elapsed = time.perf_counter() - started
             progress.batch += 1
             progress.step += 1
@@ -155,18 +191,20 @@ def train_epoch(run: Run) -> None:
             bar.set_postfix(loss=f"{step['train/loss']:.3f}", top1=f"{100 * progress.correct / progress.images:.1f}%",
                             images=f"{progress.images / progress.epoch_seconds:.0f}/s", refresh=False)  # fmt: skip
             run.monitor.step(progress.step, step)
-            if run.stop.received is not None:
+            if run.stopping:
                 save_or_end(run)
                 raise Stopped
-            if config.save_minutes and time.monotonic() - run.saved_at >= 60 * config.save_minutes:
+            if run.save_due:
                 save(run)
 
 
 def train_step(run: Run, pairs) -> dict[str, float]:
     """One optimizer step over the pairs; adds to the epoch's sums and returns the step's figures.
 
+    The gradient and every figure are of the global batch: the mean over its images, whatever rank has how many.
+
     Raises:
-        TrainingError: a loss or gradient that is not finite; nothing was updated.
+        TrainingError: a loss or gradient that is not finite, on whatever rank; nothing was updated on any.
     """
     config, progress = run.config, run.progress
     rate = learning_rate(config, progress.step, run.steps_per_epoch)
@@ -174,23 +212,24 @@ def train_step(run: Run, pairs) -> dict[str, float]:
         group["lr"] = rate
     run.optimizer.zero_grad(set_to_none=True)
     loss = correct = torch.zeros((), device=run.device)
-    images_seen = 0
-    for images, targets in pairs:
+    ranks, total = distributed.world_size(), run.step_images
+    for i, (images, targets) in enumerate(pairs):
         if config.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
-        with run.autocast():
-            logits = run.network(images)
-        part = F.cross_entropy(logits.float(), targets, label_smoothing=config.label_smoothing) / config.accumulate
-        (part if run.scaler is None else run.scaler.scale(part)).backward()
+        with gradients_stay(run.network) if i + 1 < run.accumulate else nullcontext():
+            with run.autocast():
+                logits = run.network(images)
+            part = F.cross_entropy(logits.float(), targets, label_smoothing=config.label_smoothing)
+            part = part / (total / (len(images) * ranks))  # DDP divides by the ranks
+            (part if run.scaler is None else run.scaler.scale(part)).backward()
         labels = targets if targets.ndim == 1 else targets.argmax(1)
         loss = loss + part.detach()
         correct = correct + (logits.detach().argmax(1) == labels).sum()
-        images_seen += len(images)
     if run.scaler is not None:
         run.scaler.unscale_(run.optimizer)
     parameters = [p for p in run.model.parameters() if p.grad is not None]
     norm = torch.nn.utils.clip_grad_norm_(parameters, config.clip_grad or math.inf)
-    loss, norm, correct = torch.stack((loss, norm, correct)).tolist()  # the step's one wait for the device
+    loss, norm, correct = agree(run, loss, norm, correct)
     guard(run, loss, norm, rate)
     if run.scaler is None:
         run.optimizer.step()
@@ -200,15 +239,35 @@ def train_step(run: Run, pairs) -> dict[str, float]:
     if run.ema is not None:
         run.ema.update_parameters(run.model)
     progress.last_loss = loss
-    progress.loss_sum += loss * images_seen
+    progress.loss_sum += loss * total
     progress.correct += correct
-    progress.images += images_seen
+    progress.images += total
     return {
         "train/loss": loss,
-        "train/top1_pct": 100 * correct / images_seen,
+        "train/top1_pct": 100 * correct / total,
         "train/lr": rate,
         "train/grad_norm": norm,
     }
+
+
+def gradients_stay(network):
+    """A piece of a step before its last: DDP sums the gradients over the ranks once a step."""
+    return network.no_sync() if distributed.several() else nullcontext()
+
+
+def agree(run: Run, loss: Tensor, norm: Tensor, correct: Tensor) -> tuple[float, float, float]:
+    """The step's figures of all ranks, and with them whether to stop and to save: the step's one wait for the device.
+
+    loss and norm are each rank's own view of a mean over all; one that is not finite makes the result so.
+    """
+    clock = run.config.save_minutes and time.monotonic() - run.saved_at >= 60 * run.config.save_minutes
+    asked = (run.stop.received is not None, bool(clock) and distributed.is_main())
+    flags = [loss.new_full((), float(flag)) for flag in asked]  # filled on the device: no copy
+    figures = distributed.add_up(torch.stack((loss, norm, correct, *flags)))
+    loss, norm, correct, stops, saves = figures.tolist()
+    run.stopping, run.save_due = stops > 0, saves > 0
+    ranks = distributed.world_size()
+    return loss / ranks, norm / ranks, correct
 
 
 def guard(run: Run, loss: float, norm: float, rate: float) -> None:
@@ -239,6 +298,7 @@ def finish_epoch(run: Run) -> Evaluation:
     complete = progress.batch == run.steps_per_epoch
     if not complete:  # cut by --max-steps: saved as it stands, so that a later resume finishes the epoch exactly
         save_or_end(run)
+    distributed.copy_from_main(run.batch_norm_buffers())
     result = evaluate(run.scored_model, run.data.val, info.num_classes, EVAL_BATCH, run.autocast, WRONG_SHOWN)
     row = {
         "epoch": progress.epoch + 1,
@@ -264,7 +324,7 @@ def finish_epoch(run: Run) -> Evaluation:
         progress.rows.append(row)
         progress.open_epoch()
         due = config.save_every and progress.epoch % config.save_every == 0 and progress.epoch < config.epochs
-        if due and time.monotonic() - run.saved_at >= SAVE_GAP_SECONDS:
+        if due and distributed.from_main(lambda: time.monotonic() - run.saved_at >= SAVE_GAP_SECONDS):
             save(run)
     return result
 
@@ -273,7 +333,7 @@ def finish_epoch(run: Run) -> Evaluation:
 def show_attention(run: Run) -> None:
     """TensorBoard's attention panels, of the same few validation images each time."""
     model = run.scored_model
-    if not attention_layers(model):
+    if not attention_layers(model) or not distributed.is_main():
         return
     images, _ = next(run.data.val.eval_batches(WATCHED_IMAGES))
     training = model.training
@@ -286,10 +346,14 @@ def show_attention(run: Run) -> None:
 
 def tell_bad_images(run: Run) -> None:
     """Name the images that were skipped since the last time."""
-    met = {line for split in run.data.splits for line in split.bad_images}
+    met = {line for lines in distributed.gather(bad_images(run)) for line in lines}
     for line in sorted(met - run.told):
         run.monitor.say(f"skipped {line}")
     run.told |= met
+
+
+def bad_images(run: Run) -> list[str]:
+    return [line for split in run.data.splits for line in split.bad_images]
 
 
 def peak_memory_mib(device: torch.device) -> float:
@@ -302,6 +366,8 @@ def peak_memory_mib(device: torch.device) -> float:
 def save(run: Run) -> bool:
     """Write last.pt; a failure (a full disk) is said and survived, up to SAVE_FAILURES in a row.
 
+    Every rank takes part; the main one writes.
+
     Raises:
         TrainingError: too many failures in a row.
     """
@@ -310,7 +376,7 @@ def save(run: Run) -> bool:
     state = checkpoint.run_state(run.config, run.model, run.optimizer, run.scaler, run.ema, run.best, run.progress)
     run.saved_at = time.monotonic()
     try:
-        checkpoint.save(state, run.folder)
+        distributed.from_main(lambda: checkpoint.save(state, run.folder))
         run.save_seconds += time.perf_counter() - started
     except OSError as error:
         run.save_failures += 1
@@ -333,6 +399,7 @@ def save_or_end(run: Run) -> None:
 def finish(run: Run, result: Evaluation | None) -> None:
     """The end of a run: the kept weights' score on the test split, summary.json, best.pt, last.pt."""
     config, progress, info = run.config, run.progress, run.data.info
+    distributed.copy_from_main(run.batch_norm_buffers())
     if run.best is None:
         about = "the last epoch (no images held out to select by)"
         weights, epoch = run.scored_model.state_dict(), progress.epoch
@@ -353,6 +420,9 @@ def finish(run: Run, result: Evaluation | None) -> None:
     run.monitor.hparams(config, metrics)
     if progress.batch == 0:
         save_or_end(run)
+    skipped = {line for lines in distributed.gather(bad_images(run)) for line in lines}
+    if not distributed.is_main():
+        return
     checkpoint.save(checkpoint.weights_state(config, weights, epoch, progress.step, about), run.folder, BEST)
     write_json(run.folder / "summary.json", {
         "test_top1_pct": result.top1_pct,
@@ -366,7 +436,7 @@ def finish(run: Run, result: Evaluation | None) -> None:
         "seconds": progress.seconds,
         "save_seconds": run.save_seconds,
         "selected": about,
-        "bad_images": sum(len(split.bad_images) for split in run.data.splits),
+        "bad_images": len(skipped),
         "device": str(run.device),
         "torch": str(torch.__version__),
     })  # fmt: skip
@@ -382,7 +452,7 @@ def finish(run: Run, result: Evaluation | None) -> None:
 def evaluate_checkpoint(command: Command) -> int:
     """--evaluate: the checkpoint's own configuration, its data set or another --data-dir of the same kind."""
     path = Path(command.evaluate)
-    state = checkpoint.load(path)
+    state = distributed.from_main(partial(checkpoint.load, path))
     saved = Config.from_dict(state["config"])
     given = without_auto(command.given)
     allowed = ("batch_size", "amp", "skip_bad_images")
@@ -411,8 +481,11 @@ def evaluate_checkpoint(command: Command) -> int:
         result = evaluate(model, data.test, classes, batch_size, autocast)
     finally:
         data.close()
+    skipped = distributed.gather(data.test.bad_images)
+    if not distributed.is_main():
+        return 0
     print(f"{path}: {config.model_name} on the test split of {config.dataset}, {result.images} images")
-    for line in data.test.bad_images:
+    for line in (line for lines in skipped for line in lines):
         print(f"skipped {line}")
     width = max(len(name) for name in data.info.class_names)
     for name, accuracy, count in zip(

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import benchmark
+import benchmark_network
 from kernels.__main__ import main as kernels_main
 
 ROOT = Path(benchmark.__file__).resolve().parent
@@ -129,7 +130,7 @@ def test_every_section(capsys, monkeypatch):
     monkeypatch.setattr(benchmark, "STRIDED", ((1, 16, 5),))
     series = {"H*W": ((1, 16, 4, 3), (1, 16, 8, 3)), "K": ((1, 16, 4, 3), (1, 16, 4, 5))}
     monkeypatch.setattr(benchmark, "SCALING", series)
-    monkeypatch.setattr(benchmark, "NETWORKS", {"CIFAR": (2, 8)})
+    monkeypatch.setattr(benchmark_network, "FORMS", {"CIFAR": (2, 8)})
     assert benchmark.main(["--quick", "--json", "--rounds", "1", "--backends", "tiled", "reference"]) == 0
     captured = capsys.readouterr()
     result = json.loads(captured.out)
@@ -147,6 +148,10 @@ BAD = {
     "dtype": (["--dtype", "int8"], "--dtype"),
     "device": (["--device", "magic"], "magic"),
     "flag": (["--fast"], "--fast"),
+    "batch size": (["--network", "--batch-size", "0"], "--batch-size"),
+    "batch size of layers": (["--batch-size", "4"], "--network"),
+    "plan of any batch": (["--plan", "--batch-size", "auto"], "--plan"),
+    "model": (["--network", "--models", "ResNet27"], "ResNet27"),
 }
 
 
@@ -168,6 +173,63 @@ def test_cuda_without_a_gpu_is_one_line_and_exit_2(capsys):
         benchmark.main(["--device", "cuda"])
     assert stop.value.code == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+# ---- whole networks and plans --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("limit", [0, 1, 2, 3, 7, 63, 64, 100, 4095])
+def test_the_largest_batch_is_within_an_eighth_of_the_limit(limit):
+    tried = []
+
+    def fits(batch):
+        tried.append(batch)
+        return batch <= limit
+
+    found = benchmark_network.largest_batch(fits)
+    assert found <= limit <= found + max(found // 8, 1) and len(tried) < 18
+    assert benchmark_network.largest_batch(lambda batch: True, 256) == 256
+
+
+def test_a_batch_by_available_memory(monkeypatch):
+    """A step of b images takes 100 + 10 b MiB here: 80% of 1000 MiB hold 70 images."""
+    monkeypatch.setattr(benchmark_network, "peak_of_step", lambda *a: 100 + 10.0 * a[3])
+    fits = benchmark_network.fits_in_memory(1000, "ResNet26", {}, "CIFAR", 32, torch.device("cpu"), torch.float32)
+    assert fits(70) and not fits(71)
+    arguments = ("ResNet26", {}, "CIFAR", 32, torch.device("cpu"), torch.float32)
+    monkeypatch.setattr(benchmark_network, "free_mib", lambda: 1000)
+    assert 62 <= benchmark_network.choose_batch("auto", 5, *arguments) <= 70
+    assert benchmark_network.choose_batch(None, 5, *arguments) == 5
+    assert benchmark_network.choose_batch(7, 5, *arguments) == 7
+
+
+def test_the_network_table_has_every_depth_and_peak(capsys, monkeypatch):
+    monkeypatch.setattr(benchmark_network, "FORMS", {"CIFAR": (2, 8), "ImageNet": (2, 8)})
+    monkeypatch.setattr(benchmark_network, "train_step", lambda *a: lambda: None)
+    monkeypatch.setattr(benchmark_network, "peak_of_step", lambda *a: 3.5)
+    assert benchmark.main(["--network", "--json", "--rounds", "1", "--backends", "tiled"]) == 0
+    rows = json.loads(capsys.readouterr().out)["network"]
+    assert len(rows) == 2 * 3 * 3 and {row["model"] for row in rows} == {"ResNet26", "ResNet38", "ResNet50"}
+    assert all(row["peak_mib"] == 3.5 and row["images_per_s"] > 0 and row["batch"] == 2 for row in rows)
+
+
+def test_a_plan_is_what_a_real_step_takes(capsys):
+    """ResNet26 in the CIFAR form, 16 images: each total within 25% of the peak of a step in a process of its own."""
+    command = ["--plan", "--form", "CIFAR", "--models", "ResNet26", "--batch-size", "16", "--json", "--threads", "1"]
+    assert benchmark.main([*command, "--backends", "tiled"]) == 0
+    captured = capsys.readouterr()
+    (plan,) = json.loads(captured.out)["plan"]
+    assert "layer4" in captured.err and "work, tiled" in captured.err
+    for net, options in {"convolution": {"attention_stages": ()}, "tiled": {"backend": "tiled"}}.items():
+        real = benchmark_network.peak_of_step("ResNet26", options, "CIFAR", 16, 32, torch.device("cpu"), torch.float32)
+        assert plan["total_mib"][net] == pytest.approx(real, rel=0.25)
+
+
+def test_kept_bytes_by_hand():
+    """A stem of the small form on 2 images of 8x8: input, its convolution's and ReLU's outputs, twice 64 statistics."""
+    kept = benchmark_network.kept_by_stage("ResNet26", {}, "CIFAR", 2, 8, torch.float32)
+    pixels = 2 * 8 * 8
+    assert kept["stem"] == 4 * (3 * pixels + 64 * pixels + 64 * pixels + 2 * 64)
 
 
 # ---- python -m kernels ---------------------------------------------------------------------------------------------

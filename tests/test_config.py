@@ -137,7 +137,7 @@ def test_every_flag_of_the_contract_is_in_the_help(capsys):
     ("--seed 2147483648", "--seed 2147483648 at most 2147483647"),
     ("--max-steps 0", "--max-steps 0 at least 1"),
     ("--model-name ResNet27", "--model-name ResNet27 ResNet26 ResNet38 ResNet50 NaiveResNet26 NaiveResNet38"),
-    ("--dataset SVHN", "--dataset SVHN auto DIGITS CIFAR10 CIFAR100 MNIST FashionMNIST IMAGENET FOLDER"),
+    ("--dataset SVHN", "--dataset SVHN auto DIGITS CIFAR10 CIFAR100 MNIST FashionMNIST IMAGENET FOLDER WEBDATASET"),
     ("--recipe mine", "--recipe mine default seed paper"),
     ("--optimizer lion", "--optimizer lion sgd adamw"),
     ("--amp fp8", "--amp fp8 auto off bf16 fp16"),

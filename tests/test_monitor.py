@@ -275,7 +275,7 @@ def test_the_log_is_rebuilt_from_the_rows(tmp_path):
 class Split(list):
     bad_images: tuple = ()
 
-    def eval_batches(self, size):
+    def eval_batches(self, size, rank, world_size):
         for i in range(0, len(self), size):
             images, labels = zip(*self[i : i + size], strict=True)
             yield torch.stack(images), torch.tensor(labels)

@@ -225,7 +225,7 @@ LEFT_OUT = {
     "buffers": lambda state: state["model"]["layer1.0.bn1.running_mean"].add_(1e-3),
     "optimizer": zero_moments,
     "ema": lambda state: state["ema"]["module.fc.weight"].add_(1e-3),
-    "generators": lambda state: state["generators"].update(torch=torch.get_rng_state()),
+    "generators": lambda state: state["generators"][0].update(torch=torch.get_rng_state()),
     "batch in the epoch": forget(batch=0),
     "step": forget(step=4),
     "epoch's sums": forget(loss_sum=0.0),

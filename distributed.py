@@ -1,0 +1,144 @@
+"""The processes ("ranks") of a run: one alone, or those that torchrun started, which act together.
+
+    torchrun --nproc-per-node 8 train.py ...
+
+torchrun says by the environment who is who. Rank 0 is the main rank: it alone reads and writes the run's folder, prints
+and downloads. Tensors on CUDA go by NCCL, everything on the CPU by Gloo. With one process every function here is the
+plain call.
+
+An error that all ranks come to know (`together`, `from_main`) is raised on all of them, and they end together. An error
+on one rank alone ends that one: Gloo's connections to it break at once and the others end with an error, while under
+NCCL they wait until torchrun, which has seen it end, ends them (SIGTERM, and SIGKILL 30 s later).
+"""
+
+import os
+from collections.abc import Callable, Iterable
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+Value = TypeVar("Value")
+TIMEOUT = timedelta(minutes=30)  # of a rank that is alive but silent: longer than any download or save
+CPU = torch.device("cpu")
+
+
+def start() -> None:
+    """Join the processes that torchrun started; nothing where there is one."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or "RANK" not in os.environ:
+        return
+    backend = "gloo"
+    if torch.cuda.is_available():
+        backend = "cpu:gloo,cuda:nccl"
+        if local_rank() < torch.cuda.device_count():
+            torch.cuda.set_device(local_rank())
+    store, rank, size = next(dist.rendezvous("env://", timeout=TIMEOUT))
+    if os.environ.get("GROUP_WORLD_SIZE") == "1":
+        # torchrun on one machine may keep its store over a restart: without this, dead processes' addresses are met.
+        # Several machines count their restarts each, and meet by a store that is new every time (--rdzv-backend c10d).
+        store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
+
+
+def stop() -> None:
+    """Wait for all ranks and part: the main one may still be writing."""
+    if several():
+        gather(None)
+        dist.destroy_process_group()
+
+
+def several() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def rank() -> int:
+    return dist.get_rank() if several() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if several() else 1
+
+
+def local_rank() -> int:
+    """Which of its machine's ranks this is: the number of its GPU."""
+    return int(os.environ["LOCAL_RANK"])
+
+
+def is_main() -> bool:
+    return rank() == 0
+
+
+# ---- values ---------------------------------------------------------------------------------------------------------
+
+
+def gather(value: Value) -> list[Value]:
+    """Every rank's value, in the order of the ranks, on every rank."""
+    if not several():
+        return [value]
+    values = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def add_up(x: Tensor) -> Tensor:
+    """x becomes the sum of every rank's x, bitwise the same on all."""
+    if several():
+        dist.all_reduce(x)
+    return x
+
+
+def copy_from_main(tensors: Iterable[Tensor]) -> None:
+    """Each tensor becomes the main rank's."""
+    if several():
+        for tensor in tensors:
+            dist.broadcast(tensor, src=0)
+
+
+# ---- actions --------------------------------------------------------------------------------------------------------
+
+
+def together(action: Callable[[], Value]) -> Value:
+    """What `action` gives on this rank. An error of any rank is raised on all: the first rank's that has one."""
+    if not several():
+        return action()
+    value, error = _attempt(action)
+    _raise_first(gather(error))
+    return value
+
+
+def from_main(action: Callable[[], Value]) -> Value:
+    """What `action` gives on the main rank, the only one to run it. Its error is raised on all."""
+    if not several():
+        return action()
+    outcome = list(_attempt(action)) if is_main() else [None, None]
+    dist.broadcast_object_list(outcome, src=0, device=CPU)
+    _raise_first(outcome[1:])
+    return outcome[0]
+
+
+def main_first(action: Callable[[], Value]) -> Value:
+    """`together`, where the other ranks begin when the main one is done: what it downloads is there for them."""
+    done: list[Value] = []
+    from_main(lambda: done.append(action()))
+    return together(lambda: done[0] if done else action())
+
+
+def known_to_all(error: Exception) -> bool:
+    """Whether every rank has raised this error: then the main one tells of it and all can end in step."""
+    return getattr(error, "known_to_all", False)
+
+
+def _attempt(action: Callable[[], Value]) -> tuple[Value | None, Exception | None]:
+    try:
+        return action(), None
+    except Exception as error:
+        return None, error
+
+
+def _raise_first(errors: list[Exception | None]) -> None:
+    for error in errors:
+        if error is not None:
+            error.known_to_all = True
+            raise error
