@@ -4,6 +4,7 @@ import io
 import json
 import sys
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ import monitor
 import preprocess
 import sheets
 import small_runs
+import train
 from attention import LocalAttention2d
 from evaluation import Evaluation, evaluate
 from heads import LayerAttention, collect, entropy, lattice, mean_distance
@@ -145,6 +147,26 @@ def test_the_attention_panels_read_back(tmp_path):
             assert [found.min, found.max, found.sum] == pytest.approx(wanted, rel=1e-5)
         (point,) = events.Scalars(f"attention_largest_logit/{layer.name}")
         assert point.value == pytest.approx(layer.largest_logit)
+
+
+def test_drawing_panels_leaves_the_network_as_it_was():
+    """Its mode, its batch norms' statistics and torch's generator; the images are the first of the validation split."""
+    _, _, _, test = preprocess.load(dataset="DIGITS")
+    network, shown = ResNet26(10, small_images=True).train(), []
+    run = SimpleNamespace(
+        scored_model=network, data=SimpleNamespace(val=test), autocast=nullcontext, progress=SimpleNamespace(step=5),
+        monitor=SimpleNamespace(attention=lambda step, layers: shown.append((step, layers))),
+    )  # fmt: skip
+    before, generator = {k: v.clone() for k, v in network.state_dict().items()}, torch.get_rng_state()
+    train.show_attention(run)
+    assert network.training and all(module.training for module in network.modules())
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), generator)
+    with torch.no_grad(), collect(network.eval(), pixels=lattice(train.WATCHED_PIXELS)) as wanted:
+        network(next(test.eval_batches(train.WATCHED_IMAGES))[0])
+    ((step, layers),) = shown
+    assert step == 5 and len(layers) == 8
+    assert all(torch.equal(a.weights, b.weights) for a, b in zip(layers, wanted, strict=True))
 
 
 def test_a_mean_maps_tile_is_white_for_nothing_and_blue_for_the_most():
