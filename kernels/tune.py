@@ -3,8 +3,9 @@
 Candidates whose patch is not much larger than need be are compiled for compute capability 9.0 and disassembled with the
 tools that triton brings, larger ones where none of these fits. Those fit that keep all of their numbers in registers
 and at most 48 KiB in shared memory. Of them the one with the fewest executed instructions a pixel wins, and among those
-within 5% of it the one of which most warps fit on a multiprocessor. Where none fits, the one that spills least is
-taken, and its row says so. The choice and the figures behind it are written to cuda_table.json. Nothing is timed.
+within 5% of it the one of which most warps fit on a multiprocessor, if it fits on 8.0 and 10.0 as well. Where none
+fits, the one that spills least is taken, and its row says so. The choice and the figures behind it are written to
+cuda_table.json. Nothing is timed.
 
 Executed instructions are those of the disassembly, its loops multiplied by their known trips, over the pixels of the
 map that the tile stands for (pixels of ragged tiles are paid for and not counted). Shapes as in cuda.py.
@@ -30,6 +31,7 @@ import torch
 from kernels import cuda
 
 CHOOSING = 90  # compute capability, times ten, of the builds that choose
+CAPABILITIES = (80, 90, 100)  # a choice has to fit on all of them
 MAX_REGISTERS, MAX_SHARED = 255, 48 * 1024
 WARP_REGISTERS, WARPS, SHARED = 65536 // 32, 64, 227 * 1024  # of a multiprocessor of compute capability 9.0
 WASTE = 1.15  # patches so much larger than the smallest are built only where no other fits
@@ -44,7 +46,7 @@ WIDE = ("lse", "delta", "partial")  # buffers in fp32 whatever the maps are
 CANDIDATES = {
     "half": {
         4: ((4, 4, 4, 1),),
-        8: ((2, 8, 4, 1), (8, 8, 4, 4), (8, 8, 8, 4)),
+        8: ((2, 8, 4, 1), (4, 8, 2, 2), (8, 8, 2, 4), (8, 8, 4, 4), (8, 8, 8, 4)),
         16: ((2, 8, 2, 1), (2, 8, 4, 1), (4, 4, 2, 1), (4, 8, 2, 2)),
     },
     "float": {56: ((4, 4, 1, 2),)},
@@ -186,6 +188,16 @@ def patch(stage: str, tile: cuda.Tile, kernel_size: int, shape: tuple[int, int, 
     return found["ROWS"] * found["PW"] * found["CHUNKS"]
 
 
+def ranking(builds: dict[cuda.Tile, Build], cost: dict[cuda.Tile, float]) -> list[cuda.Tile]:
+    """Best first: those close to the cheapest by how many warps are resident, then the others by cost."""
+
+    def rank(tile: cuda.Tile) -> tuple[bool, float, float]:
+        is_close = cost[tile] <= CLOSE * min(cost.values())
+        return not is_close, -warps_resident(builds[tile], tile[3]) if is_close else 0, cost[tile]
+
+    return sorted(builds, key=rank)
+
+
 def choose(arguments: tuple[int, int, int, str]) -> tuple[str, dict]:
     """(K, width, bucket of the map, kind of dtype) -> the table's key and row."""
     kernel_size, width, bucket, kind = arguments
@@ -203,8 +215,13 @@ def choose(arguments: tuple[int, int, int, str]) -> tuple[str, dict]:
         if not fitting:
             fitting = dict([min(builds.items(), key=lambda item: item[1].stack)])
         cost = {tile: per_pixel(build, tile, side) for tile, build in fitting.items()}
-        close = [tile for tile in fitting if cost[tile] <= CLOSE * min(cost.values())]
-        tile = max(close, key=lambda tile: (warps_resident(fitting[tile], tile[3]), -cost[tile]))
+        ranked = ranking(fitting, cost)
+        everywhere = (
+            tile
+            for tile in ranked
+            if all(compile_stage(stage, tile, kernel_size, shape, dtype, capability=c).fits for c in CAPABILITIES)
+        )
+        tile = next(everywhere, ranked[0])
         build = fitting[tile]
         row[stage] = {
             "tile": tile, "registers": build.registers, "stack": build.stack, "shared": build.shared,
