@@ -35,7 +35,7 @@ TYPED = {
 SWITCHES = {
     "--stem": True, "--no-content": False, "--grouped": True, "--share-embeddings": True, "--zero-init-residual": True,
     "--skip-bad-images": True, "--randaugment": True, "--compile": True, "--channels-last": True,
-    "--deterministic": True, "--no-progress": False,
+    "--deterministic": True, "--no-progress": False, "--sync-bn": True,
 }  # fmt: skip
 
 
