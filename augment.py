@@ -256,7 +256,8 @@ def mix(images: Tensor, labels: Tensor, num_classes: int, drawn: Mix) -> tuple[T
     images (B + 1, C, H, W) float and labels (B + 1,) int64, where row 0 is the predecessor of row 1 in the global
     batch (its last image for the first) -> images (B, C, H, W), soft targets (B, num_classes) that sum to 1.
     """
-    targets = F.one_hot(labels, num_classes).to(images.dtype)
+    # Not F.one_hot, which on the CPU reads the labels' range: nothing in a step waits for a value.
+    targets = (labels[:, None] == torch.arange(num_classes, device=labels.device)).to(images.dtype)
     targets = targets[1:] * drawn.weight + targets[:-1] * (1 - drawn.weight)
     if drawn.box is None:
         return images[1:] * drawn.weight + images[:-1] * (1 - drawn.weight), targets

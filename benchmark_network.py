@@ -174,7 +174,7 @@ def kept_by_stage(name: str, options: dict, form: str, batch: int, side: int, dt
     with torch.device("meta"):
         model = build(name, 10 if small else 1000, small_images=small, **options).to(dtype)
         x = torch.randn(batch, 3, side, side, dtype=dtype)
-    weights = {p.untyped_storage()._cdata for p in model.parameters()}
+    weights = {x.untyped_storage()._cdata for x in (*model.parameters(), *model.buffers())}
     stage, kept, seen, alive = (
         ["stem"],
         dict.fromkeys(("stem", "layer1", "layer2", "layer3", "layer4", "head"), 0),

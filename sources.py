@@ -175,6 +175,9 @@ def _read_tree(root: Path) -> tuple[list[str], tuple["Files", list[int]]]:
     return tree.classes, (Files([path for path, _ in tree.samples]), tree.targets)
 
 
+_CROP = [0.08, 1.0], [3 / 4, 4 / 3]  # share of the area and aspect of a training crop: the family's
+
+
 class Key(NamedTuple):
     """All that a worker needs to know to make one sample."""
 
@@ -217,7 +220,7 @@ class ImageFiles(Dataset):
         self.files = files
         self.labels = np.array(labels, dtype=np.int64)
         self.skip_bad_images = skip_bad_images
-        self._train = v2.RandomResizedCrop(size, antialias=True)  # area 0.08 to 1, aspect 3/4 to 4/3: the family's
+        self._size = [size, size]
         self._randaugment = v2.RandAugment()
         self._test = v2.Compose([v2.Resize(round(size * 256 / 224), antialias=True), v2.CenterCrop(size)])
 
@@ -242,30 +245,36 @@ class ImageFiles(Dataset):
                 break
         return None, -1, bad
 
-    def _read(self, index: int) -> Tensor:
-        """The file as (3, H, W) uint8, by PIL: torchvision's decoder fills a truncated JPEG with gray silently."""
+    def _read(self, index: int):
+        """The decoded image, by PIL: torchvision's decoder fills a truncated JPEG with gray silently."""
         from PIL import Image
-        from torchvision.transforms.v2.functional import pil_to_tensor
 
         try:
             with Image.open(self.files.open(index)) as image:
-                return pil_to_tensor(image.convert("RGB"))
+                return image.convert("RGB")
         except Exception as error:  # broken files make the decoders raise anything, from OSError to struct.error
             raise _BadImageError(one_line(error)) from error
 
-    def _transform(self, image: Tensor, key: Key) -> Tensor:
+    def _transform(self, image, key: Key) -> Tensor:
+        """PIL image -> (3, size, size) uint8."""
+        from torchvision.transforms import RandomResizedCrop
+        from torchvision.transforms.v2 import functional
+
         if key.draw is None:
-            return self._test(image)
+            return self._test(functional.pil_to_tensor(image))
         # The transforms read torch's global generator: lent to them with the sample's own seed, and put back. Not
         # torch.manual_seed, which would seed the GPU's generator too.
         seed, epoch = key.draw
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(int(stream(seed, "sample", epoch, key.index).integers(2**63)))
             flip = bool(torch.rand(()) < 0.5) and key.flip
-            image = self._train(image)
+            top, left, height, width = RandomResizedCrop.get_params(image, *_CROP)
+            # Cropped before it becomes a tensor: half of the pixels, on average, need not be copied.
+            crop = functional.pil_to_tensor(image.crop((left, top, left + width, top + height)))
+            out = functional.resize(crop, self._size, antialias=True)
             if flip:
-                image = image.flip(-1)
-            return self._randaugment(image) if key.randaugment else image
+                out = out.flip(-1)
+            return self._randaugment(out) if key.randaugment else out
 
 
 class _BadImageError(Exception):

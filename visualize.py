@@ -27,7 +27,7 @@ from heads import LayerAttention, attention_layers, collect, lattice, pixel_of, 
 from monitor import printable
 from page import Looked
 from preprocess import DataInfo, FolderData, denormalise, info_without_files
-from sources import DataError
+from sources import DataError, Files
 
 GUESSES = 3  # classes that the page names
 
@@ -112,7 +112,7 @@ def read_images(
     """
     known = info_without_files(config.dataset, classes, config.img_size)
     if args.images:
-        files = FolderData(args.images, [0] * len(args.images), known)
+        files = FolderData(Files(args.images), [0] * len(args.images), known)
         ((images, _),) = files.eval_batches(len(files))
         return known, [(Path(path).name, "", image) for path, image in zip(args.images, images, strict=True)]
     dataset, data_dir = args.dataset or config.dataset, args.data_dir or config.data_dir

@@ -36,7 +36,7 @@ TYPED = {
 SWITCHES = {
     "--stem": True, "--no-content": False, "--grouped": True, "--share-embeddings": True, "--zero-init-residual": True,
     "--skip-bad-images": True, "--randaugment": True, "--compile": True, "--no-channels-last": False,
-    "--deterministic": True, "--no-progress": False,
+    "--deterministic": True, "--no-progress": False, "--sync-bn": True,
 }  # fmt: skip
 
 

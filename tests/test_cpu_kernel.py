@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import kernels
-from kernels import cpu, reference
+from kernels import build, cpu, reference
 
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = ("out", "lse", "grad query", "grad key", "grad value", "grad rel_row", "grad rel_col")
@@ -396,7 +396,7 @@ def fork(prepare=lambda: None):
 @pytest.fixture
 def compiler(tmp_path):
     """A compiler that counts its calls and delivers the library already built, so that no test waits for a real one."""
-    library = cpu._library(torch.float32)
+    library = build.library(torch.float32)
     if isinstance(library, str):
         pytest.skip(f"no CPU kernel: {library}")
     script = tmp_path / "c++"

@@ -296,7 +296,7 @@ def test_channels_last_is_used_and_changes_nothing_but_rounding(tmp_path, tiny, 
         return original(self, x)
 
     monkeypatch.setattr(Tiny, "forward", forward)
-    plain, last = go(tmp_path / "a"), go(tmp_path / "b", "--channels-last")
+    plain, last = go(tmp_path / "a", "--no-channels-last"), go(tmp_path / "b")
     assert all(value.is_contiguous() for value in layouts[0])
     for value in layouts[-1]:
         assert value.is_contiguous(memory_format=torch.channels_last) and not value.is_contiguous()
@@ -447,11 +447,12 @@ def test_a_tree_of_jpegs_trains_evaluates_and_is_resumed_bitwise(tmp_path, tiny,
             os.kill(os.getpid(), signal.SIGTERM)
         return logits
 
+    others = multiprocessing.active_children()  # of other tests of this process
     with monkeypatch.context() as patch:
         patch.setattr(Tiny, "spoil", staticmethod(spoil))
         stopped = [*BASE.split(), *flags.split(), "--randaugment"]
         assert small_runs.run(tmp_path, *stopped) == 75
-    assert multiprocessing.active_children() == []  # the run itself has ended its workers
+    assert multiprocessing.active_children() == others  # the run itself has ended its workers
     small_runs.scramble_generators()
     go(tmp_path, flags, "--randaugment --resume")
     assert small_runs.differences(*(small_runs.state_without_times(f) for f in (straight, tmp_path / "run"))) == []
