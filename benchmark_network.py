@@ -34,11 +34,12 @@ def candidates(backend: str) -> dict[str, dict]:
 
 
 def train_step(name: str, options: dict, form: str, batch: int, side: int, device, dtype) -> Callable:
-    """One step of a network in memory: a function that does it again and again."""
+    """One step of a network in memory, channels-last as train.py has it: a function that does it again and again."""
     small = form == "CIFAR"
-    model = build(name, 10 if small else 1000, small_images=small, **options).to(device, dtype)
+    model = build(name, 10 if small else 1000, small_images=small, **options)
+    model = model.to(device, dtype, memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
-    x = torch.randn(batch, 3, side, side, device=device, dtype=dtype)
+    x = torch.randn(batch, 3, side, side, device=device, dtype=dtype).contiguous(memory_format=torch.channels_last)
     y = torch.zeros(batch, dtype=torch.long, device=device)
 
     def run():
