@@ -59,14 +59,14 @@ def _maps(x: Tensor) -> Tensor:
 
 
 def sync_batch_norms(model: nn.Module, device: torch.device) -> nn.Module:
-    """The model with every BatchNorm2d over all ranks, before it is moved to a half type; names stay."""
+    """The model with every BatchNorm2d over all ranks; its parameters are new ones, with the same names."""
     if not several():
         return model
     if device.type == "cuda":
         return nn.SyncBatchNorm.convert_sync_batchnorm(model)
     for name, module in list(model.named_children()):
         if type(module) is nn.BatchNorm2d:
-            synced = SyncBatchNorm2d(module.num_features, module.eps, module.momentum)
+            synced = SyncBatchNorm2d(module.num_features, module.eps, module.momentum).to(module.weight)
             synced.load_state_dict(module.state_dict())
             setattr(model, name, synced)
         else:

@@ -20,6 +20,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import assembly
 import distributed
+import model
+import preprocess
 import small_runs
 import train
 from attention import LocalAttention2d
@@ -137,7 +139,10 @@ def train_small(output: str, flags: str, spoil: Callable | None = None, norm: bo
 
 
 def train_real(output: str, flags: str) -> int:
-    """As `train_small`, with the networks themselves."""
+    """As `train_small`, with the networks themselves, in fp64."""
+    patch, normalise = pytest.MonkeyPatch(), preprocess.TensorData._normalise
+    patch.setattr(assembly, "build", lambda *arguments, **options: model.build(*arguments, **options).double())
+    patch.setattr(preprocess.TensorData, "_normalise", lambda *arguments: normalise(*arguments).double())
     return train_small(output, flags, norm=None)
 
 
@@ -178,15 +183,15 @@ def normalise(output: str) -> int:
     torch.manual_seed(0)
     norm = nn.BatchNorm2d(4)
     nn.init.normal_(norm.weight)
-    model = sync_batch_norms(nn.Sequential(norm), torch.device("cpu")).double()
+    network = sync_batch_norms(nn.Sequential(norm), torch.device("cpu")).double()
     x, direction = (torch.randn(BATCH, 4, 3, 2, dtype=torch.float64) + 1000 for _ in range(2))
     first = sum(range(3, 3 + distributed.rank()))
     own = slice(first, BATCH if distributed.rank() == distributed.world_size() - 1 else first + 3 + distributed.rank())
     x = x[own].requires_grad_()
-    out = model(x)
-    gradients = torch.autograd.grad(out, (x, *model.parameters()), direction[own])
-    left = {"names": list(model.state_dict()), "out": out.detach(), "x": gradients[0], "parameters": gradients[1:]}
-    left |= {"buffers": list(model.buffers()), "eval": model.eval()(x).detach(), "kind": type(model[0]).__name__}
+    out = network(x)
+    gradients = torch.autograd.grad(out, (x, *network.parameters()), direction[own])
+    left = {"names": list(network.state_dict()), "out": out.detach(), "x": gradients[0], "parameters": gradients[1:]}
+    left |= {"buffers": list(network.buffers()), "eval": network.eval()(x).detach(), "kind": type(network[0]).__name__}
     torch.save(left, f"{output}/norm{distributed.rank()}.pt")
     distributed.stop()
     return 0
