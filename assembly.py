@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
 import distributed
+import memory
 import preprocess
 from attention import LocalAttention2d
 from audit import count_flops, count_parameters
@@ -276,6 +277,8 @@ def set_up(config: Config, folder: Path, global_batch: int = 0) -> Run:
     global_batch: images of a step over all ranks, of a run that goes on; 0: --batch-size * --accumulate on each rank.
     """
     device, amp = distributed.together(partial(pick_machine, config))
+    if device.type == "cpu":
+        memory.keep_freed()
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or cuBLAS refuses
         torch.use_deterministic_algorithms(True)

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import benchmark
+import memory
 from model import VARIANTS, build
 
 FORMS = {"CIFAR": (64, 32), "ImageNet": (4, 224)}  # form -> batch, image side
@@ -137,6 +138,8 @@ def network(bench: "benchmark.Bench", names: tuple[str, ...], batch_size: int | 
     columns += f" {'/ conv stem':>11} {'peak MiB':>9}"
     bench.say(columns + "\n" + "-" * len(columns))
     rows, backend = [], (bench.fast or bench.backends)[0]
+    if bench.device.type == "cpu":
+        memory.keep_freed()  # as train.py does
     for form, (batch, side) in FORMS.items():
         if bench.quick and form != "CIFAR":
             continue
