@@ -8,13 +8,13 @@ Images come out normalised, (B, 3, H, W) float32 on the device. Gray sets are st
 equal ones: the network then has the shapes, the parameter counts and the attention stem of the paper for every set, and
 weights move from one set to another; the price is a first layer that sees each pixel three times.
 
-Order, augmentation and mixing are functions of (seed, epoch, step) or (seed, epoch, index), each drawn for the whole
-global batch (batch_size * accumulate * world_size images) and then cut: process `rank` trains on its own contiguous
-part, in `accumulate` pieces. So any step of any epoch can be entered directly, and nothing reads a global
-random state.
+Order, augmentation and mixing are functions of (seed, epoch, step), each drawn for the whole global batch (batch_size *
+accumulate * world_size images) and then cut: process `rank` trains on its own contiguous part, in `accumulate` pieces.
+So any step of any epoch can be entered directly, and nothing reads a global random state.
 
 Small sets are one uint8 tensor on the device (`TensorData`); image trees and tar shards are read by workers
-(`FolderData`). As a command it packs trees into shards and indexes shards: `python preprocess.py --help`.
+(`FolderData`), which decode, crop and resize: all else is done on the device. As a command it packs trees into shards
+and indexes shards: `python preprocess.py --help`.
 """
 
 import atexit
@@ -38,6 +38,7 @@ from augment import (
     augment,
     cutout,
     draw,
+    draw_crops,
     draw_mix,
     mix,
     rows,
@@ -205,7 +206,7 @@ class _Split:
         steps = range(start_step, self.steps_per_epoch(total))
         bounds = [total * i // pieces for i in range(rank * accumulate, (rank + 1) * accumulate + 1)]
         config = augment or AugmentConfig()
-        return self._train(self._pieces(epoch, steps, total, bounds, seed, config), epoch, seed, config)
+        return self._train(self._pieces(epoch, steps, total, bounds, seed, config), config)
 
     def _pieces(
         self, epoch: int, steps: range, total: int, bounds: list[int], seed: int, config: AugmentConfig
@@ -213,15 +214,18 @@ class _Split:
         """The pieces between the `bounds` in each step's global batch of `total` images."""
         order, side, mixed = epoch_order(len(self), seed, epoch), self.info.image_size, config.mixup or config.cutmix
         for step in steps:
-            draws = draw(stream(seed, "augment", epoch, step), total, side, side, config)
+            draws = self._draw(epoch, step, total, seed, config)
             mixing = draw_mix(stream(seed, "mix", epoch, step), side, side, config) if mixed else None
             for first, stop in pairwise(bounds):
                 position = torch.arange(first - 1 if mixed else first, stop) % total
                 yield _Piece(order[step * total + position], rows(draws, position), mixing)
 
-    def _train(
-        self, pieces: Iterator[_Piece], epoch: int, seed: int, config: AugmentConfig
-    ) -> Iterator[tuple[Tensor, Tensor]]:
+    def _draw(self, epoch: int, step: int, total: int, seed: int, config: AugmentConfig) -> Draws:
+        """The random numbers of the `total` images of one step."""
+        side = self.info.image_size
+        return draw(stream(seed, "augment", epoch, step), total, side, side, config)
+
+    def _train(self, pieces: Iterator[_Piece], config: AugmentConfig) -> Iterator[tuple[Tensor, Tensor]]:
         raise NotImplementedError
 
     def _normalise(self, images: Tensor) -> Tensor:
@@ -254,9 +258,7 @@ class TensorData(_Split):
     def __len__(self) -> int:
         return len(self.labels)
 
-    def _train(
-        self, pieces: Iterator[_Piece], epoch: int, seed: int, config: AugmentConfig
-    ) -> Iterator[tuple[Tensor, Tensor]]:
+    def _train(self, pieces: Iterator[_Piece], config: AugmentConfig) -> Iterator[tuple[Tensor, Tensor]]:
         for piece in pieces:
             index = piece.index.to(self.device, non_blocking=True)
             images = augment(self.images[index], piece.draws, config)
@@ -319,13 +321,15 @@ class FolderData(_Split):
             raise ValueError(f"{self.info.name}: pad, rotate, translate and zoom must be 0, the crop is a resized one")
         return super().batches(epoch, start_step, **options)
 
-    def _train(
-        self, pieces: Iterator[_Piece], epoch: int, seed: int, config: AugmentConfig
-    ) -> Iterator[tuple[Tensor, Tensor]]:
+    def _draw(self, epoch: int, step: int, total: int, seed: int, config: AugmentConfig) -> Draws:
+        crop = draw_crops(stream(seed, "sample", epoch, step), total)
+        return super()._draw(epoch, step, total, seed, config)._replace(crop=crop)
+
+    def _train(self, pieces: Iterator[_Piece], config: AugmentConfig) -> Iterator[tuple[Tensor, Tensor]]:
         pieces, ahead = tee(pieces)  # the workers are given work ahead of what is yielded
-        keys = ([Key(i, (seed, epoch), config.flip, config.randaugment) for i in p.index.tolist()] for p in ahead)
+        keys = (list(map(Key, piece.index.tolist(), piece.draws.crop.numpy())) for piece in ahead)
         for (images, labels), piece in zip(self._read(keys), pieces, strict=True):
-            yield self._finish(images, labels, piece, config)
+            yield self._finish(augment(images, piece.draws, config), labels, piece, config)
 
     def eval_batches(self, batch_size: int, rank: int = 0, world_size: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
         """As TensorData.eval_batches: resized to 256/224 of the side, centre crop.

@@ -25,9 +25,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, default_collate
 
-from augment import stream
+from augment import crop_box
 
 # torchvision is imported where it is used: it takes a second, and DIGITS does not need it.
 
@@ -175,16 +175,11 @@ def _read_tree(root: Path) -> tuple[list[str], tuple["Files", list[int]]]:
     return tree.classes, (Files([path for path, _ in tree.samples]), tree.targets)
 
 
-_CROP = [0.08, 1.0], [3 / 4, 4 / 3]  # share of the area and aspect of a training crop: the family's
-
-
 class Key(NamedTuple):
     """All that a worker needs to know to make one sample."""
 
     index: int
-    draw: tuple[int, int] | None  # (seed, epoch); None is evaluation
-    flip: bool = False
-    randaugment: bool = False
+    crop: np.ndarray | None  # numbers of `augment.crop_box`; None is evaluation
 
 
 class Files:
@@ -221,7 +216,6 @@ class ImageFiles(Dataset):
         self.labels = np.array(labels, dtype=np.int64)
         self.skip_bad_images = skip_bad_images
         self._size = [size, size]
-        self._randaugment = v2.RandAugment()
         self._test = v2.Compose([v2.Resize(round(size * 256 / 224), antialias=True), v2.CenterCrop(size)])
 
     def __len__(self) -> int:
@@ -241,7 +235,7 @@ class ImageFiles(Dataset):
                 return self._transform(self._read(index), key), int(self.labels[index]), bad
             except _BadImageError as error:
                 bad.append(f"{self.files.name(index)}: {error}")
-            if key.draw is None or not self.skip_bad_images:
+            if key.crop is None or not self.skip_bad_images:
                 break
         return None, -1, bad
 
@@ -251,30 +245,21 @@ class ImageFiles(Dataset):
 
         try:
             with Image.open(self.files.open(index)) as image:
-                return image.convert("RGB")
+                image.load()
+                return image if image.mode == "RGB" else image.convert("RGB")  # which copies what is RGB already
         except Exception as error:  # broken files make the decoders raise anything, from OSError to struct.error
             raise _BadImageError(one_line(error)) from error
 
     def _transform(self, image, key: Key) -> Tensor:
         """PIL image -> (3, size, size) uint8."""
-        from torchvision.transforms import RandomResizedCrop
         from torchvision.transforms.v2 import functional
 
-        if key.draw is None:
+        if key.crop is None:
             return self._test(functional.pil_to_tensor(image))
-        # The transforms read torch's global generator: lent to them with the sample's own seed, and put back. Not
-        # torch.manual_seed, which would seed the GPU's generator too.
-        seed, epoch = key.draw
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(int(stream(seed, "sample", epoch, key.index).integers(2**63)))
-            flip = bool(torch.rand(()) < 0.5) and key.flip
-            top, left, height, width = RandomResizedCrop.get_params(image, *_CROP)
-            # Cropped before it becomes a tensor: half of the pixels, on average, need not be copied.
-            crop = functional.pil_to_tensor(image.crop((left, top, left + width, top + height)))
-            out = functional.resize(crop, self._size, antialias=True)
-            if flip:
-                out = out.flip(-1)
-            return self._randaugment(out) if key.randaugment else out
+        top, left, height, width = crop_box(key.crop, image.height, image.width)
+        # Cropped before it becomes a tensor: half of the pixels, on average, need not be copied.
+        crop = functional.pil_to_tensor(image.crop((left, top, left + width, top + height)))
+        return functional.resize(crop, self._size, antialias=True)
 
 
 class _BadImageError(Exception):
@@ -282,9 +267,13 @@ class _BadImageError(Exception):
 
 
 def collate(samples: list[tuple[Tensor | None, int, list[str]]]) -> tuple[Tensor, Tensor, list[str]]:
+    """Images (B, 3, size, size) uint8 of those samples that have one, labels (B,) int64, what could not be read."""
     good = [(image, label) for image, label, _ in samples if image is not None]
-    images = torch.stack([image for image, _ in good]) if good else torch.empty(0, 3, 0, 0, dtype=torch.uint8)
-    return images, torch.tensor([label for _, label in good]), [line for *_, bad in samples for line in bad]
+    # By pixels with their channels, as resizing leaves them: a plain copy, in a worker into memory that it shares.
+    rows = [image.permute(1, 2, 0) for image, _ in good]
+    images = default_collate(rows) if rows else torch.empty(0, 0, 0, 3, dtype=torch.uint8)
+    labels = torch.tensor([label for _, label in good])
+    return images.permute(0, 3, 1, 2), labels, [line for *_, bad in samples for line in bad]
 
 
 def ignore_signals(_worker: int) -> None:

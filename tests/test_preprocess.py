@@ -323,7 +323,7 @@ def test_no_strength_is_no_change():
     data = small_set(30)
     images = data.images
     draws = aug.draw(aug.stream(0, "augment"), 30, 12, 12, AugmentConfig())
-    assert draws == Draws(None, None, None, None, None)
+    assert draws == Draws(None, None, None, None, None, None)
     assert aug.augment(images, draws, AugmentConfig()) is images
     still = AugmentConfig(rotate=1e-12)  # the resampling itself moves nothing
     moved = aug.augment(images, aug.draw(aug.stream(0, "augment"), 30, 12, 12, still), still)
@@ -402,6 +402,37 @@ def test_draws_stay_in_their_ranges_and_apart():
     alone = aug.draw(aug.stream(1, "augment"), 4000, 10, 20, AugmentConfig(cutout=5, randaugment=True))
     assert torch.equal(alone.cutout, draws.cutout) and torch.equal(alone.ops, draws.ops)
     assert torch.equal(aug.rows(draws, torch.tensor([7, 3])).theta, draws.theta[[7, 3]])
+
+
+@pytest.mark.parametrize(("height", "width"), [(375, 500), (60, 40), (1, 1), (3, 900), (900, 3)])
+def test_crops_are_distributed_as_torchvisions(height, width, monkeypatch):
+    uniform = aug.draw_crops(aug.stream(2, "sample"), 4000)
+    assert uniform.shape == (4000, aug.CROP_TRIES, 4) and uniform.min() >= 0 and uniform.max() < 1
+    ours = torch.tensor([aug.crop_box(numbers, height, width) for numbers in uniform.numpy()])
+    top, left, crop_height, crop_width = ours.unbind(1)
+    assert ours[:, :2].min() >= 0 and ours[:, 2:].min() >= 1
+    assert (top + crop_height).max() <= height and (left + crop_width).max() <= width
+    blank = torch.empty(3, height, width)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        theirs = [v2.RandomResizedCrop(1).make_params([blank]) for _ in range(4000)]
+    theirs = torch.tensor([[p["top"], p["left"], p["height"], p["width"]] for p in theirs])
+    if min(height, width) > 1 and max(height, width) < 900:  # else no try fits, and both take the centre
+        kinds = (ours.double(), theirs.double())
+        for quantity in (lambda b: b, lambda b: b[:, 2:3] * b[:, 3:4], lambda b: (b[:, 3:4] / b[:, 2:3]).log()):
+            left, right = map(quantity, kinds)
+            error = ((left.var(0) + right.var(0)) / 4000).sqrt()
+            assert ((left.mean(0) - right.mean(0)).abs() < 4 * error).all()
+            torch.testing.assert_close(left.std(0), right.std(0), atol=0, rtol=0.08)
+    else:
+        assert torch.equal(ours.unique(dim=0), theirs.unique(dim=0)) and len(ours.unique(dim=0)) == 1
+
+
+def test_crops_reach_every_border():
+    for down, right in ((0.0, 0.9999), (0.9999, 0.0)):
+        top, left, height, width = aug.crop_box(np.array([[0.5, 0.5, down, right]]), 375, 500)
+        assert (top, top + height == 375) == ((0, False) if down == 0 else (375 - height, True))
+        assert (left, left + width == 500) == ((0, False) if right == 0 else (500 - width, True))
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -719,21 +750,23 @@ def test_folder_of_jpegs(tree):
     assert len(held_images) == 2
 
 
-def test_a_trees_sample_is_drawn_by_seed_epoch_and_index(tree):
-    shutil.copy(tree / "train" / "cat" / "00.jpg", tree / "train" / "cat" / "01.jpg")
-    files = load(dataset="FOLDER", data_dir=tree, img_size=16)[1]._files
+def test_a_trees_sample_is_drawn_by_seed_epoch_and_place(tree):
+    for path in tree.glob("train/*/*.jpg"):  # one image everywhere: what differs is the draw
+        if path.name != "00.jpg":
+            shutil.copy(tree / "train" / "cat" / "00.jpg", path)
+    train = load(dataset="FOLDER", data_dir=tree, img_size=16)[1]
 
-    def sample(*key):
-        return files[sources.Key(*key)][0]
+    def images(config=None, **options):
+        return torch.cat([x for x, _ in batches(train, batch_size=22, augment=config, **options)])
 
-    assert torch.equal(sample(0, (0, 0)), sample(0, (0, 0)))
-    for other in (sample(1, (0, 0)), sample(0, (1, 0)), sample(0, (0, 1))):  # 1 is the same file as 0
-        assert not torch.equal(sample(0, (0, 0)), other)
-    pairs = [(sample(i, (0, 0)), sample(i, (0, 0), True)) for i in range(22)]
-    mirrored = sum(torch.equal(plain.flip(-1), flipped) for plain, flipped in pairs)
-    assert 4 < mirrored < 18 and mirrored + sum(torch.equal(*pair) for pair in pairs) == 22
-    pairs = [(sample(i, (0, 0)), sample(i, (0, 0), False, True)) for i in range(22)]
-    assert sum(torch.equal(*pair) for pair in pairs) < 6
+    plain = images()
+    assert torch.equal(plain, images())
+    for other in (plain.roll(1, 0), images(epoch=1), images(seed=6)):
+        assert sum(map(torch.equal, plain, other)) < 4
+    flipped = images(AugmentConfig(flip=True))
+    mirrored = sum(map(torch.equal, plain.flip(-1), flipped))
+    assert 4 < mirrored < 18 and mirrored + sum(map(torch.equal, plain, flipped)) == 22
+    assert sum(map(torch.equal, plain, images(AugmentConfig(randaugment=True)))) < 6
 
 
 def test_trees_are_cut_among_processes_without_a_trace(tree):
@@ -803,7 +836,7 @@ def test_a_truncated_jpeg_ends_the_run_with_its_name(tree, workers):
         assert "\n" not in str(error.value)
     with pytest.raises(DataError, match=str(path)):
         batches(train, batch_size=11)
-    image, _, bad = train._files[sources.Key(13, (0, 0))]  # nothing more is read to find a substitute
+    image, _, bad = train._files[sources.Key(13, np.zeros((10, 4)))]  # nothing more is read to find a substitute
     assert image is None and len(bad) == 1
 
 
