@@ -204,23 +204,37 @@ struct Simd {
             return x;
         }
     }
+    // Natural logarithm of x >= 1 (finite), NaN for NaN.
     static INLINE V logarithm(V x) {
-        for (int l = 0; l < L; ++l) x[l] = std::log(x[l]);
-        return x;
+        if constexpr (sizeof(T) == 4) {
+            // x = 2^n * m with m in [sqrt(1/2), sqrt(2)); log m = 2 * artanh(s), s = (m - 1) / (m + 1), by its series:
+            // |s| < 0.172, so what is left out is below 1e-9.
+            const Mask bits = (Mask)x, n = (bits - 0x3f3504f3) >> 23;
+            const V m = (V)(bits - (n << 23)), s = (m - 1) / (m + 1), q = s * s;
+            V p = q * (2.0f / 9) + 2.0f / 7;
+            p = p * q + 2.0f / 5;
+            p = p * q + 2.0f / 3;
+            const V log = __builtin_convertvector(n, V) * 0.693147181f + (p * q * s + s * 2);
+            return pick(x == x, log, x);
+        } else {
+            for (int l = 0; l < L; ++l) x[l] = std::log(x[l]);
+            return x;
+        }
     }
 
-    // G vectors a, b, ... -> the same G * L numbers as a0 b0 .. a1 b1 ..; G = L is a transpose.
-    template <int G>
+    // G vectors a, b, ... -> the same G * L numbers as a0 b0 .. a1 b1 ..; G = L is a transpose. A round moves the highest
+    // bit of a number's place to the lowest, so LINES = L is the transpose of L rows of G numbers.
+    template <int G, int LINES = G>
     static INLINE void interleave(V (&v)[L]) {
-        for (int round = 1; round < G; round *= 2) {
+        for (int round = 1; round < LINES; round *= 2) {
             V t[L];
             for (int i = 0; i < G / 2; ++i) zip(v[i], v[i + G / 2], t[2 * i], t[2 * i + 1], Lanes{});
             for (int i = 0; i < G; ++i) v[i] = t[i];
         }
     }
-    template <int G>
-    static INLINE void separate(V (&v)[L]) {
-        for (int round = 1; round < G; round *= 2) {
+    template <int G, int LINES = G>
+    static INLINE void separate(V (&v)[L]) {  // the inverse
+        for (int round = 1; round < LINES; round *= 2) {
             V t[L];
             for (int i = 0; i < G / 2; ++i) unzip(v[2 * i], v[2 * i + 1], t[i], t[i + G / 2], Lanes{});
             for (int i = 0; i < G; ++i) v[i] = t[i];
