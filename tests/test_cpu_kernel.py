@@ -2,6 +2,7 @@
 costs a user more than the speed."""
 
 import itertools
+import math
 import os
 import platform
 import subprocess
@@ -20,7 +21,7 @@ from kernels import build, cpu, reference
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = ("out", "lse", "grad query", "grad key", "grad value", "grad rel_row", "grad rel_col")
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
-LAYOUTS = ("nchw", "channels_last", "fused", "strange")
+LAYOUTS = ("nchw", "channels_last", "fused", "strange", "heads_apart")
 
 needs_kernel = pytest.mark.skipif(cpu.unusable() is not None, reason=f"no CPU kernel: {cpu.unusable()}")
 
@@ -29,6 +30,8 @@ def make_map(shape, layout, dtype):
     b, n, d, h, w = shape
     if layout == "channels_last":
         return torch.randn(b, h, w, n, d, dtype=dtype).permute(0, 3, 4, 1, 2)
+    if layout == "heads_apart":  # channels side by side, but not those of neighbouring heads
+        return torch.randn(b, h, w, n, 2 * d, dtype=dtype)[..., :d].permute(0, 3, 4, 1, 2)
     if layout == "strange":  # W outermost, every second element
         return torch.randn(w, n, b, d, 2 * h, dtype=dtype)[..., ::2].permute(2, 1, 3, 4, 0)
     return torch.randn(shape, dtype=dtype)
@@ -39,6 +42,8 @@ def make_inputs(shape, size, layout="nchw", dtype=torch.float32, embeddings=True
     b, n, d, h, w = shape
     if layout == "fused":
         query, key, value = torch.randn(b, 3, n, d, h, w, dtype=dtype).unbind(1)
+    elif layout == "fused_channels_last":
+        query, key, value = (x.permute(0, 3, 4, 1, 2) for x in torch.randn(b, h, w, 3, n, d, dtype=dtype).unbind(3))
     else:
         query, key, value = (make_map(shape, layout, dtype) for _ in range(3))
     rel = [torch.randn(n, d // 2, size, dtype=dtype) if embeddings else None for _ in range(2)]
@@ -75,7 +80,7 @@ MAPS = ((1, 1), (2, 2), (4, 4), (5, 3), (3, 11), (7, 7), (8, 8), (13, 9), (14, 1
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 7, 8, 13])
 def test_matches_the_definition_on_every_map(size, border):
     for i, (height, width) in enumerate(MAPS):
-        check(make_inputs((2, 8, (4, 6, 10)[i % 3], height, width), size, LAYOUTS[i % 4]), size, border)
+        check(make_inputs((2, 8, (4, 6, 10)[i % 3], height, width), size, LAYOUTS[i % len(LAYOUTS)]), size, border)
 
 
 @needs_kernel
@@ -97,7 +102,19 @@ def test_matches_the_definition_without_parts(dtype, embeddings, content):
 @needs_kernel
 @pytest.mark.parametrize("width", [1, 3, 4, 8, 12, 16, 24, 32, 64])
 def test_matches_the_definition_for_every_head_width(width):
-    check(make_inputs((2, 8, width, 6, 10), 7, "fused", embeddings=width % 2 == 0), 7)
+    for layout in ("fused", "fused_channels_last"):
+        check(make_inputs((2, 8, width, 6, 10), 7, layout, embeddings=width % 2 == 0), 7)
+
+
+@needs_kernel
+@pytest.mark.parametrize("size", [1, 2, 7, 13])
+def test_the_log_of_the_sum_is_right_to_the_last_bits(size):
+    """Equal logits: it is the logarithm of the number of keys in the map."""
+    zero = torch.zeros(1, 1, 4, 15, 18)
+    _, lse = cpu.forward(zero, zero, zero, None, None, size, "mask", 1.0)
+    y, x = ([min(n, i + size // 2 + 1) - max(0, i - (size - 1) // 2) for i in range(n)] for n in (15, 18))
+    wanted = torch.tensor([[math.log(a * b) for b in x] for a in y], dtype=torch.float64)
+    assert (lse[0, 0].double() - wanted).abs().max() <= 4e-7
 
 
 @needs_kernel
