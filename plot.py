@@ -117,7 +117,10 @@ def draw_panel(ax, folder: Folder, title: str, shown: list[Row]) -> None:
     ax.set_yscale("log")
     ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     ax.yaxis.set_minor_formatter(NullFormatter())
-    ax.set_yticks([t for t in (0.5, 1, 2, 5, 10, 20, 50, 100) if ax.get_ylim()[0] <= t <= ax.get_ylim()[1]])
+    low, high = ax.get_ylim()
+    fine = (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8)  # where less than half a decade is shown
+    steps = (1, 2, 5) if high > 3.2 * low else fine
+    ax.set_yticks([t * ten for ten in (0.1, 1, 10, 100) for t in steps if low <= t * ten <= high])
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.set_xlabel("epoch")
     ax.set_title(title, fontsize=10, loc="left")
