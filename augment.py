@@ -178,11 +178,11 @@ def augment(images: Tensor, draws: Draws, config: AugmentConfig) -> Tensor:
 
 
 def crop_flip(images: Tensor, shift: Tensor | None, flip: Tensor | None, reflect: bool = False) -> Tensor:
-    """Each image shifted by its own offset, then mirrored: one gather. (B, C, H, W) -> the same shape.
+    """Each image shifted by its own offset, then mirrored: at most one gather. (B, C, H, W) -> the same shape.
 
     shift (B, 2): output row r shows input row r + shift[0]; |shift| below the side where reflect is True.
     """
-    if shift is None:  # image trees: no gather is needed
+    if shift is None:
         return torch.where(flip[:, None, None, None], images.flip(-1), images)
     batch, channels, height, width = images.shape
     row = torch.arange(height, device=images.device)[None]  # (1, H)

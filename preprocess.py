@@ -229,8 +229,12 @@ class _Split:
         raise NotImplementedError
 
     def _normalise(self, images: Tensor) -> Tensor:
-        """(B, 1 or 3, H, W) in [0, 255] -> (B, 3, H, W) float32; one channel becomes three by broadcasting."""
-        return images.float().mul(self._scale).add_(self._shift)
+        """(B, 1 or 3, H, W) in [0, 255] -> (B, 3, H, W) float32; one channel becomes three by broadcasting.
+
+        Contiguous for every kind of data: the memory format is the training's choice.
+        """
+        images = images.to(torch.float32, memory_format=torch.contiguous_format)
+        return images.mul(self._scale).add_(self._shift)
 
     def _finish(self, images: Tensor, labels: Tensor, piece: _Piece, config: AugmentConfig) -> tuple[Tensor, Tensor]:
         """Normalised, cut out and mixed: (B, 3, H, W), and labels (B,) or soft targets (B, classes)."""

@@ -214,7 +214,8 @@ struct Simd {
             V p = q * (2.0f / 9) + 2.0f / 7;
             p = p * q + 2.0f / 5;
             p = p * q + 2.0f / 3;
-            const V log = __builtin_convertvector(n, V) * 0.693147181f + (p * q * s + s * 2);
+            const V exponent = (V)(n + 0x4b400000) - 12582912.0f;  // n as a number: 0x4b400000 is 1.5 * 2^23
+            const V log = exponent * 0.693147181f + (p * q * s + s * 2);
             return pick(x == x, log, x);
         } else {
             for (int l = 0; l < L; ++l) x[l] = std::log(x[l]);

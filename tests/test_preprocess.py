@@ -738,9 +738,10 @@ def test_folder_of_jpegs(tree):
     assert load(dataset="FOLDER", data_dir=tree)[0].image_size == 224
     epoch = batches(train, batch_size=6, augment=default_augment("FOLDER"))
     assert [x.shape for x, _ in epoch] == [(6, 3, 16, 16)] * 3 and epoch[0][0].dtype == torch.float32
+    assert all(x.is_contiguous() for x, _ in epoch)
     # evaluation by hand: shorter side to 18 (16 * 256 / 224), centre 16 x 16, normalised
     images, labels = (torch.cat(field) for field in zip(*test.eval_batches(4), strict=True))
-    assert labels.tolist() == [0] * 7 + [1] * 7
+    assert labels.tolist() == [0] * 7 + [1] * 7 and next(iter(test.eval_batches(4)))[0].is_contiguous()
     with Image.open(tree / "val" / "cat" / "05.jpg") as file:
         pixels = v2.functional.pil_to_tensor(file.convert("RGB"))
     by_hand = v2.functional.center_crop(v2.functional.resize(pixels, 18, antialias=True), [16, 16]).float() / 255
