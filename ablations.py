@@ -204,7 +204,7 @@ class Budget:
             if f.name in given:
                 value = given[f.name]
                 values = value if isinstance(value, tuple) else () if isinstance(value, bool) else (value,)
-                words += [flag_of(f), *map(str, values)]
+                words += [flag_of(f), *(str(v).removesuffix(".0") for v in values)]
         return words
 
 

@@ -268,6 +268,10 @@ def resolve(given: dict[str, Any], dataset: str, world_size: int = 1) -> Config:
     values |= given | {"dataset": dataset}
     if "warmup_epochs" not in given:  # a recipe's own warm-up fits a short run; only an explicit one is checked
         values["warmup_epochs"] = min(values["warmup_epochs"], values["epochs"] / 4)
+    if "ema" not in given and values["ema"]:
+        # Likewise: below half of the recipe's epochs its average spans fewer steps, or the first weights stay in it.
+        shrink = max(1.0, recipe(name, dataset)["epochs"] / 2 / values["epochs"])
+        values["ema"] = round(1 - (1 - values["ema"]) * shrink, 6)
     if "lr" not in given:
         values["lr"] *= rate_factor(name, dataset, values["batch_size"] * values.get("accumulate", 1) * world_size)
     return Config(**values)

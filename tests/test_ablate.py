@@ -107,6 +107,8 @@ def test_a_budgets_folder_does_not_depend_on_how_its_flags_are_written():
     one = Budget("FashionMNIST", ("--epochs", "3", "--train-images", "10000"))
     other = Budget("FashionMNIST", ("--train-images", "10000", "--num-workers", "1", "--epochs", "03"))
     assert one.name() == other.name() == "fashionmnist-train-images-10000-epochs-3"
+    assert Budget("DIGITS", ("--holdout", "100", "--lr", "2e-3")).name() == "digits-holdout-100-lr-0.002"
+    assert Budget("DIGITS", ("--holdout", "0.5")).name() == "digits-holdout-0.5"
     switches = Budget("DIGITS", ("--randaugment", "--no-progress", "--border", "ZERO")).words()
     assert switches == ["--border", "zero", "--randaugment"]
 

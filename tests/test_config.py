@@ -212,6 +212,16 @@ def test_a_recipes_own_warm_up_shrinks_for_a_short_run_and_an_explicit_one_does_
         resolve({"recipe": "paper", "epochs": 8, "warmup_epochs": 8.0}, "IMAGENET")
 
 
+def test_a_recipes_own_moving_average_shrinks_for_a_run_of_less_than_half_its_epochs():
+    """By hand: 1 - (1 - 0.98) * 6 / 2 for 2 of the 12 epochs of DIGITS; the paper's 65 / 13 for 13 of 130."""
+    assert [resolve({"epochs": e}, "DIGITS").ema for e in (24, 12, 6, 2)] == [0.98, 0.98, 0.98, 0.94]
+    assert resolve({"epochs": 2, "ema": 0.98}, "DIGITS").ema == 0.98
+    assert resolve({"recipe": "paper", "epochs": 13}, "IMAGENET").ema == 0.9995
+    assert resolve({"epochs": 2}, "FashionMNIST").ema == 0.0
+    for dataset in ("DIGITS", "CIFAR10", "IMAGENET"):  # never all of it
+        assert 0.5 < resolve({"epochs": 1}, dataset).ema < 1
+
+
 def test_the_rate_follows_the_global_batch_as_the_recipe_says():
     """Batch 64 x accumulate 4 x 8 processes is 8 times the paper's 256: linear 8; AdamW's square root; the port's 1."""
     given = {"batch_size": 64, "accumulate": 4}
