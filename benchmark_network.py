@@ -17,8 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import benchmark
 import memory
+from benchmark_layers import WINDOW, peak_memory
+from measure import Bench, growth, in_fresh_process, ratio
 from model import VARIANTS, build
 
 FORMS = {"CIFAR": (64, 32), "ImageNet": (4, 224)}  # form -> batch, image side
@@ -60,12 +61,12 @@ def peak_of_step(*arguments) -> float | None:
         torch.cuda.reset_peak_memory_stats()
         train_step(*arguments)()
         return (torch.cuda.max_memory_allocated() - before) / 2**20
-    return benchmark.in_fresh_process(_growth_of_step, *arguments)
+    return in_fresh_process(_growth_of_step, *arguments)
 
 
 def _growth_of_step(name, options, form, batch, side, device, dtype) -> int:
     train_step("ResNet26", options, "CIFAR", 2, 8, device, dtype)()  # libraries and their buffers are loaded
-    return benchmark.growth(lambda: train_step(name, options, form, batch, side, device, dtype)())
+    return growth(lambda: train_step(name, options, form, batch, side, device, dtype)())
 
 
 # ---- the largest batch ----------------------------------------------------------------------------------------------
@@ -131,7 +132,7 @@ def choose_batch(wanted: int | str | None, default: int, *arguments) -> int:
 # ---- the tables -----------------------------------------------------------------------------------------------------
 
 
-def network(bench: "benchmark.Bench", names: tuple[str, ...], batch_size: int | str | None = None) -> list[dict]:
+def network(bench: Bench, names: tuple[str, ...], batch_size: int | str | None = None) -> list[dict]:
     """A row for each network; with names of one depth only (the full run) without peaks, which take processes."""
     bench.say("\nTraining step (SGD): / twin against the convolution twin, / conv stem against attention")
     columns = f"{'form':<9} {'network':<34} {'batch':>5} {'images/s':>9} {'/ twin':>7} {'lowest .. highest':>18}"
@@ -157,7 +158,7 @@ def _rows(bench, name: str, form: str, batch: int, side: int, backend: str, batc
     steps.clear()  # before the peaks are taken
     rows = []
     for net, seconds in times.items():
-        twin, stem = (benchmark.ratio(seconds, times[base]) for base in ("convolution", "attention"))
+        twin, stem = (ratio(seconds, times[base]) for base in ("convolution", "attention"))
         peak = peak_of_step(name, nets[net], form, batch, *where) if bench.peaks else None
         rate = batch / statistics.median(seconds)
         label = f"{name} {net}" + ("" if net == "convolution" else f" ({backend})")
@@ -211,9 +212,7 @@ def largest_layers(name: str, form: str, side: int) -> dict[str, tuple[int, int]
     }
 
 
-def plan(
-    bench: "benchmark.Bench", batch_size: int | None = None, form: str = "ImageNet", name: str = "ResNet50"
-) -> dict:
+def plan(bench: Bench, batch_size: int | None = None, form: str = "ImageNet", name: str = "ResNet50") -> dict:
     """Prints and returns MiB by stage of a training step; `total` is what a real step's peak is held against."""
     batch, side = batch_size or FORMS[form][0], FORMS[form][1]
     weights = 3 * sum(p.numel() for p in _meta(name, form).parameters())  # gradient and momentum, too
@@ -227,8 +226,8 @@ def plan(
     work: dict[str, dict[str, float | None]] = {backend: {} for backend in bench.backends}
     for backend in bench.backends:
         for stage, (channels, height) in layers.items():
-            call = (batch, channels, height, benchmark.WINDOW, backend, bench.device, bench.dtype)
-            work[backend][stage] = benchmark.peak_memory("core", call, bench.device)
+            call = (batch, channels, height, WINDOW, backend, bench.device, bench.dtype)
+            work[backend][stage] = peak_memory("core", call, bench.device)
     bench.say(f"\n{name}, {form} form, {batch} images of {side}x{side}, {bench.dtype}: MiB of a training step with SGD")
     columns = f"{'stage':<10} {'kept, conv':>11} {'kept, attention':>16}" + "".join(
         f" {'work, ' + backend:>16}" for backend in work

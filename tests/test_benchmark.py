@@ -10,7 +10,9 @@ import pytest
 import torch
 
 import benchmark
+import benchmark_layers
 import benchmark_network
+import measure
 from kernels.__main__ import main as kernels_main
 
 ROOT = Path(benchmark.__file__).resolve().parent
@@ -40,7 +42,7 @@ def test_candidates_take_turns_and_the_first_round_does_not_count():
 
     syncs = []
     candidates = {name: candidate(name, seconds) for name, seconds in (("a", 1.0), ("b", 2.0), ("c", 4.0))}
-    times = benchmark.interleave(candidates, 3, lambda: now[0], lambda: syncs.append(now[0]))
+    times = measure.interleave(candidates, 3, lambda: now[0], lambda: syncs.append(now[0]))
     assert order == [*"abc", *"abc", *"bca", *"cab"]
     assert times == {"a": [1.0] * 3, "b": [2.0] * 3, "c": [4.0] * 3}
     assert len(syncs) == 2 * len(order)
@@ -49,25 +51,25 @@ def test_candidates_take_turns_and_the_first_round_does_not_count():
 def test_a_slow_candidate_takes_part_in_two_rounds():
     order = []
     candidates = {name: lambda name=name: order.append(name) for name in "abc"}
-    times = benchmark.interleave(candidates, 4, lambda: 0.0, lambda: None, few=("b",))
+    times = measure.interleave(candidates, 4, lambda: 0.0, lambda: None, few=("b",))
     assert order == [*"ac", *"abc", *"bca", *"ca", *"ac"]
     assert [len(times[name]) for name in "abc"] == [4, 2, 4]
-    assert benchmark.ratio([2.0, 6.0], [1.0, 2.0, 7.0]) == {"median": 2.5, "low": 2.0, "high": 3.0}
+    assert measure.ratio([2.0, 6.0], [1.0, 2.0, 7.0]) == {"median": 2.5, "low": 2.0, "high": 3.0}
 
 
 def test_a_ratio_is_of_times_of_one_round():
     """A machine that is ten times slower in one round gives the same ratio there."""
-    got = benchmark.ratio([2.0, 30.0, 4.0], [1.0, 10.0, 1.0])
+    got = measure.ratio([2.0, 30.0, 4.0], [1.0, 10.0, 1.0])
     assert got == {"median": 3.0, "low": 2.0, "high": 4.0}
 
 
 def test_geometric_mean():
-    assert benchmark.geometric_mean([0.5, 2.0, 8.0]) == pytest.approx(2.0)
+    assert measure.geometric_mean([0.5, 2.0, 8.0]) == pytest.approx(2.0)
 
 
 def test_shapes():
-    assert benchmark.parse_shapes("paper") == benchmark.PAPER
-    assert benchmark.parse_shapes("cifar") == benchmark.CIFAR
+    assert benchmark.parse_shapes("paper") == benchmark_layers.PAPER
+    assert benchmark.parse_shapes("cifar") == benchmark_layers.CIFAR
     assert len(benchmark.parse_shapes("all")) == 11
     assert benchmark.parse_shapes("2,32,5") == ((2, 32, 5),)
 
@@ -78,11 +80,11 @@ def test_shapes():
 @pytest.mark.parametrize("stride", [1, 2])
 def test_every_step_gives_a_gradient_of_every_input(stride):
     cpu, fp32 = torch.device("cpu"), torch.float32
-    shapes = [tuple(x.shape) for x in benchmark.conv_step(2, 16, 5, stride, cpu, fp32)()]
+    shapes = [tuple(x.shape) for x in benchmark_layers.conv_step(2, 16, 5, stride, cpu, fp32)()]
     assert shapes == [(2, 16, 5, 5), (16, 16, 3, 3)]
-    shapes = [tuple(x.shape) for x in benchmark.core_step(2, 16, 5, 3, "reference", cpu, fp32)()]
+    shapes = [tuple(x.shape) for x in benchmark_layers.core_step(2, 16, 5, 3, "reference", cpu, fp32)()]
     assert shapes == [(2, 8, 2, 5, 5)] * 3 + [(8, 1, 3)] * 2
-    shapes = [tuple(x.shape) for x in benchmark.layer_step(2, 16, 5, stride, "reference", cpu, fp32)()]
+    shapes = [tuple(x.shape) for x in benchmark_layers.layer_step(2, 16, 5, stride, "reference", cpu, fp32)()]
     assert shapes == [(2, 16, 5, 5), *[(8, 1, 7)] * 2, *[(16, 16, 1, 1)] * 3]
 
 
@@ -115,7 +117,7 @@ def test_json_is_all_of_stdout_and_the_table_is_on_stderr():
 
 
 def test_the_table_is_on_stdout_without_json(capsys, monkeypatch):
-    monkeypatch.setattr(benchmark, "peak_memory", lambda kind, arguments, device: 1.5)
+    monkeypatch.setattr(benchmark_layers, "peak_memory", lambda kind, arguments, device: 1.5)
     assert benchmark.main(["--shapes", "1,16,4", "--rounds", "1", "--backends", "tiled"]) == 0
     out = capsys.readouterr().out
     assert "core tiled" in out
@@ -125,11 +127,11 @@ def test_the_table_is_on_stdout_without_json(capsys, monkeypatch):
 
 def test_every_section(capsys, monkeypatch):
     """All of a full run, on shapes that cost nothing."""
-    monkeypatch.setattr(benchmark, "peak_memory", lambda kind, sizes, device: float(sizes[2] ** 2))
-    monkeypatch.setattr(benchmark, "QUICK", ((1, 16, 4),))
-    monkeypatch.setattr(benchmark, "STRIDED", ((1, 16, 5),))
+    monkeypatch.setattr(benchmark_layers, "peak_memory", lambda kind, sizes, device: float(sizes[2] ** 2))
+    monkeypatch.setattr(benchmark_layers, "QUICK", ((1, 16, 4),))
+    monkeypatch.setattr(benchmark_layers, "STRIDED", ((1, 16, 5),))
     series = {"H*W": ((1, 16, 4, 3), (1, 16, 8, 3)), "K": ((1, 16, 4, 3), (1, 16, 4, 5))}
-    monkeypatch.setattr(benchmark, "SCALING", series)
+    monkeypatch.setattr(benchmark_layers, "SCALING", series)
     monkeypatch.setattr(benchmark_network, "FORMS", {"CIFAR": (2, 8)})
     assert benchmark.main(["--quick", "--json", "--rounds", "1", "--backends", "tiled", "reference"]) == 0
     captured = capsys.readouterr()
@@ -227,7 +229,7 @@ def test_a_plan_is_what_a_real_step_takes(capsys):
 
 
 def test_a_plan_adds_what_is_kept_and_the_largest_work(capsys, monkeypatch):
-    monkeypatch.setattr(benchmark, "peak_memory", lambda kind, arguments, device: float(arguments[1]))
+    monkeypatch.setattr(benchmark_network, "peak_memory", lambda kind, arguments, device: float(arguments[1]))
     command = [
         "--plan",
         "--form",
