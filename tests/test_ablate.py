@@ -130,7 +130,7 @@ with open(notes / "calls", "a") as file:
 if (notes / ("fail-" + config.name)).exists():
     sys.exit("train.py: it broke")
 if (notes / ("wait-" + config.name)).exists():
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
+    signal.signal(signal.SIGTERM, lambda *_: ((notes / "terminated").touch(), sys.exit(75)))
     (notes / "waiting").touch()
     time.sleep(60)
 (folder / "last.pt").touch()
@@ -229,19 +229,28 @@ def test_a_failed_run_is_said_the_others_are_made_and_it_is_tried_again(stubbed,
 
 
 @pytest.mark.parametrize("jobs", ["1", "2"])
-def test_a_signal_ends_the_open_runs_with_75_and_the_same_command_goes_on(stubbed, jobs):
+def test_a_signal_ends_the_open_runs_with_75_and_the_same_command_goes_on(stubbed, capsys, jobs):
     for name in TABLE_6:
         (stubbed.folder / f"wait-{name}").touch()
+    locked = []
 
     def stop():
         while not (stubbed.folder / "waiting").exists():
             time.sleep(0.01)
         time.sleep(0.3)
+        with open(stubbed.run_folder(TABLE_6[0]) / ".lock") as lock:  # by train.py: ablate.py has closed its own
+            try:
+                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                locked.append(True)
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=stop, daemon=True).start()
     assert stubbed("--table", "6", "--jobs", jobs) == 75
     assert sorted(stubbed.calls) == TABLE_6[: int(jobs)]
+    assert locked and (stubbed.folder / "terminated").exists()  # by SIGTERM, so that a run can save
+    captured = capsys.readouterr()
+    assert captured.out.count("stopped, the same command goes on") == int(jobs) and captured.err == ""
     for name in TABLE_6:
         (stubbed.folder / f"wait-{name}").unlink()
     assert stubbed("--table", "6") == 0 and stubbed.calls == TABLE_6
@@ -270,6 +279,22 @@ def test_dry_run_prints_the_lines_of_what_is_left_and_changes_nothing(stubbed, c
     assert [line.split("--name ")[1].split()[0] for line in capsys.readouterr().out.splitlines()] == [
         "resnet26-no-content-seed1", "resnet26-seed1",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("flags", "networks"),
+    [
+        ("--table 1 --dataset DIGITS", sorted(DEPTHS * 3)),
+        ("--table 1 --dataset DIGITS --model-name resnet38", ["ResNet38"] * 3),
+        ("--table 6 --dataset CIFAR10", ["ResNet26"] * 2),
+        ("--table 6 --dataset IMAGENET", ["ResNet50"] * 2),
+        ("--table 6 --dataset FOLDER --model-name ResNet26", ["ResNet26"] * 2),
+    ],
+)
+def test_the_networks_of_a_table(flags, networks, tmp_path, capsys):
+    assert ablate.main([*flags.split(), "--dry-run", "--output-dir", str(tmp_path)]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert sorted(words[words.index("--model-name") + 1] for words in lines) == networks
 
 
 def test_threads_and_flags_after_the_dashes_reach_the_runs(stubbed, monkeypatch):
