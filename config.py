@@ -133,7 +133,7 @@ class Config:
     # Files
     output_dir: str = option("runs", "folder of the runs", free=True)
     name: str | None = option(None, "folder of this run (default: by model, stem, data set, recipe, seed)", free=True)
-    save_every: int = option(1, "epochs between saves of last.pt, 0: not by epochs", low=0, free=True)
+    save_every: int = option(1, "epochs between saves, a minute apart at least; 0: not by epochs", low=0, free=True)
     save_minutes: float = option(10.0, "minutes between saves of last.pt, 0: not by the clock", low=0, free=True)
     progress: bool = option(True, "no progress bars", flag="--no-progress", free=True)
     attention_every: int = option(5, "epochs between TensorBoard's attention panels, 0: none", low=0, free=True)
