@@ -28,7 +28,7 @@ from config import Command, Config, ConfigError, flag_of, rate_factor, resolve
 from kernels import check_backend
 from model import build
 from monitor import Monitor, write_json
-from optim import build_ema, build_optimizer, set_batch_norm_momentum
+from optim import build_ema, build_optimizer, ema_decay, set_batch_norm_momentum
 from preprocess import DataInfo
 from signals import StopRequest
 from sync_batchnorm import sync_batch_norms
@@ -284,9 +284,12 @@ def set_up(config: Config, folder: Path, global_batch: int = 0) -> Run:
         torch.use_deterministic_algorithms(True)
     distributed.from_main(partial(make_folder, folder))
     data = load_data(config, device)
+    global_batch = global_batch or config.batch_size * config.accumulate * distributed.world_size()
+    steps = config.epochs * data.train.steps_per_epoch(min(global_batch, len(data.train)))
     config = dataclasses.replace(
-        config, form=form_of(config, data.info), img_size=data.info.image_size, amp=AMP_NAMES[amp], name=folder.name
-    )
+        config, form=form_of(config, data.info), img_size=data.info.image_size, amp=AMP_NAMES[amp], name=folder.name,
+        ema=ema_decay(config, steps),
+    )  # fmt: skip
     model = distributed.together(partial(make_network, config, data, device))
     run = Run(
         config, folder, device, data, model,
@@ -295,9 +298,7 @@ def set_up(config: Config, folder: Path, global_batch: int = 0) -> Run:
         scaler=torch.amp.GradScaler() if amp is torch.float16 else None,
         ema=build_ema(model, config.ema),
         autocast=partial(torch.autocast, device.type, dtype=amp, enabled=amp is not None),
-        progress=Progress(
-            global_batch=global_batch or config.batch_size * config.accumulate * distributed.world_size()
-        ),
+        progress=Progress(global_batch=global_batch),
     )  # fmt: skip
     if distributed.is_main():
         describe(run)
@@ -363,6 +364,7 @@ def describe(run: Run) -> None:
     batch, ranks = run.progress.global_batch, distributed.world_size()
     factor = rate_factor(config.recipe, config.dataset, batch)
     scaling = f"a recipe's rate is scaled by {factor:g} here"
+    average = f", moving average of the weights {config.ema:g}" if config.ema else ""
     flops = count_flops(run.model, info.image_size).total
     print(f"device    {device}, {precision}, torch {torch.__version__}")
     if ranks > 1:
@@ -374,7 +376,7 @@ def describe(run: Run) -> None:
     print(f"model     {config.model_name}, {'attention' if config.stem else 'convolution'} stem, {config.form} form")
     print(f"          {stages} attention layers, {count_parameters(run.model):,} parameters, {flops:,} FLOPs an image")
     print(f"recipe    {config.recipe}: {config.epochs} epochs of {run.steps_per_epoch} steps of {batch} images")
-    print(f"          {config.optimizer}, peak rate {config.lr:g} ({scaling}), seed {config.seed}")
+    print(f"          {config.optimizer}, peak rate {config.lr:g} ({scaling}), seed {config.seed}{average}")
     print(f"folder    {run.folder}; watch it with: tensorboard --logdir {run.folder.parent}", flush=True)
 
 

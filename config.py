@@ -115,7 +115,13 @@ class Config:
     label_smoothing: float | None = from_recipe("label smoothing", kind=float, low=0, high=1)
     sync_bn: bool = option(False, "batch norm over the batches of all ranks")
     clip_grad: float | None = from_recipe("largest norm of the gradient, 0 for no limit", kind=float, low=0)
-    ema: float | None = from_recipe("decay of the weights' moving average, 0 for none", kind=float, low=0, high=1)
+    ema: float | None = option(
+        None,
+        "decay of the weights' moving average, 0 for none (default: the recipe's, over at most a fifth of the steps)",
+        kind=float,
+        low=0,
+        high=1,
+    )
     mixup: float | None = from_recipe("mixup's alpha, 0 for none", kind=float, low=0)
     cutmix: float | None = from_recipe("cutmix's alpha, 0 for none", kind=float, low=0)
     randaugment: bool = option(False, "torchvision's RandAugment")
@@ -269,9 +275,7 @@ def resolve(given: dict[str, Any], dataset: str, world_size: int = 1) -> Config:
     if "warmup_epochs" not in given:  # a recipe's own warm-up fits a short run; only an explicit one is checked
         values["warmup_epochs"] = min(values["warmup_epochs"], values["epochs"] / 4)
     if "ema" not in given and values["ema"]:
-        # Likewise: below half of the recipe's epochs its average spans fewer steps, or the first weights stay in it.
-        shrink = max(1.0, recipe(name, dataset)["epochs"] / 2 / values["epochs"])
-        values["ema"] = round(1 - (1 - values["ema"]) * shrink, 6)
+        values["ema"] = None  # the run's start fills it in, when its steps are known
     if "lr" not in given:
         values["lr"] *= rate_factor(name, dataset, values["batch_size"] * values.get("accumulate", 1) * world_size)
     return Config(**values)

@@ -8,7 +8,7 @@ from torch import nn
 
 import model
 from config import resolve
-from optim import build_ema, build_optimizer, learning_rate, parameter_groups, set_batch_norm_momentum
+from optim import build_ema, build_optimizer, ema_decay, learning_rate, parameter_groups, set_batch_norm_momentum
 
 CPU = torch.device("cpu")
 
@@ -121,6 +121,15 @@ def test_the_moving_average_is_the_one_by_hand_for_weights_and_buffers():
 
 def test_no_decay_is_no_average():
     assert build_ema(nn.Linear(1, 1), 0.0) is None
+
+
+def test_a_recipes_moving_average_spans_at_most_a_fifth_of_the_run():
+    """DIGITS: 0.98 spans 50 steps, so from 250 on; 88 steps, two epochs: 1 - 5 / 88."""
+    digits = resolve({}, "DIGITS")
+    assert [ema_decay(digits, steps) for steps in (528, 250, 88, 10, 5, 1)] == [0.98, 0.98, 0.943182, 0.5, 0.0, 0.0]
+    assert ema_decay(resolve({"recipe": "paper"}, "IMAGENET"), 650520) == 0.9999
+    assert ema_decay(resolve({"ema": 0.9}, "DIGITS"), 10) == 0.9
+    assert ema_decay(resolve({}, "FashionMNIST"), 10**6) == 0.0
 
 
 def test_batch_norms_momentum_is_the_recipes():

@@ -257,10 +257,13 @@ def test_these_flags_train_and_change_the_result(tmp_path, tiny, seen, flags):
 
 def test_the_papers_batch_norm_and_average(tmp_path, tiny, seen, monkeypatch):
     monkeypatch.setattr(assembly, "build", lambda name, num_classes, stem, **options: TinyWithNorm(num_classes))
-    flags = BASE.replace("--ema 0", "--recipe paper --max-steps 1")
-    assert small_runs.run(tmp_path, *flags.split()) == 0
+    flags = BASE.replace("--ema 0", "--recipe paper --max-steps 1 --overwrite")
+    assert small_runs.run(tmp_path, *flags.replace("--epochs 2", "--epochs 5000").split()) == 0
     assert seen[0].model.bn.momentum == 1e-4
-    assert seen[0].config.ema == 0.9999 and seen[0].scored_model is seen[0].ema.module
+    assert seen[0].scored_model is seen[0].ema.module
+    assert small_runs.run(tmp_path, *flags.split()) == 0
+    saved = json.loads((seen[1].folder / "config.json").read_text())["ema"]
+    assert (seen[0].config.ema, seen[1].config.ema, saved) == (0.9999, 0.75, 0.75)  # 20 steps: 1 - 5 / 20
 
 
 def test_the_warm_up_and_rate_of_each_step_reach_the_optimizer(tmp_path, tiny, monkeypatch):
