@@ -7,8 +7,8 @@ What all runs share (data set, epochs, the flags after --) names the folder that
 are comparable; rows that several tables share are run once. Every run is a train.py of its own with --resume: the same
 command goes on after any kind of end, leaves alone what is done, and two of them at a time share the work.
 
-Exit codes: 0 all done; 1 a run failed (the others were run); 2 wrong usage; 75 stopped by a signal, go on with the same
-command.
+Exit codes: 0 all done, or left to another ablate.py that is at it; 1 a run failed (the others were run); 2 wrong usage;
+75 stopped by a signal, go on with the same command.
 """
 
 import argparse
@@ -25,16 +25,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ablations import DEPTHS, TABLES, Budget, Run, read_json, rows, unique
+from ablations import DEPTHS, TABLES, Budget, Run, read_json, rows, unique, varied
 from config import DATASETS, MODELS, USAGE_ERROR, Command, Config, ConfigError, parse_command_line
-from report import markdown, remember, write_beside
+from report import ReportError, markdown, remember, write_beside
 from signals import StopRequest
 
 HERE = Path(__file__).parent
 STOPPED = 75  # train.py's, and this one's
 POLL_SECONDS = 0.1
 OWN = ("model_name", "dataset", "data_dir", "seed", "output_dir", "name")  # flags that this command sets
-SETTLED = ("form", "img_size", "amp")  # fields that a run fills in at its start where they are "auto" or None
+SETTLED = ("form", "img_size", "amp", "ema")  # fields that a run fills in at its start where they are "auto" or None
 OUTPUT = "output.txt"  # what a run has printed
 
 
@@ -89,6 +89,10 @@ class Work:
         place = list(self.runs).index(run) + 1
         print(f"[{place:{len(str(len(self.runs)))}}/{len(self.runs)}] {run.name}: {text}", flush=True)
 
+    def fail(self, run: Run, why: str) -> None:
+        self.failures[run.name] = why
+        self.say(run, f"FAILED, {why}")
+
 
 def run_all(work: Work) -> None:
     """Every run that is not done, `jobs` at a time; on a signal the open ones save and end."""
@@ -125,6 +129,11 @@ def start(work: Work, run: Run) -> subprocess.Popen | None:
         if is_done(folder, work.runs[run]):
             work.say(run, "done before")
             return None
+        names = differing(read_json(folder / "config.json") or work.runs[run].to_dict(), work.runs[run])
+        if names:  # train.py --resume would go on with the folder's values
+            what = ", ".join(names)
+            work.fail(run, f"{folder} holds a run of another configuration ({what}): delete it, or --output-dir")
+            return None
         threads = {} if work.threads is None else {"OMP_NUM_THREADS": str(work.threads)}
         command = [sys.executable, str(HERE / "train.py"), *work.command(run)[1:]]
         work.say(run, f"started, output in {folder / OUTPUT}")
@@ -148,8 +157,7 @@ def finish(work: Work, run: Run, code: int) -> None:
     else:
         lines = (folder / OUTPUT).read_text(encoding="utf-8", errors="replace").split("\n")
         said = next((line.strip() for line in reversed(lines) if line.strip()), "it printed nothing")
-        work.failures[run.name] = f"exit code {code}: {said}"
-        work.say(run, f"FAILED, {work.failures[run.name]}")
+        work.fail(run, f"exit code {code}: {said}")
 
 
 # ---- the command line -----------------------------------------------------------------------------------------------
@@ -212,6 +220,9 @@ def main(arguments: list[str] | None = None) -> int:
     tables = [(name, model if TABLES[name].rows[0].model is None else None) for name in args.table]
     chosen = unique(row for name, net in tables for row in rows(TABLES[name], net or args.model_name))
     runs = [Run(row, seed) for seed in range(args.seeds) for row in chosen]
+    taken = sorted(varied(chosen) & parse_command_line(list(budget.flags)).given.keys())
+    if taken:
+        fail(f"--{taken[0].replace('_', '-')} after --: rows of --table {' '.join(args.table)} set it themselves")
     try:
         configs = {run: run.config(budget) for run in runs}
         folder = Path(args.output_dir, budget.name())
@@ -225,7 +236,10 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     remember(folder, budget, tables)
     run_all(work)
-    done = write_beside(folder)
+    try:
+        done = write_beside(folder)
+    except ReportError as error:
+        fail(str(error))
     print("", *(markdown(done, *table) for table in tables), f"Tables and CSV: {folder}", sep="\n")
     for name, why in work.failures.items():
         print(f"ablate.py: {name} failed, {why}", file=sys.stderr)

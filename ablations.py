@@ -167,6 +167,13 @@ def unique(chosen: Iterable[Row]) -> list[Row]:
     return list({(row.model, row.flags): row for row in chosen}.values())
 
 
+def varied(chosen: Iterable[Row]) -> set[str]:
+    """The fields that the rows, or the rows that they are compared with, set themselves."""
+    return {
+        name for row in chosen for flags in (row.flags, row.base) for name in parse_command_line(flags.split()).given
+    }
+
+
 def run_name(row: Row, seed: int) -> str:
     """A run's folder: resnet26-kernel-size-3-seed0."""
     words = re.sub(r"[^a-z0-9.]+", "-", row.flags.lower()).strip("-")
@@ -185,7 +192,7 @@ class Budget:
 
     def given(self) -> dict[str, Any]:
         """The flags that can change the result and say more than the recipe does."""
-        free = {f.name for f in dataclasses.fields(Config) if f.metadata["free"]}
+        free = {f.name for f in dataclasses.fields(Config) if f.metadata["free"]} - {"max_steps"}  # which cuts a run
         given = {k: v for k, v in parse_command_line(list(self.flags)).given.items() if k not in free}
         for key in list(given):
             rest = {k: v for k, v in given.items() if k != key}
@@ -204,7 +211,8 @@ class Budget:
             if f.name in given:
                 value = given[f.name]
                 values = value if isinstance(value, tuple) else () if isinstance(value, bool) else (value,)
-                words += [flag_of(f), *(str(v).removesuffix(".0") for v in values)]
+                flag = flag_of(f).replace("--", "--no-", 1) if f.default is None and value is False else flag_of(f)
+                words += [flag, *(str(v).removesuffix(".0") for v in values)]
         return words
 
 

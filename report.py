@@ -128,6 +128,7 @@ def record(folder: Folder, table: str, row: Row) -> dict[str, Any]:
         "row": row.label,
         "model": row.model,
         "flags": row.flags,
+        "base": "" if base == row else run_name(base, 0).removesuffix("-seed0"),
         "n": score.n,
         "seeds": " ".join(map(str, seeds)),
         "parameters": of[0]["parameters"] if of else None,
@@ -165,11 +166,14 @@ def markdown(folder: Folder, table: str, model: str | None) -> str:
     lines += ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for r in of:
         label = f"{r['row']}, {r['model']}" if named and r["model"].lower() not in r["row"].lower() else r["row"]
-        difference = "base" if r["n"] and not r["difference_n"] else show(r["difference_points"], "+.2f")
+        difference = "base" if r["n"] and not r["base"] else show(r["difference_points"], "+.2f")
+        difference += about(r["difference_interval_points"])
+        if abs(r["difference_points"] or 0) > (r["difference_interval_points"] or math.inf):
+            difference = f"**{difference}**"
         cells = [
             label, show(r["parameters"], ","), show(r["flops_per_image"] and r["flops_per_image"] / 1e6, ".1f"),
             show(r["test_top1_pct_mean"], ".2f") + about(r["test_top1_pct_std"]), str(r["n"]),
-            difference + about(r["difference_interval_points"]), show(r["seconds_mean"], ".0f"),
+            difference, show(r["seconds_mean"], ".0f"),
         ]  # fmt: skip
         if source:
             cells += [show(r["paper_top1_pct"], "g"), show(r["paper_gflops"], ".1f"), printed(r["paper_mparams"])]
@@ -198,6 +202,9 @@ def command(budget: Budget, table: str, model: str | None, seeds: int) -> str:
     words = ["python", "ablate.py", "--table", table, "--dataset", budget.dataset, "--seeds", str(seeds)]
     words += ["--model-name", model] if model else []
     shared = budget.words()
+    if "--epochs" in shared:  # ablate.py's own flag
+        i = shared.index("--epochs")
+        words, shared = words + shared[i : i + 2], shared[:i] + shared[i + 2 :]
     return shlex.join(words + (["--", *shared] if shared else []))
 
 
@@ -214,7 +221,7 @@ def caption(folder: Folder) -> str:
         f"{len(summaries)} runs of {folder.budget.dataset}{f', `{flags}`' if flags else ''}, {epochs} epochs each, on "
         f"{machine}. Top-1 on the {images:,} test images (one is {100 / images:.2f} points) of {selected}; mean and "
         "standard deviation over n seeds. *Minus base*: difference to the base row (of the same depth), paired by "
-        "seed, with its 95% interval (Student): where that holds 0, and where there is no interval, these runs show no "
+        "seed, with its 95% interval (Student), in bold where that leaves out 0: elsewhere these runs show no "
         "difference. Seconds are of the training steps alone, and depend on what else the machine did.\n"
     )
 

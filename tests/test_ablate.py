@@ -109,8 +109,21 @@ def test_a_budgets_folder_does_not_depend_on_how_its_flags_are_written():
     assert one.name() == other.name() == "fashionmnist-train-images-10000-epochs-3"
     assert Budget("DIGITS", ("--holdout", "100", "--lr", "2e-3")).name() == "digits-holdout-100-lr-0.002"
     assert Budget("DIGITS", ("--holdout", "0.5")).name() == "digits-holdout-0.5"
+    assert Budget("DIGITS", ("--max-steps", "2")).name() == "digits-max-steps-2"  # cut runs are no whole ones
     switches = Budget("DIGITS", ("--randaugment", "--no-progress", "--border", "ZERO")).words()
     assert switches == ["--border", "zero", "--randaugment"]
+
+
+@pytest.mark.parametrize(
+    "flags",
+    ["--no-zero-init-residual", "--zero-init-residual", "--attention-stages", "--attention-stages 2 3", "--no-content",
+     "--grouped", "--lr 1e-5 --ema 0", "--holdout 0.25 --img-size 16", "--recipe paper --optimizer adamw"],
+)  # fmt: skip
+def test_a_budgets_words_are_flags_that_say_the_same(flags):
+    dataset = "CIFAR10" if "--no-" in flags else "IMAGENET"  # where it is not the recipe's
+    budget = Budget(dataset, tuple(flags.split()))
+    again = Budget(dataset, tuple(budget.words()))
+    assert budget.given() and again.given() == budget.given() and again.words() == budget.words()
 
 
 # ---- running, with a train.py that scores at once -------------------------------------------------------------------
@@ -194,8 +207,8 @@ def test_what_is_done_is_skipped_and_a_deleted_run_is_the_only_one_made_again(st
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("damage", ["no summary", "half a summary", "another configuration", "cut by --max-steps"])
-def test_what_is_not_whole_or_of_another_configuration_is_not_done(stubbed, damage):
+@pytest.mark.parametrize("damage", ["no summary", "half a summary", "cut by --max-steps"])
+def test_what_is_not_whole_is_not_done(stubbed, damage):
     assert stubbed("--table", "6") == 0
     folder = stubbed.run_folder("resnet26-seed0")
     config = json.loads((folder / "config.json").read_text())
@@ -204,9 +217,31 @@ def test_what_is_not_whole_or_of_another_configuration_is_not_done(stubbed, dama
     elif damage == "half a summary":
         (folder / "summary.json").write_text('{"test_top1_pct": 9')
     else:
-        changed = {"lr": 1.0} if damage == "another configuration" else {"max_steps": 2}
-        (folder / "config.json").write_text(json.dumps(config | changed))
+        (folder / "config.json").write_text(json.dumps(config | {"max_steps": 2}))
     assert stubbed("--table", "6") == 0 and stubbed.calls == ["resnet26-seed0"]
+
+
+def test_a_folder_with_a_run_of_another_configuration_is_said_and_left_alone(stubbed, capsys):
+    """train.py --resume would go on with the values in the folder."""
+    assert stubbed("--table", "6") == 0
+    path = stubbed.run_folder("resnet26-seed0") / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"lr": 1.0, "data_dir": "elsewhere"}))
+    capsys.readouterr()
+    assert stubbed("--table", "6") == 1 and stubbed.calls == []
+    error = capsys.readouterr().err
+    assert "another configuration (lr): delete it" in error and error.count("\n") == 1
+    shutil.rmtree(path.parent)
+    assert stubbed("--table", "6") == 0 and stubbed.calls == ["resnet26-seed0"]
+
+
+def test_runs_that_make_no_table_are_one_line_and_exit_2(stubbed, capsys):
+    assert stubbed("--table", "6") == 0
+    path = stubbed.run_folder("resnet26-no-content-seed0") / "summary.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"test_images": 7}))
+    with pytest.raises(SystemExit) as end:
+        stubbed("--table", "6")
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and error.count("\n") == 1 and "cannot be compared" in error
 
 
 def test_a_run_older_than_a_field_is_done_where_the_field_has_its_default(stubbed):
@@ -324,6 +359,8 @@ def test_threads_and_flags_after_the_dashes_reach_the_runs(stubbed, monkeypatch)
         ("--table 5 -- --epochs 3", "--epochs after --"),
         ("--table 5 -- --warmup-epochs 99", "--warmup-epochs 99"),
         ("--table 6 -- --position none", "--no-content leaves no logits"),
+        ("--table 5 -- --position none", "--position after --: rows of --table 5 set it"),
+        ("--table 4 1 -- --stem", "--stem after --: rows of --table 4 1 set it"),
     ],
 )
 def test_wrong_usage_is_one_line_and_exit_2(capsys, tmp_path, monkeypatch, flags, words):
@@ -339,7 +376,7 @@ def test_the_real_train_py_runs_is_cut_and_is_not_run_again(tmp_path, capsys):
     """Two steps of a row of Table 6, by subprocess."""
     flags = ["--table", "6", "--epochs", "1", "--threads", "1", "--output-dir", str(tmp_path), "--dataset", "digits"]
     shared = ["--", "--max-steps", "2", "--batch-size", "4"]
-    folder = tmp_path / "digits-epochs-1-batch-size-4"
+    folder = tmp_path / "digits-epochs-1-batch-size-4-max-steps-2"
     handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     try:
         assert ablate.main([*flags, *shared]) == 0
