@@ -133,7 +133,7 @@ def choose_batch(wanted: int | str | None, default: int, *arguments) -> int:
 
 
 def network(bench: Bench, names: tuple[str, ...], batch_size: int | str | None = None) -> list[dict]:
-    """A row for each network; with names of one depth only (the full run) without peaks, which take processes."""
+    """A row for each network; peaks, which take a process each, only with --network."""
     bench.say("\nTraining step (SGD): / twin against the convolution twin, / conv stem against attention")
     columns = f"{'form':<9} {'network':<34} {'batch':>5} {'images/s':>9} {'/ twin':>7} {'lowest .. highest':>18}"
     columns += f" {'/ conv stem':>11} {'peak MiB':>9}"

@@ -47,7 +47,7 @@ def label_of(row: Row, depths: int) -> str:
 
 
 def errors(folder: Folder, row: Row) -> list[tuple[int, list[float]]]:
-    """(epoch, test error in % of each seed) of a row, up to the epoch that all of its runs have reached."""
+    """(epoch, error in % of each seed) of a row, up to the epoch that all of its runs have reached."""
     logs = []
     for seed in seeds_of(folder, row):
         text = (folder.path / run_name(row, seed) / "log.jsonl").read_text(encoding="utf-8")
@@ -93,8 +93,9 @@ def draw_curves(plt, folder: Folder, path: Path) -> None:
         ax.set_visible(False)
     for ax, (table, shown) in zip(axes.flat, panels, strict=False):
         draw_panel(ax, folder, TABLES[table].title, shown)
-    axes.flat[0].set_ylabel("test error, %")
-    figure.suptitle(f"{title_of(folder)}: test error by epoch, mean and span over the seeds", fontsize=11)
+    of = "held-out training images" if folder.budget.given().get("holdout") else "test images"
+    axes.flat[0].set_ylabel(f"error on the {of}, %")
+    figure.suptitle(f"{title_of(folder)}: error by epoch, mean and span over the seeds", fontsize=11)
     figure.savefig(path, dpi=DPI)
     plt.close(figure)
 
