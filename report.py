@@ -214,7 +214,8 @@ def caption(folder: Folder) -> str:
     if not summaries:
         return "No run is done yet.\n"
     images, epochs = summaries[0]["test_images"], summaries[0]["epochs"]
-    selected = summaries[0]["selected"].partition(" (")[0]
+    selected = re.sub(r"best top-1 .* on (.*), epoch .*", r"the epoch that was best on \1", summaries[0]["selected"])
+    selected = selected.partition(" (")[0]
     machine = ", ".join(sorted({f"{s['device']} with torch {s['torch']}" for s in summaries}))
     flags = " ".join(folder.budget.words())
     return (

@@ -75,6 +75,20 @@ def test_a_table_in_markdown_and_csv_by_hand(made):
     assert relative["runs"] == "resnet26-seed0 resnet26-seed1 resnet26-seed2"
 
 
+@pytest.mark.parametrize(
+    ("selected", "said"),
+    [
+        ("the last epoch (no images held out to select by)", "of the last epoch; mean"),
+        ("best top-1 (81.40%) on 500 held-out training images, epoch 4",
+         "of the epoch that was best on 500 held-out training images; mean"),
+    ],
+)  # fmt: skip
+def test_the_caption_says_which_weights_were_scored(tmp_path, selected, said):
+    make_run(tmp_path, rows(TABLES["5"], "ResNet26")[2], 0, 90.0, selected=selected)
+    report.remember(tmp_path, Budget("DIGITS"), [("5", "ResNet26")])
+    assert said in report.caption(report.read(tmp_path))
+
+
 def test_a_row_without_a_run_of_its_base_has_no_difference(made):
     for seed in range(3):
         shutil.rmtree(made / f"resnet26-seed{seed}")
@@ -181,7 +195,11 @@ def test_each_run_is_of_the_configuration_that_its_name_says(folder):
         log = [json.loads(line) for line in (path / "log.jsonl").read_text().splitlines()]
         assert [row["epoch"] for row in log] == list(range(1, summary["epochs"] + 1))
         assert summary["epochs"] == config["epochs"] and log[-1]["step"] == summary["steps"]
-        assert summary["test_top1_pct"] == pytest.approx(log[-1]["val_top1_pct"])  # nothing held out
+        if config["holdout"]:
+            best = max(row["val_top1_pct"] for row in log)
+            assert f"best top-1 ({best:.2f}%) on {config['holdout']:.0f} held-out" in summary["selected"]
+        else:
+            assert summary["test_top1_pct"] == pytest.approx(log[-1]["val_top1_pct"])
         assert not set(report.PATHS) & config.keys()
 
 
@@ -198,6 +216,14 @@ def test_the_pictures_are_drawn(made):
             assert picture.width > 1000 and len(picture.convert("RGB").getcolors(1 << 20)) > 20
     report.remember(made, Budget("DIGITS"), [(table, "ResNet26") for table in ("3", "recipe")])
     assert plot.main([str(made)]) == 0
+
+
+def test_a_folder_of_the_recipe_alone_has_curves_and_says_so(made, capsys):
+    pytest.importorskip("matplotlib")
+    (made / "ablation.json").unlink()
+    report.remember(made, Budget("DIGITS", ("--holdout", "9")), [("recipe", "ResNet26")])
+    assert plot.main([str(made)]) == 0
+    assert capsys.readouterr().out == f"wrote {made / 'curves.png'}\n" and not (made / "accuracy.png").exists()
 
 
 def test_the_learning_curve_is_the_logs(made):

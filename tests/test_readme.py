@@ -1,0 +1,244 @@
+"""Every measured figure of README comes from a file in results/; what is counted, from the modules themselves.
+
+results/benchmark/ holds what benchmark.py and kernels.tune printed, results/measured.json the single figures of the
+text: the words of README, the command, what it printed and how the figure follows from that.
+"""
+
+import csv
+import json
+import re
+import shlex
+import statistics
+from pathlib import Path
+
+import pytest
+
+import ablate
+import audit
+import report
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text()
+RESULTS = sorted(path.parent for path in (ROOT / "results").glob("*/ablation.json"))
+MEASURED = json.loads((ROOT / "results" / "measured.json").read_text())
+OURS = README[: README.index(report.BEGIN)] + README[README.index(report.END) :]  # by hand
+BY = {"min": min, "max": max, "median": statistics.median}
+WITH_UNIT = re.compile(
+    r"(?<![\w.])(\d[\d.]*) ?(?:%|x |s\b|ms\b|seconds|min\b|minutes|hours|[KMG]i?B|points|times\b|images/s)"
+)
+# Figures with a unit that nobody measured: what the program does, or arithmetic.
+SETTINGS = {
+    "a repeat within 5 s": "signals.py", "every 10 minutes": "--save-minutes", "waits 30 s for": "torchrun's",
+    "(up to 30 s)": "torchrun's", "below 48 KB": "test_cuda.py", "stays below 3 MB": "test_visualize.py",
+    "One image is 0.28 points": "100 / 360",
+}  # fmt: skip
+
+
+def load(name: str) -> dict:
+    return json.loads((ROOT / "results" / "benchmark" / name).read_text())
+
+
+def table(first_cells: str, text: str = OURS) -> list[list[str]]:
+    """The rows of the table whose head begins so, without head."""
+    lines = text[text.index(f"| {first_cells} ") :].split("\n\n")[0].splitlines()[2:]
+    return [[cell.strip() for cell in line.strip().strip("|").split("|")] for line in lines]
+
+
+# ---- the section that report.py writes ------------------------------------------------------------------------------
+
+
+def shown(values: list[float], form: str) -> str:
+    text = format(statistics.fmean(values), form)
+    return text + (f" +- {statistics.stdev(values):.2f}" if form == ".2f" and len(values) > 1 else "")
+
+
+def test_every_figure_of_the_results_is_in_a_file_of_results():
+    """Each cell of each table from the summaries, by arithmetic of its own; notes may only repeat the tables."""
+    text = README[README.index(report.BEGIN) : README.index(report.END)]
+    blocks = re.split(r"^### ", text, flags=re.M)[1:]
+    assert len(blocks) == len(RESULTS) > 0
+    for folder, block in zip(RESULTS, blocks, strict=True):
+        cells = [[c.strip() for c in line.strip("|").split("|")] for line in block.splitlines() if line[:2] == "| "]
+        measured = [row for row in cells if row[0] and row[4] not in ("0", "n")]
+        traced = []
+        for path in sorted(folder.glob("table-*.csv")):
+            with open(path, newline="") as file:
+                traced += [row for row in csv.DictReader(file) if row["runs"]]
+        assert len(measured) == len(traced) > 0
+        wanted = []
+        for row in traced:
+            of = [summary(folder, name) for name in row["runs"].split()]
+            paper = [row[f"paper_{key}"] for key in ("top1_pct", "gflops", "mparams")]
+            wanted.append((
+                row["row"], f"{of[0]['parameters']:,}", shown([s["flops_per_image"] / 1e6 for s in of], ".1f"),
+                shown([s["test_top1_pct"] for s in of], ".2f"), str(len(of)), difference(folder, row),
+                shown([s["seconds"] for s in of], ".0f"),
+                *(float(value) if value else None for value in (paper if row["table"] != "recipe" else [])),
+            ))  # fmt: skip
+        found = [
+            (re.sub(r", (Naive)?ResNet\d\d$", "", row[0]), *row[1:7],
+             *(None if cell == "-" else float(cell) for cell in row[7:])) for row in measured
+        ]  # fmt: skip
+        assert sorted(found, key=str) == sorted(wanted, key=str)
+
+
+def summary(folder: Path, name: str) -> dict:
+    return json.loads((folder / name / "summary.json").read_text())
+
+
+def difference(folder: Path, row: dict) -> str:
+    """To the base, paired by seed; Student's 0.975 for 2 and 3 seeds by hand."""
+    if not row["base"]:
+        return "base"
+    pairs = [(name, f"{row['base']}-seed{name[-1]}") for name in row["runs"].split()]
+    gaps = [summary(folder, name)["test_top1_pct"] - summary(folder, base)["test_top1_pct"] for name, base in pairs]
+    if len(gaps) == 1:
+        return f"{gaps[0]:+.2f}"
+    half = {2: 12.706, 3: 4.303}[len(gaps)] * statistics.stdev(gaps) / len(gaps) ** 0.5
+    text = f"{statistics.fmean(gaps):+.2f} +- {half:.2f}"
+    return f"**{text}**" if abs(statistics.fmean(gaps)) > half else text
+
+
+def test_what_is_missing_is_a_command_that_is_taken(tmp_path, capsys):
+    lines = re.findall(r"^Missing runs: `python ablate.py (.*)`$", README, flags=re.M)
+    assert lines
+    for line in lines:
+        assert ablate.main(["--dry-run", "--output-dir", str(tmp_path), *shlex.split(line)]) == 0
+        assert "ResNet50" in capsys.readouterr().out
+
+
+def test_notes_repeat_the_tables_beside_them():
+    for notes in (ROOT / "results").glob(f"*/{report.NOTES}"):
+        tables = (notes.parent / report.TABLES_FILE).read_text()
+        figures = re.findall(r"(?<![\d.])\d+\.\d+(?![.\d])|\d+(?=%)", notes.read_text())
+        assert figures and [f for f in figures if f not in tables] == []
+
+
+# ---- tables by hand -------------------------------------------------------------------------------------------------
+
+
+def test_the_papers_figures_are_counted_on_the_modules():
+    rows = {(row.name, row.label): row for row in audit.TABLES[1].rows}
+    labels = ("convolution", "conv stem + attention", "full attention, m = 8")
+    found = table("ImageNet, 224x224 | ResNet26")
+    assert [cells[0].partition(",")[0] for cells in found] == ["convolution", labels[1], "attention stem too"]
+    for label, cells in zip(labels, found, strict=True):
+        for name, cell in zip(("ResNet26", "ResNet38", "ResNet50"), cells[1:], strict=True):
+            row = rows[name, label]
+            counted = audit.audit_row(row, 224)
+            ours = f"{counted['flops'] / 1e9:.2f} / {counted['parameters'] / 1e6:.2f}"
+            assert cell == f"{ours} ({row.gflops} / {row.params})"
+
+
+def test_the_search_for_the_recipe_is_in_its_logs():
+    runs = {path.name: json.loads((path / "summary.json").read_text()) for path in (ROOT / "results").glob("*/*seed?")
+            if path.parent.name in ("digits", "digits-search")}  # fmt: skip
+    names = {
+        "resnet26-stem": "zero-init, rate 1e-3 (default)", "batch32-lr0.002-zero": "zero-init, rate 2e-3",
+        "batch32-lr0.003-zero": "zero-init, rate 3e-3", "batch32-lr0.002-nozero": "no zero-init, rate 2e-3",
+        "batch64-lr0.002-nozero": "no zero-init, rate 2e-3, batch 64",
+        "batch64-lr0.001-nozero": "no zero-init, rate 1e-3, batch 64",
+    }  # fmt: skip
+    wanted = [[f"{runs[f'{name}-seed{seed}']['test_top1_pct']:.2f}" if f"{name}-seed{seed}" in runs else ""
+               for seed in range(3)] for name in names]  # fmt: skip
+    found = table("attention stem, batch 32 | seed 0")
+    assert [cells[1:] for cells in found] == wanted and [cells[0] for cells in found] == list(names.values())
+    pairs = [
+        [runs[f"batch32-lr0.002-{kind}-seed{seed}"]["test_top1_pct"] for kind in ("zero", "nozero")] for seed in (0, 2)
+    ]
+    assert "made {:.2f} and {:.2f} points at rate 2e-3".format(*(a - b for a, b in pairs)) in OURS
+    searched = len(list((ROOT / "results/digits-search").iterdir()))
+    assert sum(cell != "" for cells in wanted for cell in cells) == 3 + searched  # none left out
+
+
+def test_the_layers_speed_is_the_benchmarks():
+    found = load("cpu-2-threads.json")
+    means = found["geometric_means"]
+    assert table("/ 3x3 convolution") == [
+        ["`cpu`, attention alone", f"{means['core cpu / conv']:.2f}", f"{means['unfold / core cpu']:.0f}"],
+        ["`cpu`, layer with its projections", f"{means['layer cpu / conv']:.2f}", ""],
+        ["`tiled`, attention alone", f"{means['core tiled / conv']:.2f}", f"{means['unfold / core tiled']:.0f}"],
+    ]
+    candidates = [row["candidates"] for row in found["layers"]]
+    assert "over 11 shapes" in OURS and len(candidates) == 11
+    assert all(c["core cpu"]["peak_mib"] < c["conv"]["peak_mib"] for c in candidates)
+    exponents = [row[f"{what}_exponent"] for row in found["scaling"] for what in ("time", "memory")]
+    assert len(exponents) == 12 and max(exponents) < 1.1  # "about as fast"
+    strided = [row["candidates"]["layer cpu"]["ratio"]["median"] for row in found["strided"]]
+    assert f"({min(strided):.1f} to {max(strided):.1f} times its time)" in OURS
+
+
+def test_the_networks_speed_is_the_benchmarks():
+    found = load("network-cpu-2-threads.json")
+    of = {(row["form"], row["model"], row["network"]): row for row in found["network"]}
+    wanted = []
+    for form in ("CIFAR", "ImageNet"):
+        for name in ("ResNet26", "ResNet38", "ResNet50"):
+            twin, ours, stem = (of[form, name, net] for net in ("convolution", "attention", "attention + stem"))
+            r = {key: f"{value:.2f}" for key, value in ours["ratio_to_twin"].items()}
+            wanted.append([
+                f"{form}, {ours['batch']} images" if name == "ResNet26" else "",
+                name,
+                f"{r['median']} ({r['low']} to {r['high']})",
+                f"{stem['ratio_to_twin']['median']:.2f}",
+                f"{stem['ratio_to_conv_stem']['median']:.2f}",
+                f"{twin['peak_mib']:.0f}, {ours['peak_mib']:.0f}",
+            ])  # fmt: skip
+    assert table("form, batch | network") == wanted
+    assert found["rounds"] == 5 and "range of 5 rounds on 2 threads" in OURS and found["machine"]["threads"] == 2
+
+
+def test_the_memory_plan_is_the_benchmarks():
+    (found,) = load("plan-resnet50.json")["plan"]
+    kept, work, total = found["kept_mib"], found["work_mib"], found["total_mib"]
+    wanted = [
+        [stage, *(f"{kept[net][stage]:.1f}" for net in ("convolution", "attention")),
+         *(f"{work[backend][stage]:.1f}" if stage in work[backend] else "" for backend in ("cpu", "tiled"))]
+        for stage in ("stem", "layer1", "layer2", "layer3", "layer4")
+    ]  # fmt: skip
+    assert table("ResNet50, 4 images of 224x224, fp32, MiB | convolution keeps") == wanted
+    sentence = (
+        f"With {found['state_mib']:.1f} MiB of weights, gradients and momentum a step takes {total['convolution']:.0f} "
+        f"MiB (convolution), {total['cpu']:.0f} (`cpu`) or {total['tiled']:.0f} (`tiled`)."
+    )
+    assert sentence in " ".join(OURS.split())
+
+
+def test_the_roofline_is_what_the_tuner_printed():
+    assert (ROOT / "results/benchmark/roofline-sm90.md").read_text().strip() in OURS
+
+
+# ---- single figures -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("entry", MEASURED, ids=lambda entry: entry["readme"][:40])
+def test_a_figure_follows_from_what_its_command_printed(entry):
+    assert entry["readme"] in " ".join(OURS.split()) and entry["command"]
+    assert {match[1] for match in WITH_UNIT.finditer(entry["readme"])} <= entry["figures"].keys()
+    printed = re.findall(r"\d+(?:\.\d+)?", entry["output"])
+    for figure, how in entry["figures"].items():
+        assert re.search(rf"(?<![\d.]){re.escape(figure)}(?![\d.])", entry["readme"])
+        assert all(str(value) in printed for value in how["of"])
+        assert f"{BY[how['by']](how['of']):.{len(figure.partition('.')[2])}f}" == figure
+
+
+def score_of_the_main_command() -> str:
+    found = json.loads((ROOT / "results/main-command/summary.json").read_text())
+    assert found["test_images"] == 360 and found["epochs"] == 12
+    return f"test top-1 {found['test_top1_pct']:.2f}%, top-5 {found['test_top5_pct']:.2f}% on 360 images"
+
+
+def test_the_main_command_scored_what_readme_says():
+    assert f"It ends with `{score_of_the_main_command()}; ...`" in OURS
+
+
+def test_no_other_figure_is_in_the_text():
+    """Figures with a unit outside the tables and code must be traced above or be settings."""
+    text = " ".join(line for line in re.sub(r"```.*?```", "", OURS, flags=re.S).splitlines() if line[:1] != "|")
+    text = " ".join(text.split())
+    for known in (*(entry["readme"] for entry in MEASURED), *SETTINGS, score_of_the_main_command()):
+        assert known in text, known
+        text = text.replace(known, "", 1)
+    tested = r"made \S+ and \S+ points|MiB of weights.*?\(`tiled`\)|\(\S+ to \S+ times its time\)"  # above
+    text = re.sub(tested, "", text)
+    assert [text[max(0, match.start() - 30) : match.end()] for match in WITH_UNIT.finditer(text)] == []
