@@ -7,8 +7,8 @@ What all runs share (data set, epochs, the flags after --) names the folder that
 are comparable; rows that several tables share are run once. Every run is a train.py of its own with --resume: the same
 command goes on after any kind of end, leaves alone what is done, and two of them at a time share the work.
 
-Exit codes: 0 all done, or left to another ablate.py that is at it; 1 a run failed (the others were run); 2 wrong usage;
-75 stopped by a signal, go on with the same command.
+Exit codes: 0 all done, or left to another ablate.py that is at it; 1 a run failed (the others were run); 2 wrong usage,
+or runs that make no table; 75 stopped by a signal, go on with the same command.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from typing import Any
 
 from ablations import DEPTHS, TABLES, Budget, Run, read_json, rows, unique, varied
 from config import DATASETS, MODELS, USAGE_ERROR, Command, Config, ConfigError, parse_command_line
-from report import ReportError, markdown, remember, write_beside
+from report import ReportError, markdown, read, remember, write_beside
 from signals import StopRequest
 
 HERE = Path(__file__).parent
@@ -61,6 +61,10 @@ def differing(saved: dict[str, Any], config: Config) -> list[str]:
         if not f.metadata["free"] and not open_value and saved.get(f.name, f.default) != ours[f.name]:
             names.append(f.name)
     return names
+
+
+def other_run(folder: Path, names: list[str]) -> str:
+    return f"{folder} holds a run of another configuration ({', '.join(names)}): delete it, or --output-dir"
 
 
 # ---- running --------------------------------------------------------------------------------------------------------
@@ -131,8 +135,7 @@ def start(work: Work, run: Run) -> subprocess.Popen | None:
             return None
         names = differing(read_json(folder / "config.json") or work.runs[run].to_dict(), work.runs[run])
         if names:  # train.py --resume would go on with the folder's values
-            what = ", ".join(names)
-            work.fail(run, f"{folder} holds a run of another configuration ({what}): delete it, or --output-dir")
+            work.fail(run, other_run(folder, names))
             return None
         threads = {} if work.threads is None else {"OMP_NUM_THREADS": str(work.threads)}
         command = [sys.executable, str(HERE / "train.py"), *work.command(run)[1:]]
@@ -220,10 +223,10 @@ def main(arguments: list[str] | None = None) -> int:
     tables = [(name, model if TABLES[name].rows[0].model is None else None) for name in args.table]
     chosen = unique(row for name, net in tables for row in rows(TABLES[name], net or args.model_name))
     runs = [Run(row, seed) for seed in range(args.seeds) for row in chosen]
-    taken = sorted(varied(chosen) & parse_command_line(list(budget.flags)).given.keys())
-    if taken:
-        fail(f"--{taken[0].replace('_', '-')} after --: rows of --table {' '.join(args.table)} set it themselves")
     try:
+        taken = sorted(varied(chosen) & budget.given().keys())
+        if taken:
+            fail(f"{budget.spelled(taken[0])[0]} after --: rows of --table {' '.join(args.table)} set it themselves")
         configs = {run: run.config(budget) for run in runs}
         folder = Path(args.output_dir, budget.name())
     except ConfigError as error:
@@ -231,16 +234,24 @@ def main(arguments: list[str] | None = None) -> int:
     work = Work(configs, budget, folder, args.data_dir, args.jobs, args.threads, args.keep_weights)
     if args.dry_run:
         for run, config in configs.items():
-            if not is_done(folder / run.name, config):
+            saved = read_json(folder / run.name / "config.json")
+            if saved is not None and differing(saved, config):
+                print(
+                    f"ablate.py: {run.name}: {other_run(folder / run.name, differing(saved, config))}", file=sys.stderr
+                )
+            elif not is_done(folder / run.name, config):
                 print(shlex.join(["python", *work.command(run)]))
         return 0
     remember(folder, budget, tables)
-    run_all(work)
     try:
+        read(folder)  # runs that make no table are said before hours are spent
+        run_all(work)
         done = write_beside(folder)
+        print("", *(markdown(done, *table) for table in tables), f"Tables and CSV: {folder}", sep="\n")
     except ReportError as error:
-        fail(str(error))
-    print("", *(markdown(done, *table) for table in tables), f"Tables and CSV: {folder}", sep="\n")
+        if not work.failures and work.stop.received is None:
+            fail(str(error))
+        print(f"ablate.py: error: {error}", file=sys.stderr)
     for name, why in work.failures.items():
         print(f"ablate.py: {name} failed, {why}", file=sys.stderr)
     if work.stop.received is not None:

@@ -206,14 +206,15 @@ class Budget:
 
     def words(self) -> list[str]:
         """`given` as flags, in one spelling whatever the order and spelling of `flags`."""
-        given, words = self.given(), []
-        for f in dataclasses.fields(Config):
-            if f.name in given:
-                value = given[f.name]
-                values = value if isinstance(value, tuple) else () if isinstance(value, bool) else (value,)
-                flag = flag_of(f).replace("--", "--no-", 1) if f.default is None and value is False else flag_of(f)
-                words += [flag, *(str(v).removesuffix(".0") for v in values)]
-        return words
+        given = self.given()
+        return [word for f in dataclasses.fields(Config) if f.name in given for word in self.spelled(f.name)]
+
+    def spelled(self, name: str) -> list[str]:
+        """A field of `given` as its flag and values."""
+        f, value = next(f for f in dataclasses.fields(Config) if f.name == name), self.given()[name]
+        values = value if isinstance(value, tuple) else () if isinstance(value, bool) else (value,)
+        flag = flag_of(f).replace("--", "--no-", 1) if f.default is None and value is False else flag_of(f)
+        return [flag, *(str(v).removesuffix(".0") for v in values)]
 
 
 class Run(NamedTuple):
@@ -227,7 +228,7 @@ class Run(NamedTuple):
         return run_name(self.row, self.seed)
 
     def flags(self, budget: Budget) -> list[str]:
-        """What makes the run what it is, as train.py takes it; a row's own flags win."""
+        """What makes the run what it is, as train.py takes it; ablate.py refuses budgets that set what rows do."""
         own = ["--model-name", self.row.model, *self.row.flags.split(), "--seed", str(self.seed)]
         return ["--dataset", budget.dataset, *budget.flags, *own]
 

@@ -55,7 +55,8 @@ def build_optimizer(model: nn.Module, config: Config, device: torch.device) -> t
 
 
 def ema_decay(config: Config, steps: int) -> float:
-    """The decay of the moving average in a run of `steps` steps.
+    """The decay of the moving average in a run of `steps` planned steps; --max-steps, which resumes may change, is not
+    seen.
 
     Without --ema it is the recipe's, but 1 / (1 - decay), the steps that the average spans, is at most a fifth of the
     run: else the first weights would be a part of a short run's average, and it would score as chance.

@@ -249,6 +249,8 @@ def main(arguments: list[str] | None = None) -> int:
         for name, draw in (("curves.png", draw_curves), ("accuracy.png", draw_accuracy)):
             if draw(pyplot, folder, path / name):
                 print(f"wrote {path / name}")
+            else:
+                (path / name).unlink(missing_ok=True)  # of an earlier state
     return 0
 
 

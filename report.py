@@ -87,7 +87,7 @@ def remember(path: Path, budget: Budget, tables: list[tuple[str, str | None]]) -
 
 
 def read(path: Path) -> Folder:
-    """Raises ReportError: not a folder of runs, or its runs were not of one length and test set."""
+    """Raises ReportError: not a folder of runs, or its runs were not of one length, average and test set."""
     about = read_json(path / ABOUT)
     if about is None:
         raise ReportError(f"{path}: no {ABOUT} in it: not a folder that ablate.py has written")
@@ -96,8 +96,8 @@ def read(path: Path) -> Folder:
         summary, config = read_json(folder / "summary.json"), read_json(folder / "config.json")
         if summary is not None and config is not None:
             summaries[folder.name], configs[folder.name] = summary, config
-    for key in ("epochs", "test_images"):
-        kinds = {summary[key]: name for name, summary in summaries.items()}
+    for key, of in (("epochs", summaries), ("test_images", summaries), ("ema", configs)):
+        kinds = {record.get(key): name for name, record in of.items()}
         if len(kinds) > 1:
             what = ", ".join(f"{value} in {name}" for value, name in kinds.items())
             raise ReportError(f"{path}: runs that cannot be compared, {key}: {what}")
@@ -168,7 +168,8 @@ def markdown(folder: Folder, table: str, model: str | None) -> str:
         label = f"{r['row']}, {r['model']}" if named and r["model"].lower() not in r["row"].lower() else r["row"]
         difference = "base" if r["n"] and not r["base"] else show(r["difference_points"], "+.2f")
         difference += about(r["difference_interval_points"])
-        if abs(r["difference_points"] or 0) > (r["difference_interval_points"] or math.inf):
+        half = r["difference_interval_points"]
+        if half is not None and abs(r["difference_points"]) > half:
             difference = f"**{difference}**"
         cells = [
             label, show(r["parameters"], ","), show(r["flops_per_image"] and r["flops_per_image"] / 1e6, ".1f"),

@@ -227,6 +227,9 @@ def test_a_folder_with_a_run_of_another_configuration_is_said_and_left_alone(stu
     path = stubbed.run_folder("resnet26-seed0") / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"lr": 1.0, "data_dir": "elsewhere"}))
     capsys.readouterr()
+    assert stubbed("--table", "6", "--dry-run") == 0
+    captured = capsys.readouterr()
+    assert captured.out == "" and "another configuration (lr): delete it" in captured.err
     assert stubbed("--table", "6") == 1 and stubbed.calls == []
     error = capsys.readouterr().err
     assert "another configuration (lr): delete it" in error and error.count("\n") == 1
@@ -239,9 +242,10 @@ def test_runs_that_make_no_table_are_one_line_and_exit_2(stubbed, capsys):
     path = stubbed.run_folder("resnet26-no-content-seed0") / "summary.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"test_images": 7}))
     with pytest.raises(SystemExit) as end:
-        stubbed("--table", "6")
+        stubbed("--table", "6", "--seeds", "2")
     error = capsys.readouterr().err
     assert end.value.code == 2 and error.count("\n") == 1 and "cannot be compared" in error
+    assert stubbed.calls == []  # said before anything is run
 
 
 def test_a_run_older_than_a_field_is_done_where_the_field_has_its_default(stubbed):
@@ -261,6 +265,7 @@ def test_a_failed_run_is_said_the_others_are_made_and_it_is_tried_again(stubbed,
     assert "`python ablate.py --table 6 --dataset DIGITS --seeds 1 --model-name ResNet26`" in captured.out
     (stubbed.folder / f"fail-{TABLE_6[0]}").unlink()
     assert stubbed("--table", "6") == 0 and stubbed.calls == TABLE_6[:1]
+    assert "it broke" in (stubbed.run_folder(TABLE_6[0]) / "output.txt").read_text()  # kept
 
 
 @pytest.mark.parametrize("jobs", ["1", "2"])
@@ -361,6 +366,8 @@ def test_threads_and_flags_after_the_dashes_reach_the_runs(stubbed, monkeypatch)
         ("--table 6 -- --position none", "--no-content leaves no logits"),
         ("--table 5 -- --position none", "--position after --: rows of --table 5 set it"),
         ("--table 4 1 -- --stem", "--stem after --: rows of --table 4 1 set it"),
+        ("--table 6 -- --no-content", "--no-content after --: rows"),
+        ("--table recipe -- --no-zero-init-residual", "--no-zero-init-residual after --: rows"),
     ],
 )
 def test_wrong_usage_is_one_line_and_exit_2(capsys, tmp_path, monkeypatch, flags, words):

@@ -89,6 +89,14 @@ def test_the_caption_says_which_weights_were_scored(tmp_path, selected, said):
     assert said in report.caption(report.read(tmp_path))
 
 
+@pytest.mark.parametrize(("scores", "cell"), [((80.0, 82.0), "**-10.00 +- 0.00**"), ((80.0, 93.0), "-4.50 +- 69.88")])
+def test_an_interval_that_leaves_out_0_is_bold_also_of_width_0(made, scores, cell):
+    for seed, top1 in enumerate(scores):
+        shutil.rmtree(made / f"resnet26-position-none-seed{seed}")
+        make_run(made, rows(TABLES["5"], "ResNet26")[0], seed, top1)
+    assert f"| {cell} |" in report.markdown(report.read(made), "5", "ResNet26")
+
+
 def test_a_row_without_a_run_of_its_base_has_no_difference(made):
     for seed in range(3):
         shutil.rmtree(made / f"resnet26-seed{seed}")
@@ -109,6 +117,13 @@ def test_seeds_are_not_mixed_up_with_longer_names(made):
     make_run(made, relative, 11, 90.0)
     make_run(made, rows(TABLES["7"], "ResNet26")[2], 5, 90.0)
     assert report.seeds_of(report.read(made), relative) == [0, 1, 2, 11]
+
+
+def test_runs_of_other_moving_averages_make_no_table(made):
+    path = made / "resnet26-seed0" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"ema": 0.5}))
+    with pytest.raises(report.ReportError, match=r"cannot be compared, ema"):
+        report.read(made)
 
 
 @pytest.mark.parametrize("change", [{"epochs": 2}, {"test_images": 12}])
@@ -222,6 +237,7 @@ def test_a_folder_of_the_recipe_alone_has_curves_and_says_so(made, capsys):
     pytest.importorskip("matplotlib")
     (made / "ablation.json").unlink()
     report.remember(made, Budget("DIGITS", ("--holdout", "9")), [("recipe", "ResNet26")])
+    (made / "accuracy.png").touch()
     assert plot.main([str(made)]) == 0
     assert capsys.readouterr().out == f"wrote {made / 'curves.png'}\n" and not (made / "accuracy.png").exists()
 
