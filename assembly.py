@@ -285,7 +285,7 @@ def set_up(config: Config, folder: Path, global_batch: int = 0) -> Run:
     distributed.from_main(partial(make_folder, folder))
     data = load_data(config, device)
     global_batch = global_batch or config.batch_size * config.accumulate * distributed.world_size()
-    steps = config.epochs * data.train.steps_per_epoch(min(global_batch, len(data.train)))
+    steps = config.epochs * data.train.steps_per_epoch(global_batch)
     config = dataclasses.replace(
         config, form=form_of(config, data.info), img_size=data.info.image_size, amp=AMP_NAMES[amp], name=folder.name,
         ema=ema_decay(config, steps),

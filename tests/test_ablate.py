@@ -16,7 +16,7 @@ import torch
 import ablate
 import assembly
 import audit
-from ablations import DEPTHS, TABLES, Budget, Run, rows, run_name, unique
+from ablations import DEPTHS, TABLES, Budget, Row, Run, rows, run_name, unique, varied
 from config import parse_command_line
 from signals import STOP_SIGNALS
 
@@ -94,6 +94,11 @@ def test_rows_that_tables_share_are_one_run_and_others_have_names_of_their_own()
     assert len(chosen) == 39 and len(different) == 39 - 6 - 1 - 3
     configs = {str(Run(row, 0).config(Budget("DIGITS"))) for row in different}
     assert len(configs) == len({run_name(row, 0) for row in different}) == len(different)
+
+
+def test_what_rows_vary_is_what_they_or_their_bases_set():
+    assert varied(rows(TABLES["6"], "ResNet26")) == {"content"}
+    assert varied([Row("conv stem", "--kernel-size 5", base="--stem")]) == {"kernel_size", "stem"}
 
 
 def test_a_depth_cuts_the_tables_whose_rows_name_their_networks():
