@@ -63,7 +63,11 @@ def differing(saved: dict[str, Any], config: Config) -> list[str]:
     return names
 
 
-def other_run(folder: Path, names: list[str]) -> str:
+def other_run(folder: Path, config: Config) -> str | None:
+    """Why the run in the folder is not gone on with, as train.py --resume keeps its values; None where it can be."""
+    names = differing(read_json(folder / "config.json") or config.to_dict(), config)
+    if not names:
+        return None
     return f"{folder} holds a run of another configuration ({', '.join(names)}): delete it, or --output-dir"
 
 
@@ -133,9 +137,9 @@ def start(work: Work, run: Run) -> subprocess.Popen | None:
         if is_done(folder, work.runs[run]):
             work.say(run, "done before")
             return None
-        names = differing(read_json(folder / "config.json") or work.runs[run].to_dict(), work.runs[run])
-        if names:  # train.py --resume would go on with the folder's values
-            work.fail(run, other_run(folder, names))
+        why_not = other_run(folder, work.runs[run])
+        if why_not:
+            work.fail(run, why_not)
             return None
         threads = {} if work.threads is None else {"OMP_NUM_THREADS": str(work.threads)}
         command = [sys.executable, str(HERE / "train.py"), *work.command(run)[1:]]
@@ -234,11 +238,9 @@ def main(arguments: list[str] | None = None) -> int:
     work = Work(configs, budget, folder, args.data_dir, args.jobs, args.threads, args.keep_weights)
     if args.dry_run:
         for run, config in configs.items():
-            saved = read_json(folder / run.name / "config.json")
-            if saved is not None and differing(saved, config):
-                print(
-                    f"ablate.py: {run.name}: {other_run(folder / run.name, differing(saved, config))}", file=sys.stderr
-                )
+            why_not = other_run(folder / run.name, config)
+            if why_not:
+                print(f"ablate.py: {run.name}: {why_not}", file=sys.stderr)
             elif not is_done(folder / run.name, config):
                 print(shlex.join(["python", *work.command(run)]))
         return 0

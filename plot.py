@@ -80,7 +80,7 @@ def fallen(values: list[float], gap: float, high: float) -> list[float]:
     return [-value for value in reversed(pushed([-value for value in reversed(values)], gap, -high))]
 
 
-def draw_curves(plt, folder: Folder, path: Path) -> bool:
+def draw_curves(plt, folder: Folder, path: Path) -> None:
     panels = [(table, [row for row in rows(TABLES[table], model) if seeds_of(folder, row)])
               for table, model in folder.tables]  # fmt: skip
     panels = [(table, shown) for table, shown in panels if shown]
@@ -98,7 +98,6 @@ def draw_curves(plt, folder: Folder, path: Path) -> bool:
     figure.suptitle(f"{title_of(folder)}: error by epoch, mean and span over the seeds", fontsize=11)
     figure.savefig(path, dpi=DPI)
     plt.close(figure)
-    return True
 
 
 def draw_panel(ax, folder: Folder, title: str, shown: list[Row]) -> None:
@@ -140,15 +139,15 @@ def draw_panel(ax, folder: Folder, title: str, shown: list[Row]) -> None:
 # ---- accuracy against cost ------------------------------------------------------------------------------------------
 
 
-def draw_accuracy(plt, folder: Folder, path: Path) -> bool:
-    """The recipe's rows, all of one network, are left out; False where there are no others."""
+def draw_accuracy(plt, folder: Folder, path: Path) -> None:
+    """The recipe's rows, all of one network, are left out; where there are no others nothing is drawn."""
     found = {}
     for table, model in folder.tables:
         for row in rows(TABLES[table], model) if table != "recipe" else ():
             if seeds_of(folder, row):
                 found.setdefault((row.model, row.flags), (row, record(folder, table, row)))
     if not found:
-        return False
+        return
     figure, axes = plt.subplots(1, 2, figsize=(WIDTH, 5.2), layout="constrained", sharey=True)
     for ax, key, unit, text in (
         (axes[0], "flops_per_image", 1e6, "MFLOPs an image"), (axes[1], "parameters", 1e6, "parameters, millions"),
@@ -163,7 +162,6 @@ def draw_accuracy(plt, folder: Folder, path: Path) -> bool:
         label_points(figure, ax, list(found.values()), key)
     figure.savefig(path, dpi=DPI)
     plt.close(figure)
-    return True
 
 
 def colour_of(row: Row, other: str = OTHER) -> str:
@@ -247,10 +245,10 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"plot.py: error: {error}", file=sys.stderr)
             return USAGE_ERROR
         for name, draw in (("curves.png", draw_curves), ("accuracy.png", draw_accuracy)):
-            if draw(pyplot, folder, path / name):
+            (path / name).unlink(missing_ok=True)  # also where there is nothing to draw any more
+            draw(pyplot, folder, path / name)
+            if (path / name).exists():
                 print(f"wrote {path / name}")
-            else:
-                (path / name).unlink(missing_ok=True)  # of an earlier state
     return 0
 
 

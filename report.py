@@ -167,8 +167,8 @@ def markdown(folder: Folder, table: str, model: str | None) -> str:
     for r in of:
         label = f"{r['row']}, {r['model']}" if named and r["model"].lower() not in r["row"].lower() else r["row"]
         difference = "base" if r["n"] and not r["base"] else show(r["difference_points"], "+.2f")
-        difference += about(r["difference_interval_points"])
         half = r["difference_interval_points"]
+        difference += about(half)
         if half is not None and abs(r["difference_points"]) > half:
             difference = f"**{difference}**"
         cells = [

@@ -53,7 +53,7 @@ def shown(values: list[float], form: str) -> str:
 
 
 def test_every_figure_of_the_results_is_in_a_file_of_results():
-    """Each cell of each table from the summaries, by arithmetic of its own; notes may only repeat the tables."""
+    """Each cell of each table from the summaries, by arithmetic of its own."""
     text = README[README.index(report.BEGIN) : README.index(report.END)]
     blocks = re.split(r"^### ", text, flags=re.M)[1:]
     assert len(blocks) == len(RESULTS) > 0
