@@ -33,7 +33,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels import (
+from sasa.kernels import (
     BORDERS,
     attention_logits,
     autocast_dtype,
@@ -42,8 +42,8 @@ from kernels import (
     local_attention_packed,
     stem_operator,
 )
-from kernels import stem as stem_kernels
-from kernels.reference import accumulate_dtype, reach, window_softmax
+from sasa.kernels import stem as stem_kernels
+from sasa.kernels.reference import accumulate_dtype, reach, window_softmax
 
 POSITIONS = ("relative", "absolute", "none")
 WINDOWS = ("block", "sliding")

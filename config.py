@@ -80,7 +80,7 @@ class Config:
     stem_values: str = option("mixture", "values of the attention stem (Table 7)", choices=("mixture", "plain", "conv"))
     stem_mixtures: int = option(4, "value matrices of the attention stem", low=1, high=1024)
     zero_init_residual: bool = from_recipe("each residual branch starts at zero", kind=bool)
-    backend: str = option("auto", "kernel of the attention (python -m kernels lists them)", free=True)
+    backend: str = option("auto", "kernel of the attention (python -m tools.backends lists them)", free=True)
 
     # Data
     dataset: str = option(

@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from augment import (
+from sasa.data.augment import (
     AugmentConfig,
     Draws,
     Mix,
@@ -44,9 +44,19 @@ from augment import (
     rows,
     stream,
 )
-from shards import ShardFiles, read_shards
-from shards import main as shards_main
-from sources import SMALL_SETS, DataError, Files, ImageFiles, Key, collate, download, ignore_signals, read_trees
+from sasa.data.datasets import (
+    SMALL_SETS,
+    DataError,
+    Files,
+    ImageFiles,
+    Key,
+    collate,
+    download,
+    ignore_signals,
+    read_trees,
+)
+from sasa.data.shards import ShardFiles, read_shards
+from sasa.data.shards import main as shards_main
 
 _DEFAULT_TREE_SIZE = 224
 _IMAGENET_STATS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))

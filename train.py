@@ -24,10 +24,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import checkpoint
-import distributed
 import preprocess
-from assembly import (
+from preprocess import DataError
+from sasa.analysis.attention_maps import attention_layers, collect, lattice
+from sasa.training import checkpoint, distributed
+from sasa.training.checkpoint import BEST, CheckpointError
+from sasa.training.evaluation import Evaluation, evaluate
+from sasa.training.monitor import WRONG_SHOWN, Monitor, Silent, write_json
+from sasa.training.optim import learning_rate
+from sasa.training.run import (
     Run,
     build_model,
     claim_folder,
@@ -39,13 +44,7 @@ from assembly import (
     set_up,
     without_auto,
 )
-from audit import count_flops, count_parameters
-from checkpoint import BEST, CheckpointError
-from evaluation import Evaluation, evaluate
-from heads import attention_layers, collect, lattice
-from monitor import WRONG_SHOWN, Monitor, Silent, write_json
-from optim import learning_rate
-from preprocess import DataError
+from tools.audit import count_flops, count_parameters
 
 STOPPED = 75  # exit code: stopped by a signal, state saved (EX_TEMPFAIL: run the same command with --resume)
 EVAL_BATCH = 256

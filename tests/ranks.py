@@ -18,14 +18,14 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-import assembly
-import distributed
 import model
 import preprocess
 import small_runs
 import train
 from attention import LocalAttention2d
-from sync_batchnorm import sync_batch_norms
+from sasa.training import distributed
+from sasa.training import run as assembly
+from sasa.training.sync_batchnorm import sync_batch_norms
 
 SECONDS = 60.0  # of a run, whatever becomes of it: the limit for a run that a rank has left
 

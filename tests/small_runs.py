@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 
 import preprocess
-import sources
 import train
 from config import parse_command_line
-from signals import STOP_SIGNALS
+from sasa.data import datasets as sources
+from sasa.training.signals import STOP_SIGNALS
 
 # A run of 2 epochs of 4 steps: everything that has a state is on, in-memory digits cut down to 32 + 8 images.
 FLAGS = "--dataset DIGITS --epochs 2 --batch-size 4 --accumulate 2 --optimizer adamw --ema 0.9 --mixup 0.2 --holdout 8 "

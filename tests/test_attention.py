@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 import attention
-import kernels
 import oracle
 from attention import LocalAttention2d
+from sasa import kernels
 
 BASE = {"in_channels": 8, "out_channels": 12, "kernel_size": 3, "num_heads": 2}
 SWITCHES = {

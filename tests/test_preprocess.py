@@ -23,11 +23,11 @@ from PIL import Image
 from torchvision import datasets
 from torchvision.transforms import v2
 
-import augment as aug
 import preprocess
-import sources
-from augment import AugmentConfig, Draws
 from preprocess import DataError, DataInfo, TensorData, default_augment, load
+from sasa.data import augment as aug
+from sasa.data import datasets as sources
+from sasa.data.augment import AugmentConfig, Draws
 
 ROOT = Path(__file__).resolve().parents[1]
 DEBIAN_FASHION = Path("/usr/share/datasets/fashion-mnist")
@@ -98,15 +98,15 @@ def test_digits_is_the_published_set(digits):
 
 
 def test_digits_file_is_small_whole_and_attributed():
-    content = (ROOT / "data" / "digits.csv.gz").read_bytes()
-    readme = (ROOT / "data" / "README.md").read_text()
+    content = (ROOT / "sasa" / "data" / "digits.csv.gz").read_bytes()
+    readme = (ROOT / "sasa" / "data" / "README.md").read_text()
     assert len(content) < 200_000
     assert hashlib.sha256(content).hexdigest() in readme
     assert all(word in readme for word in ("Alpaydin", "Kaynak", "CC BY 4.0", "10.24432/C50P49"))
 
 
 def test_damaged_digits_file_is_named(monkeypatch, tmp_path):
-    content = (ROOT / "data" / "digits.csv.gz").read_bytes()
+    content = (ROOT / "sasa" / "data" / "digits.csv.gz").read_bytes()
     monkeypatch.setattr(sources, "_DIGITS_FILE", tmp_path / "digits.csv.gz")
     for damaged in (content[:20_000], b"nonsense", gzip.compress(b"1,2,3\n4,5,6\n")):
         (tmp_path / "digits.csv.gz").write_bytes(damaged)

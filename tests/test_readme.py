@@ -13,9 +13,7 @@ from pathlib import Path
 
 import pytest
 
-import ablate
-import audit
-import report
+from tools import ablate, audit, report
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
@@ -100,7 +98,7 @@ def difference(folder: Path, row: dict) -> str:
 
 
 def test_what_is_missing_is_a_command_that_is_taken(tmp_path, capsys):
-    lines = re.findall(r"^Missing runs: `python ablate.py (.*)`$", README, flags=re.M)
+    lines = re.findall(r"^Missing runs: `python -m tools.ablate (.*)`$", README, flags=re.M)
     assert lines
     for line in lines:
         assert ablate.main(["--dry-run", "--output-dir", str(tmp_path), *shlex.split(line)]) == 0

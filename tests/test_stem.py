@@ -6,9 +6,9 @@ import itertools
 import pytest
 import torch
 
-import kernels
 import oracle
 from attention import AttentionStem
+from sasa import kernels
 
 SMALL = {"in_channels": 3, "out_channels": 8, "block_size": 4, "num_heads": 2, "num_mixtures": 3}
 FORMS = [

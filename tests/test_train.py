@@ -14,11 +14,11 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-import assembly
-import checkpoint
 import preprocess
 import small_runs
 import train
+from sasa.training import checkpoint
+from sasa.training import run as assembly
 
 BASE = "--dataset DIGITS --epochs 2 --batch-size 4 --name run --no-progress --device cpu --ema 0"
 LOG_KEYS = {"epoch", "step", "train_loss", "train_top1_pct", "val_loss", "val_top1_pct", "val_top5_pct", "lr",

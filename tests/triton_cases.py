@@ -1,4 +1,4 @@
-"""The side of tests/test_cuda.py that computes, in a process of its own where Triton's interpreter is on.
+"""The side of tests/kernels/test_triton.py that computes, in a process of its own where Triton's interpreter is on.
 
 TRITON_INTERPRET is read when a kernel is decorated, so the interpreter and the compiler cannot share a process. What is
 here runs on any device: the GPU tests call it in their own process. A case is (B, N, D, K, H, W, border, content,
@@ -13,7 +13,8 @@ import os
 import torch
 
 import oracle
-from kernels import choose_backend, cuda, local_attention, local_attention_packed
+from sasa.kernels import choose_backend, local_attention, local_attention_packed
+from sasa.kernels import triton_backend as cuda
 
 NAMES = ("query", "key", "value", "rel_row", "rel_col")
 
@@ -106,7 +107,7 @@ def errors(case, dtype, device="cpu"):
 
 def errors_of_mutant(path, case):
     """`errors` in fp32 with the device side loaded from the file `path`."""
-    name = "kernels.cuda_kernels"
+    name = "sasa.kernels.triton_kernels"
     spec = importlib.util.spec_from_file_location(name, path)
     module, before = importlib.util.module_from_spec(spec), cuda._kernels()
     spec.loader.exec_module(module)

@@ -1,0 +1,136 @@
+"""Backend "reference": local attention as the paper defines it, by unfold and softmax.
+
+Slow and obvious, on any device and any floating dtype; every other backend is held against it. It keeps K * K copies
+of keys and values, so its memory grows with K * K * H * W * C.
+
+Shapes: B batch, N heads, D head width, H x W map, K window side; window axes i (rows) and j (columns).
+Source: Ramachandran et al. 2019, equations 2 and 3.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def unusable() -> str | None:
+    """Why this backend cannot run here; None: it runs everywhere."""
+    return None
+
+
+def unsupported(query: Tensor, kernel_size: int) -> str | None:
+    """Why this backend cannot take this call; None: it takes every call."""
+    return None
+
+
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of logits and softmax: fp64 stays, everything narrower is computed in fp32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def reach(kernel_size: int) -> tuple[int, int]:
+    """How far a window reaches back and ahead of its pixel; an even one reaches one further ahead."""
+    return (kernel_size - 1) // 2, kernel_size // 2
+
+
+def windows(x: Tensor, kernel_size: int) -> Tensor:
+    """Each pixel's window of `x`, zeros outside the map: (..., H, W) -> (..., H, W, K, K)."""
+    back, ahead = reach(kernel_size)
+    padded = F.pad(x, (back, ahead, back, ahead))
+    return padded.unfold(-2, kernel_size, 1).unfold(-2, kernel_size, 1)  # rows first: the unfolded axes go to the end
+
+
+def sum_windows(x: Tensor, kernel_size: int) -> Tensor:
+    """The transpose of `windows`, for gradients: (..., H, W, K, K) -> (..., H, W)."""
+    height, width = x.shape[-4:-2]
+    back, ahead = reach(kernel_size)
+    total = x.new_zeros(*x.shape[:-4], height + back + ahead, width + back + ahead)
+    for i in range(kernel_size):
+        for j in range(kernel_size):
+            total[..., i : i + height, j : j + width] += x[..., i, j]
+    return total[..., back : back + height, back : back + width]
+
+
+def relative_keys(rel_row: Tensor, rel_col: Tensor) -> Tensor:
+    """r = concat(row embedding, column embedding): 2 x (N, D/2, K) -> (N, D, K, K)."""
+    size = rel_row.shape[-1]
+    rows = rel_row[:, :, :, None].expand(-1, -1, -1, size)
+    cols = rel_col[:, :, None, :].expand(-1, -1, size, -1)
+    return torch.cat((rows, cols), dim=1)
+
+
+def logits(query, key, rel_row, rel_col, kernel_size: int, border: str, scale: float, pixels=None) -> Tensor:
+    """scale * (q.k + q.r) over each window, masked keys at -inf: -> (B, N, H, W, K, K) in the accumulation dtype.
+
+    `pixels` (P, 2), rows and columns: the windows of these alone, in memory for these alone -> (B, N, P, K, K).
+    """
+    acc = accumulate_dtype(query.dtype)
+    query = query.to(acc)
+    height, width = query.shape[-2:]
+    at = (...,) if pixels is None else (..., *pixels.unbind(1))  # of a map (..., H, W): all of it, or (..., P)
+    query_at = query[at]
+    total = query.new_zeros(*query_at.shape[:2], *query_at.shape[3:], kernel_size, kernel_size)
+    if key is not None:
+        keys = windows(key.to(acc), kernel_size)[(*at, slice(None), slice(None))]
+        total = total + torch.einsum("bnd...,bnd...ij->bn...ij", query_at, keys)
+    if rel_row is not None:
+        relative = relative_keys(rel_row.to(acc), rel_col.to(acc))
+        total = total + torch.einsum("bnd...,ndij->bn...ij", query_at, relative)
+    total = total * scale
+    if border == "mask":
+        inside = windows(torch.ones(height, width, device=query.device), kernel_size) > 0  # (H, W, K, K)
+        total = total.masked_fill(~inside[(*at, slice(None), slice(None))], float("-inf"))
+    return total
+
+
+def window_softmax(scores: Tensor) -> Tensor:
+    """Softmax over each window: (..., K, K) -> (..., K, K), each K x K map sums to 1."""
+    return scores.flatten(-2).softmax(-1).unflatten(-1, scores.shape[-2:])
+
+
+def attention_weights(query, key, rel_row, rel_col, kernel_size: int, border: str, scale: float) -> Tensor:
+    """Softmax of the logits over each window: -> (B, N, H, W, K, K)."""
+    return window_softmax(logits(query, key, rel_row, rel_col, kernel_size, border, scale))
+
+
+def forward(query, key, value, rel_row, rel_col, kernel_size: int, border: str, scale: float) -> tuple[Tensor, Tensor]:
+    """-> out (B, N, D, H, W) in the input's dtype, log-sum-exp of the logits (B, N, H, W) in the accumulation dtype."""
+    scores = logits(query, key, rel_row, rel_col, kernel_size, border, scale)
+    lse = scores.flatten(-2).logsumexp(-1)
+    attn = window_softmax(scores)
+    out = torch.einsum("bnhwij,bndhwij->bndhw", attn, windows(value.to(attn.dtype), kernel_size))
+    return out.to(query.dtype), lse
+
+
+def backward(
+    grad_out, query, key, value, rel_row, rel_col, out, lse, kernel_size: int, border: str, scale: float, into=None
+):
+    """Gradients of query, key, value, rel_row, rel_col (None where the input is None), see sasa/kernels/__init__.py.
+
+    Written out, not left to autograd: an operator's implementation runs below it.
+    """
+    acc = accumulate_dtype(query.dtype)
+    attn = attention_weights(query, key, rel_row, rel_col, kernel_size, border, scale)
+    g, q = grad_out.to(acc), query.to(acc)
+    grad_attn = torch.einsum("bndhw,bndhwij->bnhwij", g, windows(value.to(acc), kernel_size))
+    delta = (attn * grad_attn).sum((-2, -1), keepdim=True)
+    grad_logits = scale * attn * (grad_attn - delta)  # of q.k + q.r
+    grad_value = sum_windows(g[..., None, None] * attn[:, :, None], kernel_size)
+    grad_query = torch.zeros_like(q)
+    grad_key = grad_row = grad_col = None
+    if key is not None:
+        grad_query += torch.einsum("bnhwij,bndhwij->bndhw", grad_logits, windows(key.to(acc), kernel_size))
+        grad_key = sum_windows(q[..., None, None] * grad_logits[:, :, None], kernel_size).to(key.dtype)
+    if rel_row is not None:
+        grad_query += torch.einsum("bnhwij,ndij->bndhw", grad_logits, relative_keys(rel_row.to(acc), rel_col.to(acc)))
+        half = rel_row.shape[1]
+        grad_row = torch.einsum("bndhw,bnhwij->ndi", q[:, :, :half], grad_logits).to(rel_row.dtype)
+        grad_col = torch.einsum("bndhw,bnhwij->ndj", q[:, :, half:], grad_logits).to(rel_col.dtype)
+    maps = (grad_query.to(query.dtype), grad_key, grad_value.to(value.dtype))
+    return *deliver(maps, into), grad_row, grad_col
+
+
+def deliver(maps: tuple, into: tuple | None) -> tuple:
+    """`maps`, or the tensors of `into` with their values where those are given."""
+    if into is None:
+        return maps
+    return tuple(None if x is None else target.copy_(x) for x, target in zip(maps, into, strict=True))

@@ -1,0 +1,308 @@
+"""What a run's state is, and how it reaches the disk whole.
+
+Files of a run's folder: last.pt (the newest whole state), previous.pt (the whole one before it), best.pt (weights to
+keep). Each is written to a temporary file in the same folder, flushed to the disk and moved over the old one, so that a
+name always means a whole file. Reading verifies every member's CRC first (torch's own reader does not), then loads
+with weights_only=True: nothing is ever unpickled.
+"""
+
+import dataclasses
+import os
+import random
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from config import Config, flag_of
+from sasa.training import distributed
+
+FORMAT = 2  # 2: generators of every rank, and the global batch
+LAST, PREVIOUS, BEST = "last.pt", "previous.pt", "best.pt"
+RUN_KEYS = ("model", "optimizer", "scaler", "ema", "best", "progress", "generators")
+
+
+class CheckpointError(Exception):
+    """A checkpoint that cannot be read or does not fit; the message says which and why, in one line."""
+
+
+@dataclass
+class Progress:
+    """Where a run stands: the next epoch and batch, what the open epoch has summed up so far, and its history."""
+
+    epoch: int = 0  # the epoch that the next step belongs to
+    batch: int = 0  # steps of that epoch already done
+    step: int = 0  # steps done in all
+    loss_sum: float = 0.0  # of the open epoch, over its images
+    correct: float = 0.0
+    images: int = 0
+    epoch_seconds: float = 0.0
+    seconds: float = 0.0  # trained, over all resumes
+    global_batch: int = 0  # images of a step over all ranks: of the run, not of the ranks that happen to do it
+    skipped: int = 0  # steps that fp16's scaler has skipped in a row
+    last_loss: float | None = None  # the last finite one
+    best_top1: float | None = None
+    best_epoch: int | None = None
+    rows: list[dict[str, Any]] = field(default_factory=list)  # of log.jsonl: the file is rebuilt from them on resume
+
+    def open_epoch(self) -> None:
+        """The next epoch begins."""
+        self.epoch += 1
+        self.batch, self.images, self.loss_sum, self.correct, self.epoch_seconds = 0, 0, 0.0, 0.0, 0.0
+
+
+def generator_states() -> dict[str, Any]:
+    """The state of every global generator: Python's, torch's on the CPU and on each CUDA device."""
+    version, numbers, gauss = random.getstate()
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return {"python": [version, list(numbers), gauss], "torch": torch.get_rng_state(), "cuda": cuda}
+
+
+def set_generator_states(states: dict[str, Any]) -> None:
+    version, numbers, gauss = states["python"]
+    random.setstate((version, tuple(numbers), gauss))
+    torch.set_rng_state(states["torch"])
+    if states["cuda"] and torch.cuda.device_count() == len(states["cuda"]):
+        torch.cuda.set_rng_state_all(states["cuda"])
+
+
+def run_state(config: Config, model: nn.Module, optimizer, scaler, ema, best, progress: Progress) -> dict[str, Any]:
+    """Everything that a run needs to go on exactly; tensors, numbers, strings, lists and dicts only.
+
+    Called on every rank, as each has its own generators; the rest is the same on all, or the caller's own times.
+    `best` holds the weights selected so far, or None: a file of its own could be of another moment than this one.
+    """
+    return _header(config, "run") | {
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "scaler": scaler.state_dict() if scaler is not None else None,
+        "ema": ema.state_dict() if ema is not None else None,
+        "best": best,
+        "progress": dataclasses.asdict(progress),
+        "generators": distributed.gather(generator_states()),
+    }
+
+
+def weights_state(config: Config, weights: dict[str, Tensor], epoch: int, step: int, about: str) -> dict[str, Any]:
+    """Weights to keep: best.pt. `about` says how they were selected."""
+    return _header(config, "weights") | {"model": weights, "epoch": epoch, "step": step, "selected": about}
+
+
+def _header(config: Config, kind: str) -> dict[str, Any]:
+    return {"format": FORMAT, "kind": kind, "torch": str(torch.__version__), "config": config.to_dict()}
+
+
+def restore(state: dict[str, Any], model: nn.Module, optimizer, scaler, ema) -> Progress:
+    """Put a run's state back, strictly; generators last, since building things draws from them.
+
+    Each rank gets its own generators; a rank that the saved run had not gets another's.
+
+    Raises:
+        CheckpointError: the state is of another network, or lacks a part.
+    """
+    load_weights(model, state["model"])
+    try:
+        optimizer.load_state_dict(state["optimizer"])
+        for name, part in (("scaler", scaler), ("ema", ema)):
+            if (part is None) != (state[name] is None):
+                raise CheckpointError(f"the checkpoint {'has' if part is None else 'lacks'} a state of: {name}")
+            if part is not None:
+                part.load_state_dict(state[name])
+        progress = Progress(**state["progress"])
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"the checkpoint does not fit this version: {_one_line(error)}") from error
+    set_generator_states(state["generators"][distributed.rank() % len(state["generators"])])
+    return progress
+
+
+def load_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
+    """Strict `load_state_dict` whose error names what differs.
+
+    Raises:
+        CheckpointError: missing or unexpected names, or other shapes.
+    """
+    differences = list(weight_differences(model.state_dict(), weights))
+    if differences:
+        more = f" and {len(differences) - 3} more" if len(differences) > 3 else ""
+        raise CheckpointError(f"the checkpoint is of another network: {'; '.join(differences[:3])}{more}")
+    model.load_state_dict(weights)
+
+
+def weight_differences(wanted: dict[str, Tensor], got: dict[str, Tensor]) -> Iterator[str]:
+    for name in wanted.keys() - got.keys():
+        yield f"{name} is missing"
+    for name in got.keys() - wanted.keys():
+        yield f"{name} is not in this network"
+    for name in wanted.keys() & got.keys():
+        if wanted[name].shape != got[name].shape:
+            yield f"{name} is {tuple(got[name].shape)} there and {tuple(wanted[name].shape)} here"
+
+
+def changed_keys(saved: dict[str, Any], config: Config) -> list[str]:
+    """What differs between a checkpoint's configuration and this run's and could change the result, one line each."""
+    ours = config.to_dict()
+    fields = {f.name: f for f in dataclasses.fields(Config)}
+    lines = []
+    for key in sorted(saved.keys() | ours.keys()):
+        if key in fields and fields[key].metadata["free"]:
+            continue
+        if key == "epochs" and config.recipe_value("schedule") == "step" and ours[key] >= saved.get(key, 0):
+            continue  # the rate of the epochs already trained does not depend on how many follow
+        if key not in saved or key not in ours:
+            lines.append(f"{key} ({'only in the checkpoint' if key in saved else 'not in the checkpoint'})")
+        elif saved[key] != ours[key]:
+            lines.append(f"{flag_of(fields[key])} was {saved[key]}, is {ours[key]}")
+    return lines
+
+
+# ---- on the disk ----------------------------------------------------------------------------------------------------
+
+
+def save(state: dict[str, Any], folder: Path, name: str = LAST) -> None:
+    """Write `state` as folder/name, whole or not at all; an old last.pt becomes previous.pt.
+
+    Raises:
+        OSError: the disk is full or refuses; the old files are as they were.
+    """
+    path, temporary = folder / name, folder / f".{name}.tmp"
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        if name == LAST and path.exists():
+            os.replace(path, folder / PREVIOUS)
+        os.replace(temporary, path)
+        _sync_folder(folder)
+    except (OSError, RuntimeError) as error:  # torch's writer turns a failed write into a RuntimeError
+        temporary.unlink(missing_ok=True)
+        raise OSError(f"{path} was not written: {_one_line(error)}") from error
+
+
+def _sync_folder(folder: Path) -> None:
+    """A rename is on the disk only when its folder is."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def load(path: Path) -> dict[str, Any]:
+    """A checkpoint, verified, on the CPU.
+
+    Raises:
+        CheckpointError: missing, truncated, corrupted, of another format, or not a checkpoint.
+    """
+    try:
+        _verify(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such file") from None
+    except IsADirectoryError:
+        raise CheckpointError(f"{path}: is a folder, not a checkpoint") from None
+    except Exception as error:  # whatever damaged bytes make the readers raise, it is a damaged file
+        raise CheckpointError(f"{path}: truncated, corrupted or not a checkpoint ({_one_line(error)})") from error
+    _check_form(path, state)
+    return state
+
+
+def _verify(path: Path) -> None:
+    """Every member's CRC: a flipped bit in a weight would load silently."""
+    with zipfile.ZipFile(path) as archive:
+        damaged = archive.testzip()
+    if damaged is not None:
+        raise CheckpointError(f"wrong checksum of {damaged}")
+
+
+def _check_form(path: Path, state: Any) -> None:
+    if not isinstance(state, dict) or "format" not in state:
+        raise CheckpointError(f"{path}: not a checkpoint of train.py")
+    if state["format"] != FORMAT:
+        raise CheckpointError(f"{path}: format {state['format']}, this version reads format {FORMAT}")
+    wanted = ("kind", "torch", "config", "model", *(RUN_KEYS if state.get("kind") == "run" else ()))
+    missing = [key for key in wanted if key not in state]
+    if missing:
+        raise CheckpointError(f"{path}: lacks {', '.join(missing)}")
+
+
+def newest(folder: Path) -> tuple[dict[str, Any], Path, list[str]] | None:
+    """The newest whole run state of a folder, its path, and what was wrong with the newer ones; None: none was written.
+
+    Raises:
+        CheckpointError: there are files, but none is whole.
+    """
+    problems = []
+    for name in (LAST, PREVIOUS):
+        path = folder / name
+        if not path.exists():
+            continue
+        try:
+            return load_run(path), path, problems
+        except CheckpointError as error:
+            problems.append(str(error))
+    if problems:
+        raise CheckpointError("; ".join(problems))
+    return None
+
+
+def load_run(path: Path) -> dict[str, Any]:
+    """A checkpoint that a run can go on from.
+
+    Raises:
+        CheckpointError: as `load`, or the file holds weights only.
+    """
+    state = load(path)
+    if state["kind"] != "run":
+        raise CheckpointError(f"{path}: holds weights only, a run cannot go on from it; --init-from can use it")
+    return state
+
+
+def _one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return (text[:200] + "...") if len(text) > 200 else text or type(error).__name__
+
+
+# ---- weights from elsewhere -----------------------------------------------------------------------------------------
+
+
+def transfer_weights(model: nn.Module, weights: dict[str, Tensor]) -> list[str]:
+    """Take what fits of another network's weights; returns one line for each thing that was not taken as it is.
+
+    Relative embeddings of another window side are interpolated linearly over the window's extent. A classifier for
+    another number of classes stays new.
+
+    Raises:
+        CheckpointError: nothing fits.
+    """
+    own, taken, lines = model.state_dict(), {}, []
+    for name, target in own.items():
+        source = weights.get(name)
+        if source is None:
+            lines.append(f"{name}: not in the checkpoint, stays new")
+        elif source.shape == target.shape:
+            taken[name] = source
+        elif name.rsplit(".", 1)[-1] in ("rel_row", "rel_col") and source.shape[:-1] == target.shape[:-1]:
+            resized = F.interpolate(source.float(), size=target.shape[-1], mode="linear", align_corners=True)
+            taken[name] = resized.to(target.dtype)
+            lines.append(f"{name}: interpolated from {source.shape[-1]} to {target.shape[-1]} offsets")
+        else:
+            lines.append(f"{name}: {tuple(source.shape)} there, {tuple(target.shape)} here, stays new")
+    lines += [f"{name}: not in this network, left" for name in weights.keys() - own.keys()]
+    if not any(own[name].ndim > 1 for name in taken):
+        raise CheckpointError("no weight of the checkpoint fits this network")
+    model.load_state_dict(own | taken)
+    return sorted(lines)
+
+
+def weights_of(state: dict[str, Any]) -> dict[str, Tensor]:
+    """The weights to evaluate: the moving average where the run keeps one, else the network's own."""
+    if state["kind"] != "run" or state["ema"] is None:
+        return state["model"]
+    prefix = "module."  # torch's AveragedModel
+    return {name.removeprefix(prefix): value for name, value in state["ema"].items() if name.startswith(prefix)}

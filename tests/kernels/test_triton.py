@@ -1,0 +1,409 @@
+"""Backend "triton" without a GPU: numbers by Triton's interpreter, builds by its compiler, mutants; and on a GPU.
+
+The interpreter runs in a process of its own (tests/triton_cases.py). The full product of sizes, types and builds:
+python -m pytest tests/kernels/test_triton.py -m slow.
+"""
+
+import importlib.util
+import itertools
+import multiprocessing
+import os
+import subprocess
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import triton_cases
+from sasa import kernels
+from sasa.kernels import triton_backend as cuda
+from sasa.kernels import tune
+
+HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"fp32": torch.float32} | HALF
+LIMIT = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}  # of the largest value
+
+needs_triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="the package triton is not installed"
+)
+needs_compiler = pytest.mark.skipif(
+    cuda.interpreted(), reason="TRITON_INTERPRET is set: this process cannot compile kernels"
+)
+
+
+@pytest.fixture(scope="session")
+def interpreter():
+    """A function that calls another one in the process of the interpreter."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context, initializer=triton_cases.start) as pool:
+        yield lambda function, *arguments: pool.submit(function, *arguments).result()
+
+
+def case(heads, width, size, height, map_width, border="mask", content=True, embeddings=True, scale=1.0, batch=1):
+    return (batch, heads, width, size, height, map_width, border, content, embeddings, scale)
+
+
+def label(c):
+    batch, heads, width, size, height, map_width, border, content, embeddings, scale = c
+    text = f"B{batch}N{heads}D{width}-K{size}-{height}x{map_width}-{border}"
+    text += ("" if content else "-nokey") + ("" if embeddings else "-norel")
+    return text if scale == 1 else f"{text}-scale{scale}"
+
+
+# ---- numbers -------------------------------------------------------------------------------------------------------
+
+# Every K of the paper and others, every width, maps smaller than the window, as large as the patch, and larger than it
+# both ways, prime, single rows, columns and pixels; both borders; without embeddings, without keys.
+CASES = [
+    case(2, 8, 7, 5, 9),
+    case(1, 16, 7, 11, 18),
+    case(1, 8, 7, 9, 6, "zero"),
+    case(1, 4, 3, 5, 7, batch=2),
+    case(1, 16, 3, 9, 10, "zero"),
+    case(1, 12, 5, 7, 11),
+    case(1, 32, 5, 1, 9),
+    case(1, 32, 7, 8, 10),
+    case(2, 64, 7, 7, 7),
+    case(1, 64, 5, 4, 4, "zero"),
+    case(1, 24, 9, 6, 13),
+    case(1, 8, 9, 5, 3, "zero"),
+    case(1, 16, 11, 3, 17),
+    case(1, 64, 11, 5, 6),
+    case(1, 32, 13, 7, 5),
+    case(1, 8, 1, 3, 4),
+    case(1, 16, 2, 4, 5),
+    case(1, 8, 4, 7, 9, "zero"),
+    case(1, 6, 6, 5, 7),
+    case(1, 10, 12, 5, 6),
+    case(3, 4, 7, 1, 1),
+    case(1, 16, 7, 9, 1, "zero"),
+    case(1, 16, 7, 5, 9, content=False),
+    case(1, 32, 5, 5, 6, "zero", content=False),
+    case(1, 8, 7, 9, 5, embeddings=False),
+    case(1, 5, 3, 6, 7, embeddings=False),  # without embeddings an odd head width is fine
+    case(1, 1, 4, 4, 5, "zero", embeddings=False),
+    case(1, 16, 7, 5, 6, scale=0.25),
+]
+NARROW_CASES = [*(CASES[i] for i in (0, 3, 10, 12, 22, 24)), case(1, 8, 7, 11, 18), case(1, 64, 7, 7, 7)]
+
+
+def check(found, dtype):
+    for name, (error, plain, largest) in found.items():
+        scale = largest if largest > 1e-9 else 1.0  # where the exact gradient is zero, an error in absolute terms
+        assert error <= LIMIT[dtype] * scale, f"{name}: off by {error} of {largest}"
+        if dtype != torch.float32:  # one rounding of the result is what even an exact computation would have
+            assert error <= plain + torch.finfo(dtype).eps * scale / 2, f"{name}: off by {error}, plain types {plain}"
+
+
+@needs_triton
+@pytest.mark.parametrize("c", CASES, ids=label)
+def test_fp32_matches_the_reference(c, interpreter):
+    check(interpreter(triton_cases.errors, c, torch.float32), torch.float32)
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("c", NARROW_CASES, ids=label)
+def test_half_types_match_the_reference_better_than_plain_half_arithmetic(c, dtype, interpreter):
+    check(interpreter(triton_cases.errors, c, HALF[dtype]), HALF[dtype])
+
+
+PRODUCT = [
+    case(1, width, size, *shape, border, *parts)
+    for size, width, shape, border in itertools.product(
+        (3, 5, 7, 9, 11), (4, 8, 16, 32, 64), ((1, 9), (5, 3), (7, 7), (13, 18)), kernels.BORDERS
+    )
+    for parts in ((True, True), (False, True), (True, False))
+    if parts == (True, True) or width == 16
+]
+
+
+@pytest.mark.slow
+@needs_triton
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("c", PRODUCT, ids=label)
+def test_the_full_product_matches_the_reference(c, dtype, interpreter):
+    check(interpreter(triton_cases.errors, c, DTYPES[dtype]), DTYPES[dtype])
+
+
+@needs_triton
+@pytest.mark.parametrize("layout", triton_cases.LAYOUTS)
+def test_any_strides(layout, interpreter):
+    found = interpreter(triton_cases.errors_of_layout, case(2, 4, 3, 3, 5, batch=2), layout)
+    assert max(found.values()) < 1e-5, found
+
+
+@needs_triton
+@pytest.mark.parametrize("content", [True, False])
+def test_slices_of_a_fused_projection_are_not_copied(content, interpreter):
+    """Only the output is allocated; the gradients are written to the slices of one tensor."""
+    found, copies = interpreter(triton_cases.errors_of_fused, case(2, 8, 3, 5, 6, content=content, batch=2), True)
+    assert max(found.values()) < 1e-5, found
+    # The gradient of the output arrives channels innermost, as everything else.
+    assert copies == 0
+
+
+@needs_triton
+def test_a_fused_projection_in_another_layout_is_right_too(interpreter):
+    found, copies = interpreter(triton_cases.errors_of_fused, case(2, 8, 3, 5, 6, batch=2), False)
+    assert max(found.values()) < 1e-5, found
+    assert copies > 0
+
+
+# ---- the operator --------------------------------------------------------------------------------------------------
+
+SMALL = case(2, 8, 3, 3, 5, batch=2)
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_calls_repeat_bit_for_bit(dtype, interpreter):
+    assert interpreter(triton_cases.repeats_bit_for_bit, case(1, 8, 7, 9, 10), DTYPES[dtype])
+
+
+@needs_triton
+def test_it_compiles_without_a_graph_break(interpreter):
+    assert interpreter(triton_cases.compiles_without_a_break, SMALL) == 0
+
+
+@needs_triton
+@pytest.mark.parametrize(("content", "embeddings"), [(True, True), (False, True), (True, False)])
+def test_opcheck(content, embeddings, interpreter):
+    interpreter(triton_cases.opcheck, case(1, 4, 3, 3, 4, content=content, embeddings=embeddings))
+
+
+@needs_triton
+def test_autocast(interpreter):
+    assert interpreter(triton_cases.autocast_equals_narrow_inputs, SMALL, torch.bfloat16)
+
+
+@needs_triton
+def test_an_empty_batch(interpreter):
+    assert interpreter(triton_cases.empty_batch, SMALL)
+
+
+# ---- the choice ----------------------------------------------------------------------------------------------------
+
+
+@needs_triton
+def test_the_interpreter_serves_by_name_only(interpreter):
+    assert interpreter(triton_cases.chosen, (1, 1, 2, 3, 3), 3) != "triton"
+    assert interpreter(triton_cases.chosen, (1, 1, 2, 3, 3), 3, "triton") == "triton"
+
+
+@needs_triton
+def test_what_it_does_not_take_is_named(interpreter):
+    assert "14" in interpreter(triton_cases.refusal, (1, 1, 2, 3, 3), 14, torch.float32)
+    assert "65" in interpreter(triton_cases.refusal, (1, 1, 65, 3, 3), 3, torch.float32)
+    assert "float64" in interpreter(triton_cases.refusal, (1, 1, 2, 3, 3), 3, torch.float64)
+    assert interpreter(triton_cases.refusal, (1, 1, 64, 3, 3), 13, torch.float32) is None
+
+
+@needs_compiler
+def test_cpu_tensors_are_refused_without_the_interpreter():
+    assert "cuda" in cuda.unsupported(torch.zeros(1, 1, 2, 3, 3), 3)
+
+
+@needs_compiler
+def test_the_next_best_backend_serves_what_it_refuses(monkeypatch):
+    """On a CUDA machine; the tensors here only say that they are on one."""
+    monkeypatch.setattr(cuda, "unusable", lambda: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+
+    def on_gpu(width, dtype=torch.bfloat16):
+        return SimpleNamespace(device=torch.device("cuda"), dtype=dtype, shape=torch.Size((1, 1, width, 3, 3)))
+
+    assert kernels.choose_backend(on_gpu(64), 13) == "triton"
+    assert kernels.choose_backend(on_gpu(65), 13) == "tiled"
+    assert kernels.choose_backend(on_gpu(64), 14) == "tiled"
+    assert kernels.choose_backend(on_gpu(64, torch.float64), 13) == "tiled"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
+    assert kernels.choose_backend(on_gpu(64), 13) == "tiled"
+
+
+@needs_compiler
+def test_without_triton_or_a_gpu_there_is_a_reason(monkeypatch):
+    if not torch.cuda.is_available() and importlib.util.find_spec("triton"):
+        assert cuda.unusable() == "no CUDA device"
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert "triton is not installed" in cuda.unusable()
+
+
+def test_triton_is_imported_by_the_first_call_only():
+    program = "import sys, sasa.kernels.triton_backend as cuda; cuda.unusable(); sys.exit('triton' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], cwd=Path(kernels.__file__).parents[2], timeout=120)
+    assert done.returncode == 0
+
+
+# ---- mutants -------------------------------------------------------------------------------------------------------
+
+LARGE, WHOLE = case(1, 8, 3, 9, 11), case(1, 8, 7, 5, 5)  # larger than the patch, in one patch
+MUTANTS = {
+    "no patch clamp": ("first = tl.maximum(first, 0)", "first = first", WHOLE),
+    "patch clamped to the first rows": (
+        "first = tl.maximum(first, 0)", "first = tl.minimum(tl.maximum(first, 0), 1)", LARGE,
+    ),
+    "flipped offset": (
+        "shift_row, shift_col = top - rows + (K - 1) // 2", "shift_row, shift_col = rows - top + (K - 1) // 2", LARGE,
+    ),
+    "flipped offset, key kernel": ("tile_row * TH - query_rows +", "query_rows - tile_row * TH +", LARGE),
+    "window of an even K the other way": ("- (K - 1) // 2, MASK)", "- K // 2, MASK)", case(1, 8, 4, 6, 5, "zero")),
+    "queries of an even K the other way": ("- K // 2, True)", "- (K - 1) // 2, True)", case(1, 8, 4, 6, 5)),
+    "no border mask, rows": ("(top + place_row < H) | (not MASK)", "place_row >= 0", case(1, 8, 3, 5, 4)),
+    "no border mask, columns": ("(left + place_col < W) | (not MASK)", "place_col >= 0", case(1, 8, 3, 4, 5)),
+    "border always masked": ("(top + place_row < H) | (not MASK)", "top + place_row < H", case(1, 8, 3, 5, 6, "zero")),
+    "swapped embeddings": ("_embedding(rel_row", "_embedding(rel_col", case(1, 8, 3, 5, 6)),
+    "swapped halves of their gradient": ("tl.where(channel < half, q, 0.0)", "tl.where(channel < half, 0.0, q)",
+                                         case(1, 8, 3, 5, 6)),
+    "no fade of the online softmax": ("total * fade", "total", case(1, 8, 3, 5, 6)),
+    "no delta": ("- mean[:, None]", "", case(1, 8, 3, 5, 6)),
+    "no scale": ("grad_k * scale", "grad_k", case(1, 8, 3, 5, 6, scale=0.25)),
+    "rows beyond the strip": ("tl.minimum(strip * STRIP + STRIP, tiles_h)", "tiles_h", case(1, 8, 3, 33, 2)),
+}  # fmt: skip
+
+
+@needs_triton
+@pytest.mark.parametrize("which", MUTANTS)
+def test_mutants_are_seen(which, interpreter, tmp_path):
+    """Each is a mistake that is easily made; the same case without it is right."""
+    old, new, c = MUTANTS[which]
+    source = (Path(cuda.__file__).parent / "triton_kernels.py").read_text()
+    assert old in source
+    check(interpreter(triton_cases.errors, c, torch.float32), torch.float32)
+    mutant = tmp_path / "mutant.py"
+    mutant.write_text(source.replace(old, new))
+    with pytest.raises(AssertionError, match="off by"):
+        check(interpreter(triton_cases.errors_of_mutant, mutant, c), torch.float32)
+
+
+# ---- builds --------------------------------------------------------------------------------------------------------
+
+LAYERS = {8: 56, 16: 28, 32: 14, 64: 7}  # head width -> map, the stages of a ResNet
+ARCHITECTURES = (80, 90, 100)
+
+
+def build(stage, width, dtype, capability, kernel_size=7, **parts):
+    side = LAYERS[width]
+    tile = tuple(cuda.table()[cuda.table_key(kernel_size, width, side, dtype)][stage]["tile"])
+    return tune.compile_stage(stage, tile, kernel_size, (width, side, side), dtype, capability=capability, **parts)
+
+
+def check_build(got):
+    assert (got.stack, got.spills) == (0, 0)
+    assert got.registers <= 255
+    assert got.shared <= 48 * 1024
+    assert got.atomics == 0
+    assert got.widest_load == 16
+
+
+@pytest.fixture(scope="module", autouse=True)
+def build_folder(tmp_path_factory):
+    """Triton keeps its builds here and not in the user's cache."""
+    before = os.environ.get("TRITON_CACHE_DIR")
+    os.environ["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
+    yield
+    if before is None:
+        del os.environ["TRITON_CACHE_DIR"]
+    else:
+        os.environ["TRITON_CACHE_DIR"] = before
+
+
+@needs_triton
+@needs_compiler
+@pytest.mark.parametrize("stage", cuda.STAGES)
+@pytest.mark.parametrize(
+    ("width", "dtype", "capability"),
+    [*((width, "bf16", 90) for width in LAYERS), (64, "bf16", 80), (64, "bf16", 100), (8, "fp16", 90)],
+)
+def test_builds_keep_to_registers_without_atomics(stage, width, dtype, capability):
+    check_build(build(stage, width, DTYPES[dtype], capability))
+
+
+@pytest.mark.slow
+@needs_triton
+@needs_compiler
+@pytest.mark.parametrize("stage", cuda.STAGES)
+@pytest.mark.parametrize("capability", ARCHITECTURES)
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("width", LAYERS)
+@pytest.mark.parametrize(
+    "parts", [{}, {"mask": False}, {"content": False}, {"relative": False}], ids=lambda p: " ".join(p) or "all"
+)
+def test_every_build_keeps_to_registers_without_atomics(parts, width, dtype, capability, stage):
+    check_build(build(stage, width, HALF[dtype], capability, **parts))
+
+
+def test_the_table_has_a_row_for_every_call():
+    for size, width, side, dtype in itertools.product(range(1, 14), range(1, 65), (1, 5, 9, 17, 500), DTYPES.values()):
+        row = cuda.table()[cuda.table_key(size, width, side, dtype)]
+        assert set(row) == set(cuda.STAGES)
+    for row in cuda.table().values():
+        for stage in row.values():
+            height, width, rows, warps = stage["tile"]
+            assert height * width >= 16  # what a product takes
+            assert all(n & (n - 1) == 0 for n in (height, width, rows, warps))
+            assert stage["registers"] <= 255
+            assert stage["shared"] <= 48 * 1024
+
+
+def test_executed_instructions_count_loops_by_their_trips():
+    lines = ["MOV R1, R2", ".L_1:", "LDG R1", ".L_2:", "@!P0 HMMA R1", "@P1 BRA `(.L_2)", "@P0 BRA `(.L_1)", "EXIT"]
+    listing = "\n".join(x if x.endswith(":") else f"        /*0010*/   {x} ;" for x in lines)
+    found = tune.executed(listing, "query", 3)
+    assert found["HMMA"] == 3
+    assert found["LDG"] == 1
+    assert found["all"] == pytest.approx(2 / cuda.STRIP + 1 + 3 * 2 + 1)
+    assert tune.executed("\n".join(listing.splitlines()[3:6]), "forward", 5)["HMMA"] == 5
+
+
+# ---- GPU -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@needs_triton
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("c", CASES, ids=label)
+def test_on_the_gpu_it_matches_the_reference(c, dtype):
+    check(triton_cases.errors(c, DTYPES[dtype], "cuda"), DTYPES[dtype])
+
+
+@pytest.mark.gpu
+@needs_triton
+@pytest.mark.parametrize("layout", triton_cases.LAYOUTS)
+def test_on_the_gpu_any_strides(layout):
+    assert max(triton_cases.errors_of_layout(SMALL, layout, "cuda").values()) < 1e-5
+
+
+@pytest.mark.gpu
+@needs_triton
+def test_on_the_gpu_calls_repeat_bit_for_bit_and_compile():
+    assert triton_cases.repeats_bit_for_bit(case(8, 16, 7, 28, 28, batch=4), torch.bfloat16, "cuda")
+    assert triton_cases.compiles_without_a_break(SMALL, "cuda") == 0
+    triton_cases.opcheck(SMALL, "cuda")
+
+
+@pytest.mark.gpu
+@needs_triton
+def test_on_the_gpu_a_call_is_captured_by_a_cuda_graph():
+    inputs, direction = triton_cases.draw(case(8, 16, 7, 28, 28, batch=4))
+    inputs = triton_cases.cast(inputs, torch.bfloat16, "cuda")
+    leaves = [x.requires_grad_() for x in inputs.values()]
+    direction = direction.to(leaves[0])
+
+    def run():
+        out = kernels.local_attention(*leaves, kernel_size=7, backend="triton")
+        return out, *torch.autograd.grad(out, leaves, direction)
+
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        wanted = run()  # builds the kernels
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = run()
+    graph.replay()
+    torch.cuda.synchronize()
+    assert all(torch.equal(x, y) for x, y in zip(got, wanted, strict=True))

@@ -1,0 +1,401 @@
+"""ablate.py: its rows beside the paper's and audit.py's, and what it runs, skips, resumes and says."""
+
+import dataclasses
+import fcntl
+import json
+import os
+import shutil
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from config import parse_command_line
+from sasa.training import run as assembly
+from sasa.training.signals import STOP_SIGNALS
+from tools import ablate, audit
+from tools.paper import DEPTHS, TABLES, Budget, Row, Run, rows, run_name, unique, varied
+
+ROOT = Path(__file__).resolve().parents[2]
+NUMBERED = ("1", "3", "4", "5", "6", "7")
+# PAPER: top-1 of tables 1 (by row, then depth) and 3 to 7 of arXiv 1906.05909, and of the port's README.
+TOP1 = {
+    "1": (74.5, 76.2, 76.9, 75.8, 77.1, 77.4, 74.8, 76.9, 77.6),
+    "3": (80.2, 80.7, 80.7, 80.2, 79.5, 79.7, 79.6, 79.9),
+    "4": (76.4, 77.2, 77.4, 77.7, 77.6),
+    "5": (77.6, 78.2, 80.2),
+    "6": (76.9, 77.4),
+    "7": (76.2, 77.2, 77.6),
+    "seed": (90.94, 94.29, 90.22, 89.46, 94.93, None),
+}
+
+
+def measured(row, form: str, classes: int, side: int) -> tuple[int, int]:
+    """Parameters and FLOPs of the network that the row's train.py line builds."""
+    config = dataclasses.replace(Run(row, 0).config(Budget("CIFAR10")), form=form)
+    with torch.device("meta"), audit._NoInitialisation():
+        model = assembly.build_model(config, classes)
+    return audit.count_parameters(model), audit.count_flops(model, side).total
+
+
+# ---- the rows -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("table", TOP1)
+def test_the_rows_carry_the_printed_top1(table):
+    assert tuple(row.paper.top1_pct for row in TABLES[table].rows) == TOP1[table]
+
+
+@pytest.mark.parametrize("table", NUMBERED)
+def test_the_rows_build_the_papers_networks_and_carry_its_costs(table):
+    """On the paper's networks, as audit.py counts them; m = 4 stands for both of its rows of the full stem."""
+    audited = {
+        (r.name, r.label.removesuffix(", m = 4")): r for r in audit.TABLES[int(table)].rows if "8" not in r.label
+    }
+    chosen = rows(TABLES[table], None if table == "1" else "ResNet50")
+    assert {(row.model, row.label) for row in chosen} == audited.keys() and len(chosen) == len(TOP1[table])
+    for row in chosen:
+        theirs = audited[row.model, row.label]
+        assert (row.paper.gflops, row.paper.mparams) == (theirs.gflops, theirs.params)
+        assert measured(row, "imagenet", 1000, 224) == (
+            audit._measure(theirs.name, tuple(sorted(theirs.options.items())), 224)[0],
+            audit._measure(theirs.name, tuple(sorted(theirs.options.items())), 224)[1].total,
+        )
+
+
+def test_the_ports_rows_build_its_networks():
+    for row in TABLES["seed"].rows:
+        parameters, _ = measured(row, "small", 10, 32)
+        assert abs(parameters / 1e6 - row.paper.mparams) < 0.06, row  # printed cut or rounded, with 1 or 2 decimals
+
+
+def test_each_row_of_the_recipe_changes_one_thing():
+    base, *others = rows(TABLES["recipe"], "ResNet26")
+    changes = []
+    for row in others:
+        ours, default = (Run(r, 0).config(Budget("DIGITS")).to_dict() for r in (row, base))
+        changes.append({key for key in ours if ours[key] != default[key]})
+    sgd, stem = {"optimizer", "lr", "weight_decay"}, {"stem"}
+    assert [c for c in changes if len(c) > 1] == [sgd, sgd, stem | {"stem_window"}]
+    assert {key for c in changes if len(c) == 1 for key in c} == {
+        "lr", "embedding_std", "scale", "embedding_weight_decay", "zero_init_residual", "stem",
+    }  # fmt: skip
+    assert others[-1].base == "--stem"  # so this one changes one thing, too
+
+
+def test_rows_that_tables_share_are_one_run_and_others_have_names_of_their_own():
+    chosen = [row for table in TABLES.values() for row in rows(table, "ResNet26")]
+    different = unique(chosen)
+    # 3 + 8 + 5 + 3 + 2 + 3 + 3 + 12 rows; the default is in all of 1, 3, 4, 5, 6, seed, recipe
+    assert len(chosen) == 39 and len(different) == 39 - 6 - 1 - 3
+    configs = {str(Run(row, 0).config(Budget("DIGITS"))) for row in different}
+    assert len(configs) == len({run_name(row, 0) for row in different}) == len(different)
+
+
+def test_what_rows_vary_is_what_they_or_their_bases_set():
+    assert varied(rows(TABLES["6"], "ResNet26")) == {"content"}
+    assert varied([Row("conv stem", "--kernel-size 5", base="--stem")]) == {"kernel_size", "stem"}
+
+
+def test_a_depth_cuts_the_tables_whose_rows_name_their_networks():
+    assert [len(rows(TABLES["1"], depth)) for depth in (None, *DEPTHS)] == [9, 3, 3, 3]
+    assert [len(rows(TABLES["seed"], depth)) for depth in (None, *DEPTHS)] == [6, 3, 2, 1]
+
+
+def test_a_budgets_folder_does_not_depend_on_how_its_flags_are_written():
+    assert Budget("DIGITS").name() == "digits"
+    assert Budget("DIGITS", ("--epochs", "12", "--save-minutes", "2")).name() == "digits"  # the recipe's; free
+    one = Budget("FashionMNIST", ("--epochs", "3", "--train-images", "10000"))
+    other = Budget("FashionMNIST", ("--train-images", "10000", "--num-workers", "1", "--epochs", "03"))
+    assert one.name() == other.name() == "fashionmnist-train-images-10000-epochs-3"
+    assert Budget("DIGITS", ("--holdout", "100", "--lr", "2e-3")).name() == "digits-holdout-100-lr-0.002"
+    assert Budget("DIGITS", ("--holdout", "0.5")).name() == "digits-holdout-0.5"
+    assert Budget("DIGITS", ("--max-steps", "2")).name() == "digits-max-steps-2"  # cut runs are no whole ones
+    switches = Budget("DIGITS", ("--randaugment", "--no-progress", "--border", "ZERO")).words()
+    assert switches == ["--border", "zero", "--randaugment"]
+
+
+@pytest.mark.parametrize(
+    "flags",
+    ["--no-zero-init-residual", "--zero-init-residual", "--attention-stages", "--attention-stages 2 3", "--no-content",
+     "--grouped", "--lr 1e-5 --ema 0", "--holdout 0.25 --img-size 16", "--recipe paper --optimizer adamw"],
+)  # fmt: skip
+def test_a_budgets_words_are_flags_that_say_the_same(flags):
+    dataset = "CIFAR10" if "--no-" in flags else "IMAGENET"  # where it is not the recipe's
+    budget = Budget(dataset, tuple(flags.split()))
+    again = Budget(dataset, tuple(budget.words()))
+    assert budget.given() and again.given() == budget.given() and again.words() == budget.words()
+
+
+# ---- running, with a train.py that scores at once -------------------------------------------------------------------
+
+STUB = """
+import json, signal, sys, time
+from pathlib import Path
+sys.path.insert(0, {root!r})
+from config import parse_command_line, resolve
+command = parse_command_line(sys.argv[1:])
+config = resolve(command.given, command.given["dataset"])
+folder, notes = Path(config.output_dir, config.name), Path({notes!r})
+assert command.resume == ""
+with open(notes / "calls", "a") as file:
+    file.write(config.name + chr(10))
+(folder / "config.json").write_text(json.dumps(config.to_dict()))
+if (notes / ("fail-" + config.name)).exists():
+    sys.exit("train.py: it broke")
+if (notes / ("wait-" + config.name)).exists():
+    signal.signal(signal.SIGTERM, lambda *_: ((notes / "terminated").touch(), sys.exit(75)))
+    (notes / "waiting").touch()
+    time.sleep(60)
+(folder / "last.pt").touch()
+(folder / "log.jsonl").write_text(json.dumps(dict(epoch=1, val_top1_pct=90.0)) + chr(10))
+(folder / "summary.json").write_text(json.dumps(dict(
+    test_top1_pct=90.0 + config.seed, test_images=360, epochs=1, seconds=2.0, parameters=7, flops_per_image=5,
+    selected="the last epoch (none held out)", device="cpu", torch="0")))
+"""
+
+
+class Stubbed:
+    """Runs ablate.py in this process on a stub of train.py; `calls` are the runs that it has started since the last."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        (folder / "train.py").write_text(STUB.format(root=str(ROOT), notes=str(folder)))
+
+    def __call__(self, *flags: str) -> int:
+        (self.folder / "calls").write_text("")
+        handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+        try:
+            return ablate.main([*flags, "--dataset", "DIGITS", "--output-dir", str(self.folder / "out")])
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+
+    @property
+    def calls(self) -> list[str]:
+        return (self.folder / "calls").read_text().split()
+
+    def run_folder(self, name: str) -> Path:
+        return self.folder / "out" / "digits" / name
+
+
+@pytest.fixture
+def stubbed(tmp_path, monkeypatch):
+    monkeypatch.setattr(ablate, "HERE", tmp_path)
+    return Stubbed(tmp_path)
+
+
+TABLE_6 = ["resnet26-no-content-seed0", "resnet26-seed0"]
+
+
+def test_what_is_done_is_skipped_and_a_deleted_run_is_the_only_one_made_again(stubbed, capsys):
+    assert stubbed("--table", "6") == 0 and stubbed.calls == TABLE_6
+    assert not list(stubbed.run_folder(TABLE_6[0]).glob("*.pt"))
+    out = capsys.readouterr().out
+    assert "| q.r only | 7 | 0.0 | 90.00 | 1 | +0.00 | 2 | 76.9 | 6.1 | 16.7 |" in out
+    assert {p.name for p in (stubbed.folder / "out/digits").glob("table*")} == {"tables.md", "table-6-resnet26.csv"}
+    assert stubbed("--table", "6") == 0 and stubbed.calls == []
+    shutil.rmtree(stubbed.run_folder("resnet26-seed0"))
+    assert stubbed("--table", "6", "--keep-weights") == 0 and stubbed.calls == ["resnet26-seed0"]
+    assert (stubbed.run_folder("resnet26-seed0") / "last.pt").exists()
+    assert stubbed("--table", "6", "5", "--seeds", "2") == 0
+    assert stubbed.calls == [
+        "resnet26-position-none-seed0", "resnet26-position-absolute-seed0", "resnet26-no-content-seed1",
+        "resnet26-seed1", "resnet26-position-none-seed1", "resnet26-position-absolute-seed1",
+    ]  # fmt: skip
+    assert json.loads((stubbed.folder / "out/digits/ablation.json").read_text())["tables"] == [
+        ["6", "ResNet26"], ["5", "ResNet26"],
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", ["no summary", "half a summary", "cut by --max-steps"])
+def test_what_is_not_whole_is_not_done(stubbed, damage):
+    assert stubbed("--table", "6") == 0
+    folder = stubbed.run_folder("resnet26-seed0")
+    config = json.loads((folder / "config.json").read_text())
+    if damage == "no summary":
+        (folder / "summary.json").unlink()
+    elif damage == "half a summary":
+        (folder / "summary.json").write_text('{"test_top1_pct": 9')
+    else:
+        (folder / "config.json").write_text(json.dumps(config | {"max_steps": 2}))
+    assert stubbed("--table", "6") == 0 and stubbed.calls == ["resnet26-seed0"]
+
+
+def test_a_folder_with_a_run_of_another_configuration_is_said_and_left_alone(stubbed, capsys):
+    """train.py --resume would go on with the values in the folder."""
+    assert stubbed("--table", "6") == 0
+    path = stubbed.run_folder("resnet26-seed0") / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"lr": 1.0, "data_dir": "elsewhere"}))
+    capsys.readouterr()
+    assert stubbed("--table", "6", "--dry-run") == 0
+    captured = capsys.readouterr()
+    assert captured.out == "" and "another configuration (lr): delete it" in captured.err
+    assert stubbed("--table", "6") == 1 and stubbed.calls == []
+    error = capsys.readouterr().err
+    assert "another configuration (lr): delete it" in error and error.count("\n") == 1
+    shutil.rmtree(path.parent)
+    assert stubbed("--table", "6") == 0 and stubbed.calls == ["resnet26-seed0"]
+
+
+def test_runs_that_make_no_table_are_one_line_and_exit_2(stubbed, capsys):
+    assert stubbed("--table", "6") == 0
+    path = stubbed.run_folder("resnet26-no-content-seed0") / "summary.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"test_images": 7}))
+    with pytest.raises(SystemExit) as end:
+        stubbed("--table", "6", "--seeds", "2")
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and error.count("\n") == 1 and "cannot be compared" in error
+    assert stubbed.calls == []  # said before anything is run
+
+
+def test_a_run_older_than_a_field_is_done_where_the_field_has_its_default(stubbed):
+    assert stubbed("--table", "6") == 0
+    path = stubbed.run_folder("resnet26-seed0") / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({key: value for key, value in config.items() if key != "train_images"}))
+    assert stubbed("--table", "6") == 0 and stubbed.calls == []
+
+
+def test_a_failed_run_is_said_the_others_are_made_and_it_is_tried_again(stubbed, capsys):
+    (stubbed.folder / f"fail-{TABLE_6[0]}").touch()
+    assert stubbed("--table", "6") == 1 and stubbed.calls == TABLE_6
+    captured = capsys.readouterr()
+    assert captured.err.strip() == f"ablate.py: {TABLE_6[0]} failed, exit code 1: train.py: it broke"
+    assert "| q.r only | - | - | - | 0 | - | - |" in captured.out
+    assert "`python -m tools.ablate --table 6 --dataset DIGITS --seeds 1 --model-name ResNet26`" in captured.out
+    (stubbed.folder / f"fail-{TABLE_6[0]}").unlink()
+    assert stubbed("--table", "6") == 0 and stubbed.calls == TABLE_6[:1]
+    assert "it broke" in (stubbed.run_folder(TABLE_6[0]) / "output.txt").read_text()  # kept
+
+
+@pytest.mark.parametrize("jobs", ["1", "2"])
+def test_a_signal_ends_the_open_runs_with_75_and_the_same_command_goes_on(stubbed, capsys, jobs):
+    for name in TABLE_6:
+        (stubbed.folder / f"wait-{name}").touch()
+    locked = []
+
+    def stop():
+        while not (stubbed.folder / "waiting").exists():
+            time.sleep(0.01)
+        time.sleep(0.3)
+        with open(stubbed.run_folder(TABLE_6[0]) / ".lock") as lock:  # by train.py: ablate.py has closed its own
+            try:
+                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                locked.append(True)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=stop, daemon=True).start()
+    assert stubbed("--table", "6", "--jobs", jobs) == 75
+    assert sorted(stubbed.calls) == TABLE_6[: int(jobs)]
+    assert locked and (stubbed.folder / "terminated").exists()  # by SIGTERM, so that a run can save
+    captured = capsys.readouterr()
+    assert captured.out.count("stopped, the same command goes on") == int(jobs) and captured.err == ""
+    for name in TABLE_6:
+        (stubbed.folder / f"wait-{name}").unlink()
+    assert stubbed("--table", "6") == 0 and stubbed.calls == TABLE_6
+
+
+def test_a_run_that_another_process_is_at_is_left_to_it(stubbed, capsys):
+    folder = stubbed.run_folder("resnet26-seed0")
+    folder.mkdir(parents=True)
+    with open(folder / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert stubbed("--table", "6") == 0 and stubbed.calls == TABLE_6[:1]
+    assert "resnet26-seed0: another process is at it" in capsys.readouterr().out
+    assert stubbed("--table", "6") == 0 and stubbed.calls == TABLE_6[1:]
+
+
+def test_dry_run_prints_the_lines_of_what_is_left_and_changes_nothing(stubbed, capsys):
+    assert stubbed("--table", "6", "--dry-run", "--data-dir", "here") == 0
+    assert not (stubbed.folder / "out").exists()
+    lines = capsys.readouterr().out.splitlines()
+    commands = [parse_command_line(line.removeprefix("python train.py ").split()) for line in lines]
+    assert [command.given["content"] for command in commands if "content" in command.given] == [False]
+    assert all(c.resume == "" and c.given["data_dir"] == "here" and c.given["seed"] == 0 for c in commands)
+    assert stubbed("--table", "6") == 0
+    capsys.readouterr()
+    assert stubbed("--table", "6", "--seeds", "2", "--dry-run") == 0
+    assert [line.split("--name ")[1].split()[0] for line in capsys.readouterr().out.splitlines()] == [
+        "resnet26-no-content-seed1", "resnet26-seed1",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("flags", "networks"),
+    [
+        ("--table 1 --dataset DIGITS", sorted(DEPTHS * 3)),
+        ("--table 1 --dataset DIGITS --model-name resnet38", ["ResNet38"] * 3),
+        ("--table 6 --dataset CIFAR10", ["ResNet26"] * 2),
+        ("--table 6 --dataset IMAGENET", ["ResNet50"] * 2),
+        ("--table 6 --dataset FOLDER --model-name ResNet26", ["ResNet26"] * 2),
+    ],
+)
+def test_the_networks_of_a_table(flags, networks, tmp_path, capsys):
+    assert ablate.main([*flags.split(), "--dry-run", "--output-dir", str(tmp_path)]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert sorted(words[words.index("--model-name") + 1] for words in lines) == networks
+
+
+def test_threads_and_flags_after_the_dashes_reach_the_runs(stubbed, monkeypatch):
+    started = []
+
+    def popen(command, env, **options):
+        started.append((command[1:], env.get("OMP_NUM_THREADS")))
+        raise KeyboardInterrupt  # far enough
+
+    monkeypatch.setattr(ablate.subprocess, "Popen", popen)
+    with pytest.raises(KeyboardInterrupt):
+        stubbed("--table", "6", "--threads", "3", "--epochs", "5", "--data-dir", "d")
+    (command, threads), given = started[0], parse_command_line(started[0][0][1:]).given
+    assert threads == "3" and command[0] == str(stubbed.folder / "train.py")
+    assert (given["epochs"], given["data_dir"], given["content"], given["progress"]) == (5, "d", False, False)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--table 2", "invalid choice"),
+        ("--table 5 --seeds 0", "at least 1"),
+        ("--table 5 --model-name NaiveResNet26", "invalid choice"),
+        ("--table 5 -- --seed 3", "--seed after --"),
+        ("--table 5 -- --overwrite", "--overwrite after --"),
+        ("--table 5 -- --lr -1", "--lr -1"),
+        ("--table 5 -- --epochs 3", "--epochs after --"),
+        ("--table 5 -- --warmup-epochs 99", "--warmup-epochs 99"),
+        ("--table 6 -- --position none", "--no-content leaves no logits"),
+        ("--table 5 -- --position none", "--position after --: rows of --table 5 set it"),
+        ("--table 4 1 -- --stem", "--stem after --: rows of --table 4 1 set it"),
+        ("--table 6 -- --no-content", "--no-content after --: rows"),
+        ("--table recipe -- --no-zero-init-residual", "--no-zero-init-residual after --: rows"),
+    ],
+)
+def test_wrong_usage_is_one_line_and_exit_2(capsys, tmp_path, monkeypatch, flags, words):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as end:
+        ablate.main(flags.split())
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and error.count("\n") == 1 and words in error, error
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_real_train_py_runs_is_cut_and_is_not_run_again(tmp_path, capsys):
+    """Two steps of a row of Table 6, by subprocess."""
+    flags = ["--table", "6", "--epochs", "1", "--threads", "1", "--output-dir", str(tmp_path), "--dataset", "digits"]
+    shared = ["--", "--max-steps", "2", "--batch-size", "4"]
+    folder = tmp_path / "digits-epochs-1-batch-size-4-max-steps-2"
+    handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    try:
+        assert ablate.main([*flags, *shared]) == 0
+        first = (folder / "resnet26-seed0" / "summary.json").read_bytes()
+        assert ablate.main([*flags, *shared]) == 0
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    assert (folder / "resnet26-seed0" / "summary.json").read_bytes() == first
+    assert capsys.readouterr().out.count("done before") == 2
+    assert (folder / "table-6-resnet26.csv").read_text().count("8306442,") == 1

@@ -1,0 +1,270 @@
+"""report.py and plot.py: the arithmetic of a table, and that results/ is what its runs say."""
+
+import csv
+import json
+import shutil
+import statistics
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from tools import ablate, plot, report
+from tools.paper import TABLES, Budget, Run, rows, run_name
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = sorted(path.parent for path in (ROOT / "results").glob("*/ablation.json"))
+README = f"# Title\n\nbefore\n\n{report.BEGIN}\nreplaced words\n{report.END}\n\nafter\n"
+
+
+def make_run(folder: Path, row, seed: int, top1: float, **changes) -> None:
+    """A finished run of one epoch that scored top1."""
+    path = folder / run_name(row, seed)
+    path.mkdir(parents=True)
+    config = Run(row, seed).config(Budget("DIGITS")).to_dict()
+    summary = {
+        "test_top1_pct": top1,
+        "test_images": 400,
+        "epochs": 1,
+        "seconds": 10.0 + seed,
+        "parameters": 1234567,
+        "flops_per_image": 2500000,
+        "selected": "the last epoch (none held out)",
+        "device": "cpu",
+        "torch": "2",
+    }
+    (path / "config.json").write_text(json.dumps(config | {"data_dir": "/secret/data", "output_dir": "/secret/runs"}))
+    (path / "summary.json").write_text(json.dumps(summary | changes))
+    (path / "log.jsonl").write_text(json.dumps({"epoch": 1, "val_top1_pct": top1}) + "\n")
+
+
+@pytest.fixture
+def made(tmp_path):
+    """Table 5 on ResNet26: three seeds of "relative", two of "none", no "absolute"."""
+    none, _, relative = rows(TABLES["5"], "ResNet26")
+    folder = tmp_path / "runs" / "digits"
+    for seed, top1 in enumerate((90.0, 92.0, 97.0)):
+        make_run(folder, relative, seed, top1)
+    for seed, top1 in enumerate((80.0, 83.0)):
+        make_run(folder, none, seed, top1)
+    report.remember(folder, Budget("DIGITS"), [("5", "ResNet26")])
+    return folder
+
+
+def test_a_table_in_markdown_and_csv_by_hand(made):
+    report.write_beside(made)
+    text = (made / "tables.md").read_text()
+    # by hand: mean 93, variance ((-3)^2 + (-1)^2 + 4^2) / 2 = 13; 81.5 and sqrt(4.5); differences -10 and -9:
+    # their deviation sqrt(0.5), the interval 12.706 * sqrt(0.5) / sqrt(2) = 6.353
+    assert "| relative | 1,234,567 | 2.5 | 93.00 +- 3.61 | 3 | base | 11 | 80.2 | 7.0 | 18.0 |" in text
+    assert "| none | 1,234,567 | 2.5 | 81.50 +- 2.12 | 2 | **-9.50 +- 6.35** | 10 | 77.6 | 6.9 | 18.0 |" in text
+    assert "| absolute | - | - | - | 0 | - | - | 78.2 | 6.9 | 18.0 |" in text
+    assert "Missing runs: `python -m tools.ablate --table 5 --dataset DIGITS --seeds 3 --model-name ResNet26`" in text
+    assert (
+        "5 runs of DIGITS, 1 epochs each, on cpu with torch 2. Top-1 on the 400 test images (one is 0.25 points)"
+        in text
+    )
+    with open(made / "table-5-resnet26.csv", newline="") as file:
+        none, absolute, relative = csv.DictReader(file)
+    assert (none["seeds"], none["difference_n"], absolute["n"], relative["difference_n"]) == ("0 1", "2", "0", "0")
+    assert (none["base"], relative["base"]) == ("resnet26", "")
+    assert float(none["difference_points"]) == -9.5 and float(relative["test_top1_pct_std"]) == pytest.approx(13**0.5)
+    assert relative["runs"] == "resnet26-seed0 resnet26-seed1 resnet26-seed2"
+
+
+@pytest.mark.parametrize(
+    ("selected", "said"),
+    [
+        ("the last epoch (no images held out to select by)", "of the last epoch; mean"),
+        ("best top-1 (81.40%) on 500 held-out training images, epoch 4",
+         "of the epoch that was best on 500 held-out training images; mean"),
+    ],
+)  # fmt: skip
+def test_the_caption_says_which_weights_were_scored(tmp_path, selected, said):
+    make_run(tmp_path, rows(TABLES["5"], "ResNet26")[2], 0, 90.0, selected=selected)
+    report.remember(tmp_path, Budget("DIGITS"), [("5", "ResNet26")])
+    assert said in report.caption(report.read(tmp_path))
+
+
+@pytest.mark.parametrize(("scores", "cell"), [((80.0, 82.0), "**-10.00 +- 0.00**"), ((80.0, 93.0), "-4.50 +- 69.88")])
+def test_an_interval_that_leaves_out_0_is_bold_also_of_width_0(made, scores, cell):
+    for seed, top1 in enumerate(scores):
+        shutil.rmtree(made / f"resnet26-position-none-seed{seed}")
+        make_run(made, rows(TABLES["5"], "ResNet26")[0], seed, top1)
+    assert f"| {cell} |" in report.markdown(report.read(made), "5", "ResNet26")
+
+
+def test_a_row_without_a_run_of_its_base_has_no_difference(made):
+    for seed in range(3):
+        shutil.rmtree(made / f"resnet26-seed{seed}")
+    text = report.markdown(report.read(made), "5", "ResNet26")
+    assert "| none | 1,234,567 | 2.5 | 81.50 +- 2.12 | 2 | - | 10 |" in text and "| base |" not in text
+
+
+def test_one_seed_has_no_spread_and_many_have_students_interval():
+    assert report.spread([3.0]) == (3.0, None, 1) and report.interval([3.0]) is None
+    values = [1.0, 2.0, 3.0, 4.0]
+    assert report.interval(values) == pytest.approx(3.182 * statistics.stdev(values) / 2)
+    assert report.interval(values * 5) == pytest.approx(2.262 * statistics.stdev(values * 5) / 20**0.5)
+
+
+def test_seeds_are_not_mixed_up_with_longer_names(made):
+    """resnet26-seed1 is neither of resnet26-seed11 nor of resnet26-stem-seed1."""
+    relative = rows(TABLES["5"], "ResNet26")[2]
+    make_run(made, relative, 11, 90.0)
+    make_run(made, rows(TABLES["7"], "ResNet26")[2], 5, 90.0)
+    assert report.seeds_of(report.read(made), relative) == [0, 1, 2, 11]
+
+
+def test_runs_of_other_moving_averages_make_no_table(made):
+    path = made / "resnet26-seed0" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"ema": 0.5}))
+    with pytest.raises(report.ReportError, match=r"cannot be compared, ema"):
+        report.read(made)
+
+
+@pytest.mark.parametrize("change", [{"epochs": 2}, {"test_images": 12}])
+def test_runs_of_other_lengths_or_test_sets_make_no_table(made, change, capsys):
+    make_run(made, rows(TABLES["5"], "ResNet26")[2], 9, 90.0, **change)
+    with pytest.raises(report.ReportError, match=r"cannot be compared.*resnet26-seed9"):
+        report.read(made)
+
+
+def test_adding_takes_small_files_without_paths_and_check_finds_what_is_not_up_to_date(made, tmp_path, capsys):
+    results, readme = tmp_path / "results", tmp_path / "README.md"
+    readme.write_text(README)
+    where = ["--results", str(results), "--readme", str(readme)]
+    (made / "resnet26-seed0" / "last.pt").write_bytes(b"large")
+    (made / "resnet26-seed8").mkdir()  # begun, not done
+    assert report.main([*where, "--add", str(made)]) == 0
+    target = results / "digits"
+    assert {path.name for path in (target / "resnet26-seed0").iterdir()} == {"config.json", "log.jsonl", "summary.json"}
+    assert not (target / "resnet26-seed8").exists()
+    assert not any("secret" in path.read_text() for path in target.glob("*/*"))
+    text = readme.read_text()
+    assert text.startswith("# Title\n\nbefore\n\n") and text.endswith("\n\nafter\n") and "replaced words" not in text
+    assert "93.00 +- 3.61" in text
+    assert report.main([*where, "--check"]) == 0
+
+    def found() -> str:
+        capsys.readouterr()
+        assert report.main([*where, "--check"]) == 1
+        return capsys.readouterr().out
+
+    readme.write_text(text.replace("93.00", "99.00"))
+    assert "README.md: not up to date" in found()
+    readme.write_text(text)
+    summary = target / "resnet26-seed0" / "summary.json"
+    summary.write_text(summary.read_text().replace("90.0", "91.0"))
+    assert "table-5-resnet26.csv" in found()
+    assert report.main(where) == 0 and report.main([*where, "--check"]) == 0
+    (target / "table-4-resnet26.csv").write_text("")
+    assert "table-4-resnet26.csv: no table" in found()
+    (target / "table-4-resnet26.csv").unlink()
+    (target / "notes.md").write_text("A finding.\n")
+    assert "README.md" in found()
+    assert report.main(where) == 0 and "A finding." in readme.read_text()
+
+
+def test_adding_again_keeps_the_tables_that_were_there(made, tmp_path):
+    results = tmp_path / "results"
+    report.add(made, results)
+    (made / "ablation.json").unlink()
+    report.remember(made, Budget("DIGITS"), [("4", "ResNet26")])
+    report.add(made, results)
+    assert report.read(results / "digits").tables == [("5", "ResNet26"), ("4", "ResNet26")]
+
+
+@pytest.mark.parametrize("what", ["folder", "markers"])
+def test_what_is_no_folder_of_runs_or_no_readme_is_one_line(made, tmp_path, capsys, what):
+    readme = tmp_path / "README.md"
+    readme.write_text(README if what == "folder" else "nothing")
+    source = tmp_path if what == "folder" else made
+    flags = ["--results", str(tmp_path / "results"), "--readme", str(readme), "--add", str(source)]
+    assert report.main(flags) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("report.py: error: ") and error.count("\n") == 1
+
+
+# ---- the results of this repository ---------------------------------------------------------------------------------
+
+
+def test_results_are_up_to_date(capsys):
+    assert report.main(["--check"]) == 0, capsys.readouterr().out
+
+
+@pytest.mark.parametrize("folder", RESULTS, ids=lambda path: path.name)
+def test_each_run_is_of_the_configuration_that_its_name_says(folder):
+    about = json.loads((folder / "ablation.json").read_text())
+    budget = Budget(about["dataset"], tuple(about["flags"]))
+    assert folder.name == budget.name()
+    named = {}
+    for table, model in about["tables"]:
+        named |= {run_name(row, seed): Run(row, seed) for row in rows(TABLES[table], model) for seed in range(20)}
+    for path in (path for path in folder.iterdir() if path.is_dir()):
+        config, summary = (json.loads((path / name).read_text()) for name in ("config.json", "summary.json"))
+        assert ablate.differing(config, named[path.name].config(budget)) == [], path
+        log = [json.loads(line) for line in (path / "log.jsonl").read_text().splitlines()]
+        assert [row["epoch"] for row in log] == list(range(1, summary["epochs"] + 1))
+        assert summary["epochs"] == config["epochs"] and log[-1]["step"] == summary["steps"]
+        if config["holdout"]:
+            best = max(row["val_top1_pct"] for row in log)
+            assert f"best top-1 ({best:.2f}%) on {config['holdout']:.0f} held-out" in summary["selected"]
+        else:
+            assert summary["test_top1_pct"] == pytest.approx(log[-1]["val_top1_pct"])
+        assert not set(report.PATHS) & config.keys()
+
+
+# ---- pictures -------------------------------------------------------------------------------------------------------
+
+
+def test_the_pictures_are_drawn(made):
+    pytest.importorskip("matplotlib")
+    from PIL import Image
+
+    assert plot.main([str(made)]) == 0
+    for name in report.PICTURES:
+        with Image.open(made / name) as picture:
+            assert picture.width > 1000 and len(picture.convert("RGB").getcolors(1 << 20)) > 20
+    report.remember(made, Budget("DIGITS"), [(table, "ResNet26") for table in ("3", "recipe")])
+    assert plot.main([str(made)]) == 0
+
+
+def test_a_folder_of_the_recipe_alone_has_curves_and_says_so(made, capsys):
+    pytest.importorskip("matplotlib")
+    (made / "ablation.json").unlink()
+    report.remember(made, Budget("DIGITS", ("--holdout", "9")), [("recipe", "ResNet26")])
+    (made / "accuracy.png").touch()
+    assert plot.main([str(made)]) == 0
+    assert capsys.readouterr().out == f"wrote {made / 'curves.png'}\n" and not (made / "accuracy.png").exists()
+
+
+def test_the_learning_curve_is_the_logs(made):
+    folder = report.read(made)
+    assert plot.errors(folder, rows(TABLES["5"], "ResNet26")[2]) == [(1, [10.0, 8.0, 3.0])]
+
+
+def test_labels_stand_apart_in_their_order_and_near_their_lines():
+    placed = plot.apart([0.5, 0.1, 0.51, 0.5], 0.1, 0.0, 1.0)
+    assert placed[1] == pytest.approx(0.1)
+    ordered = [placed[0], placed[3], placed[2]]
+    assert [b - a for a, b in pairwise(ordered)] == pytest.approx([0.1, 0.1])
+    assert sum(ordered) / 3 == pytest.approx(0.505, abs=0.006)
+    assert plot.apart([0.99, 1.0], 0.1, 0.0, 1.0) == pytest.approx([0.9, 1.0])
+
+
+def test_without_matplotlib_one_line_says_what_to_install(made, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert plot.main([str(made)]) == 1
+    error = capsys.readouterr().err
+    assert error == "plot.py: error: matplotlib is missing: pip install -r requirements-plot.txt\n"
+    assert not list(made.glob("*.png"))
+
+
+def test_a_folder_without_a_done_run_has_no_picture(made, capsys):
+    pytest.importorskip("matplotlib")
+    for path in made.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+    assert plot.main([str(made)]) == 2 and "no run in it is done" in capsys.readouterr().err

@@ -1,0 +1,265 @@
+"""Run the rows of the paper's tables by train.py, resume what was interrupted, and print what they scored.
+
+    python -m tools.ablate --table 5 --dataset DIGITS --seeds 3
+    python -m tools.ablate --table 1 seed --model-name ResNet26 --dataset FashionMNIST -- --train-images 10000
+
+What all runs share (data set, epochs, the flags after --) names the folder that they are in, so that runs in one folder
+are comparable; rows that several tables share are run once. Every run is a train.py of its own with --resume: the same
+command goes on after any kind of end, leaves alone what is done, and two of them at a time share the work.
+
+Exit codes: 0 all done, or left to another ablate.py that is at it; 1 a run failed (the others were run); 2 wrong usage,
+or runs that make no table; 75 stopped by a signal, go on with the same command.
+"""
+
+import argparse
+import dataclasses
+import fcntl
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from config import DATASETS, MODELS, USAGE_ERROR, Command, Config, ConfigError, parse_command_line
+from sasa.training.signals import StopRequest
+from tools.paper import DEPTHS, TABLES, Budget, Run, read_json, rows, unique, varied
+from tools.report import ReportError, markdown, read, remember, write_beside
+
+HERE = Path(__file__).resolve().parents[1]
+STOPPED = 75  # train.py's, and this one's
+POLL_SECONDS = 0.1
+OWN = ("model_name", "dataset", "data_dir", "seed", "output_dir", "name")  # flags that this command sets
+SETTLED = ("form", "img_size", "amp", "ema")  # fields that a run fills in at its start where they are "auto" or None
+OUTPUT = "output.txt"  # what a run has printed
+
+
+# ---- what is there --------------------------------------------------------------------------------------------------
+
+
+def is_done(folder: Path, config: Config) -> bool:
+    """Whether the folder holds the whole summary of a run of this configuration."""
+    saved, summary = read_json(folder / "config.json"), read_json(folder / "summary.json")
+    if saved is None or summary is None or saved.get("max_steps") != config.max_steps:
+        return False
+    return not differing(saved, config)
+
+
+def differing(saved: dict[str, Any], config: Config) -> list[str]:
+    """The fields in which a run's config.json differs from `config` and that can change its result.
+
+    A field that is younger than the run counts as its default.
+    """
+    ours = config.to_dict()
+    names = []
+    for f in dataclasses.fields(Config):
+        open_value = f.name in SETTLED and ours[f.name] in ("auto", None)
+        if not f.metadata["free"] and not open_value and saved.get(f.name, f.default) != ours[f.name]:
+            names.append(f.name)
+    return names
+
+
+def other_run(folder: Path, config: Config) -> str | None:
+    """Why the run in the folder is not gone on with, as train.py --resume keeps its values; None where it can be."""
+    names = differing(read_json(folder / "config.json") or config.to_dict(), config)
+    if not names:
+        return None
+    return f"{folder} holds a run of another configuration ({', '.join(names)}): delete it, or --output-dir"
+
+
+# ---- running --------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Work:
+    """The runs to make and how; what became of them."""
+
+    runs: dict[Run, Config]
+    budget: Budget
+    folder: Path
+    data_dir: str | None = None
+    jobs: int = 1
+    threads: int | None = None
+    keep_weights: bool = False
+    failures: dict[str, str] = dataclasses.field(default_factory=dict)
+    stop: StopRequest = dataclasses.field(default_factory=StopRequest)
+
+    def command(self, run: Run) -> list[str]:
+        """The run's line, from train.py on."""
+        where = ["--output-dir", str(self.folder), "--name", run.name, "--no-progress", "--resume"]
+        return ["train.py", *run.flags(self.budget), *(["--data-dir", self.data_dir] if self.data_dir else []), *where]
+
+    def say(self, run: Run, text: str) -> None:
+        place = list(self.runs).index(run) + 1
+        print(f"[{place:{len(str(len(self.runs)))}}/{len(self.runs)}] {run.name}: {text}", flush=True)
+
+    def fail(self, run: Run, why: str) -> None:
+        self.failures[run.name] = why
+        self.say(run, f"FAILED, {why}")
+
+
+def run_all(work: Work) -> None:
+    """Every run that is not done, `jobs` at a time; on a signal the open ones save and end."""
+    work.stop.install()
+    waiting, open_runs, told = list(work.runs), {}, False
+    while open_runs or (waiting and work.stop.received is None):
+        while waiting and len(open_runs) < work.jobs and work.stop.received is None:
+            run = waiting.pop(0)
+            process = start(work, run)
+            if process is not None:
+                open_runs[run] = process
+        if work.stop.received is not None and not told:
+            told = True
+            for process in open_runs.values():
+                process.send_signal(signal.SIGTERM)
+        time.sleep(POLL_SECONDS if open_runs else 0)
+        for run in [run for run, process in open_runs.items() if process.poll() is not None]:
+            finish(work, run, open_runs.pop(run).returncode)
+
+
+def start(work: Work, run: Run) -> subprocess.Popen | None:
+    """The run's train.py, or None where it is done or another process is at it.
+
+    The lock is inherited by train.py and lives as long as it does, also where this process is killed.
+    """
+    folder = work.folder / run.name
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w") as lock, open(folder / OUTPUT, "a") as output:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            work.say(run, "another process is at it, left to that one")
+            return None
+        if is_done(folder, work.runs[run]):
+            work.say(run, "done before")
+            return None
+        why_not = other_run(folder, work.runs[run])
+        if why_not:
+            work.fail(run, why_not)
+            return None
+        threads = {} if work.threads is None else {"OMP_NUM_THREADS": str(work.threads)}
+        command = [sys.executable, str(HERE / "train.py"), *work.command(run)[1:]]
+        work.say(run, f"started, output in {folder / OUTPUT}")
+        return subprocess.Popen(
+            command, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=os.environ | threads,
+            pass_fds=(lock.fileno(),),
+        )  # fmt: skip
+
+
+def finish(work: Work, run: Run, code: int) -> None:
+    """Say what became of a run whose train.py has ended with `code`."""
+    folder = work.folder / run.name
+    if code == 0:
+        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+        work.say(run, f"test top-1 {summary['test_top1_pct']:.2f}%, trained {summary['seconds']:.0f} s")
+        if not work.keep_weights:
+            for path in folder.glob("*.pt"):
+                path.unlink()
+    elif work.stop.received is not None:
+        work.say(run, "stopped, the same command goes on")
+    else:
+        lines = (folder / OUTPUT).read_text(encoding="utf-8", errors="replace").split("\n")
+        said = next((line.strip() for line in reversed(lines) if line.strip()), "it printed nothing")
+        work.fail(run, f"exit code {code}: {said}")
+
+
+# ---- the command line -----------------------------------------------------------------------------------------------
+
+
+def parse(arguments: list[str]) -> tuple[argparse.Namespace, Budget]:
+    """This command's own flags, and what all runs share; wrong usage ends the process with one line and code 2."""
+    own, shared = arguments, []
+    if "--" in arguments:
+        cut = arguments.index("--")
+        own, shared = arguments[:cut], arguments[cut + 1 :]
+
+    def positive(text: str) -> int:
+        if not text.isdecimal() or int(text) < 1:
+            raise argparse.ArgumentTypeError(f"{text}: must be an integer of at least 1")
+        return int(text)
+
+    def one_of(names: tuple[str, ...]):
+        """Any case, as train.py takes it."""
+        spelling = {name.lower(): name for name in names}
+        return lambda text: spelling.get(text.lower(), text)
+
+    parser = argparse.ArgumentParser(
+        prog="ablate.py", allow_abbrev=False,
+        description="Run the rows of the paper's tables by train.py, resume what was interrupted, tell what came out.",
+        epilog="Flags of train.py after -- go to every run: ablate.py --table 5 -- --train-images 10000",
+    )  # fmt: skip
+    parser.add_argument("--table", nargs="+", required=True, choices=TABLES, help="tables whose rows are run")
+    parser.add_argument("--dataset", default="DIGITS", type=one_of(DATASETS), choices=DATASETS, help="default: DIGITS")
+    parser.add_argument("--data-dir", metavar="DIR", help="folder of the data sets")
+    parser.add_argument("--epochs", type=positive, metavar="N", help="of every run (default: the recipe's)")
+    parser.add_argument("--seeds", type=positive, default=1, metavar="N", help="seeds 0 to N-1 (default: 1)")
+    parser.add_argument("--model-name", type=one_of(MODELS), choices=DEPTHS,
+                        help="network of the rows; tables 1 and seed, whose rows have their own, are cut to that depth "
+                        "(default: not cut; ResNet26, ResNet50 on image trees)")  # fmt: skip
+    parser.add_argument("--jobs", type=positive, default=1, metavar="N", help="runs at a time (default: 1)")
+    parser.add_argument("--threads", type=positive, metavar="N", help="threads of a run (default: OMP_NUM_THREADS)")
+    parser.add_argument("--output-dir", default="runs/ablate", metavar="DIR", help="default: runs/ablate")
+    parser.add_argument("--keep-weights", action="store_true", help="keep the checkpoints of runs that are done")
+    parser.add_argument("--dry-run", action="store_true", help="print the train.py lines of what is not done, and end")
+    parser.error = lambda message: fail(message.removeprefix("argument "))
+    args = parser.parse_args(own)
+    command = parse_command_line(shared)
+    taken = [name for name in OWN if name in command.given] + (["epochs"] if "epochs" in command.given else [])
+    if taken or command != Command(command.given):
+        what = "--" + taken[0].replace("_", "-") if taken else "--resume, --init-from, --evaluate or --overwrite"
+        fail(f"{what} after --: not for train.py here, this command has or sets it")
+    return args, Budget(args.dataset, (*(["--epochs", str(args.epochs)] if args.epochs else []), *shared))
+
+
+def fail(message: str) -> None:
+    print(f"ablate.py: error: {message}", file=sys.stderr)
+    sys.exit(USAGE_ERROR)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    args, budget = parse(sys.argv[1:] if arguments is None else arguments)
+    model = args.model_name or ("ResNet50" if args.dataset in ("IMAGENET", "FOLDER") else "ResNet26")
+    # As (table, network): tables whose rows name their networks are told whole, whatever was run of them.
+    tables = [(name, model if TABLES[name].rows[0].model is None else None) for name in args.table]
+    chosen = unique(row for name, net in tables for row in rows(TABLES[name], net or args.model_name))
+    runs = [Run(row, seed) for seed in range(args.seeds) for row in chosen]
+    try:
+        taken = sorted(varied(chosen) & budget.given().keys())
+        if taken:
+            fail(f"{budget.spelled(taken[0])[0]} after --: rows of --table {' '.join(args.table)} set it themselves")
+        configs = {run: run.config(budget) for run in runs}
+        folder = Path(args.output_dir, budget.name())
+    except ConfigError as error:
+        fail(str(error))
+    work = Work(configs, budget, folder, args.data_dir, args.jobs, args.threads, args.keep_weights)
+    if args.dry_run:
+        for run, config in configs.items():
+            why_not = other_run(folder / run.name, config)
+            if why_not:
+                print(f"ablate.py: {run.name}: {why_not}", file=sys.stderr)
+            elif not is_done(folder / run.name, config):
+                print(shlex.join(["python", *work.command(run)]))
+        return 0
+    remember(folder, budget, tables)
+    try:
+        read(folder)  # runs that make no table are said before hours are spent
+        run_all(work)
+        done = write_beside(folder)
+        print("", *(markdown(done, *table) for table in tables), f"Tables and CSV: {folder}", sep="\n")
+    except ReportError as error:
+        if not work.failures and work.stop.received is None:
+            fail(str(error))
+        print(f"ablate.py: error: {error}", file=sys.stderr)
+    for name, why in work.failures.items():
+        print(f"ablate.py: {name} failed, {why}", file=sys.stderr)
+    if work.stop.received is not None:
+        return STOPPED
+    return 1 if work.failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,103 @@
+"""python -m tools.backends: the backends, whether each is usable here, and the choice for each layer of a network.
+
+The layers' shapes are those of a forward on the meta device: nothing is computed.
+"""
+
+import argparse
+import sys
+from typing import NoReturn
+
+import torch
+from torch import nn
+
+from attention import AttentionStem, LocalAttention2d
+from model import MIN_SIZE, VARIANTS, build
+from sasa import kernels
+from sasa.kernels import stem_operator
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}\n")  # one line, no usage
+
+
+def layers(model: nn.Module, batch: int, size: int) -> list[tuple[str, LocalAttention2d | AttentionStem, torch.Size]]:
+    """(name, layer, shape of its input (B, C, H, W)) of each attention layer, in the order of the forward."""
+    found = []
+
+    def record(name):
+        return lambda layer, inputs: found.append((name, layer, inputs[0].shape))
+
+    hooks = [
+        layer.register_forward_pre_hook(record(name))
+        for name, layer in model.named_modules()
+        if isinstance(layer, LocalAttention2d | AttentionStem)
+    ]
+    with torch.no_grad():
+        model.eval()(torch.empty(batch, 3, size, size, device="meta"))
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+def choice(layer: LocalAttention2d | AttentionStem, shape: torch.Size, device: torch.device, dtype: torch.dtype) -> str:
+    """A line: shape of the call and the backend that serves it."""
+    batch, _, height, width = shape
+    heads, head_dim = layer.num_heads, layer.head_dim
+    size = layer.block_size if isinstance(layer, AttentionStem) else layer.kernel_size
+    line = f"B {batch}  N {heads}  D {head_dim:<3}  H {height:<3}  W {width:<3}  K {size:<2}"
+    if isinstance(layer, AttentionStem) and not (layer.window == "sliding" and layer.values == "conv"):
+        served = stem_operator.kernel_serves(device.type, dtype, layer.in_channels, layer.backend)
+        by = (
+            "cpu (sasa/kernels/csrc/stem.cpp)"
+            if served and layer.values != "conv"
+            else "PyTorch (sasa/kernels/stem.py)"
+        )
+        return f"{line}  {by}, {layer.window} windows of the image"
+    # One number, seen as the whole query: the choice asks for device, dtype and shape only.
+    query = torch.empty((), dtype=dtype, device=device).expand(batch, heads, head_dim, height, width)
+    return f"{line}  {kernels.choose_backend(query, size, layer.backend)}"
+
+
+def parse(argv: list[str] | None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
+    parser = _Parser(prog="python -m tools.backends", description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--model-name", default="ResNet26", help=f"{', '.join(VARIANTS)} (any case)")
+    parser.add_argument("--form", choices=("small", "imagenet"), default="imagenet")
+    parser.add_argument("--img-size", type=int, help="pixels; without it 32 (small) or 224 (imagenet)")
+    parser.add_argument("--batch-size", type=int, default=1)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", choices=("float32", "float64", "bfloat16", "float16"), default="float32")
+    parser.add_argument("--stem", action=argparse.BooleanOptionalAction, default=False)
+    return parser, parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser, args = parse(argv)
+    size = args.img_size or {"small": 32, "imagenet": 224}[args.form]
+    if size < MIN_SIZE or args.batch_size < 1:
+        parser.error(f"--img-size {size}, --batch-size {args.batch_size}: allowed are at least {MIN_SIZE} and 1")
+    try:
+        device = torch.device(args.device)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        parser.error(f"--device {args.device!r}: {str(error).splitlines()[0]}")
+    try:
+        with torch.device("meta"):
+            model = build(args.model_name, stem=args.stem, small_images=args.form == "small")
+        print("Backends, fastest first:")
+        for name, reason in kernels.backends().items():
+            print(f"  {name:<10} {'usable' if reason is None else f'not usable here: {reason}'}")
+        where = f"{device}, {args.dtype}, {args.form} form, {size}x{size}"
+        print(f"{args.model_name}{' with the attention stem' if args.stem else ''} on {where}:")
+        found = layers(model, args.batch_size, size)
+        for name, layer, shape in found:
+            print(f"  {name:<18} {choice(layer, shape, device, getattr(torch, args.dtype))}")
+    except ValueError as error:
+        parser.error(str(error))
+    if not found:
+        print("  no attention layers")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

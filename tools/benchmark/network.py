@@ -1,0 +1,256 @@
+"""Training steps of whole networks: images/s and peak memory, attention beside its convolution twin; and memory plans.
+
+`python -m tools.benchmark --network` measures, `python -m tools.benchmark --plan` computes. A step is forward,
+backward and SGD's update; its peak is everything that the step adds to the process: weights, gradients, momentum and
+activations.
+
+A plan counts, stage by stage, the bytes that a step keeps for its backward: the sizes of the tensors that autograd
+saves in a forward on the meta device, which computes nothing. They are the same for every backend, as all keep query,
+key, value, output and log-sum-exp; what differs is the memory that a backend works in while one layer runs, which is
+measured, one layer of each stage.
+"""
+
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from model import VARIANTS, build
+from sasa.training import device as memory
+from tools.benchmark.layers import WINDOW, peak_memory
+from tools.benchmark.measure import Bench, growth, in_fresh_process, ratio
+
+FORMS = {"CIFAR": (64, 32), "ImageNet": (4, 224)}  # form -> batch, image side
+DEPTHS = ("ResNet26", "ResNet38", "ResNet50")
+LARGEST_BATCH = 4096  # that --batch-size auto tries
+SHARE = 0.8  # of the memory that is free, for a batch on a CPU
+PROBES = (2, 4)  # batches whose peaks say what an image costs
+
+
+def candidates(backend: str) -> dict[str, dict]:
+    """The networks of a row; the first is the twin that the others are held against."""
+    nets = {"convolution": {"attention_stages": ()}, "attention": {"backend": backend}}
+    return nets | {"attention + stem": {"backend": backend, "stem_backend": backend, "stem": True}}
+
+
+def train_step(name: str, options: dict, form: str, batch: int, side: int, device, dtype) -> Callable:
+    """One step of a network in memory, channels-last as train.py has it: a function that does it again and again."""
+    small = form == "CIFAR"
+    model = build(name, 10 if small else 1000, small_images=small, **options)
+    model = model.to(device, dtype, memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
+    x = torch.randn(batch, 3, side, side, device=device, dtype=dtype).contiguous(memory_format=torch.channels_last)
+    y = torch.zeros(batch, dtype=torch.long, device=device)
+
+    def run():
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+
+    return run
+
+
+def peak_of_step(*arguments) -> float | None:
+    """MiB that train_step(*arguments) adds at its highest, the network included; None where its process failed."""
+    *_, device, _ = arguments
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        train_step(*arguments)()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    return in_fresh_process(_growth_of_step, *arguments)
+
+
+def _growth_of_step(name, options, form, batch, side, device, dtype) -> int:
+    train_step("ResNet26", options, "CIFAR", 2, 8, device, dtype)()  # libraries and their buffers are loaded
+    return growth(lambda: train_step(name, options, form, batch, side, device, dtype)())
+
+
+# ---- the largest batch ----------------------------------------------------------------------------------------------
+
+
+def largest_batch(fits: Callable[[int], bool], limit: int = LARGEST_BATCH) -> int:
+    """The largest batch up to `limit` that fits, by doubling and then halving the gap to an eighth; 0: not even 1."""
+    low, high = 0, 1
+    while high <= limit and fits(high):
+        low, high = high, 2 * high
+    if high > limit:
+        return low
+    while high - low > max(low // 8, 1):
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def fits_on_gpu(*arguments) -> Callable[[int], bool]:
+    name, options, form, side, device, dtype = arguments
+
+    def fits(batch: int) -> bool:
+        try:
+            train_step(name, options, form, batch, side, device, dtype)()
+            torch.cuda.synchronize()
+        except torch.OutOfMemoryError:
+            return False
+        finally:
+            torch.cuda.empty_cache()
+        return True
+
+    return fits
+
+
+def fits_in_memory(available: float, *arguments) -> Callable[[int], bool]:
+    """By the peaks of two small batches, in a straight line: on a CPU a batch that does not fit ends the machine."""
+    name, options, form, side, device, dtype = arguments
+    few, more = (peak_of_step(name, options, form, batch, side, device, dtype) for batch in PROBES)
+    if few is None or more is None:
+        raise RuntimeError(f"a training step of {name} with {PROBES[1]} images failed")
+    image = max(more - few, 0) / (PROBES[1] - PROBES[0])
+    return lambda batch: few + image * (batch - PROBES[0]) <= SHARE * available
+
+
+def free_mib() -> float:
+    """Memory that this machine can still give, MiB."""
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    return int(next(line.split()[1] for line in lines if line.startswith("MemAvailable"))) / 1024
+
+
+def choose_batch(wanted: int | str | None, default: int, *arguments) -> int:
+    """`wanted` images, or by default; "auto": the largest batch that fits. Arguments as train_step, without batch."""
+    if wanted != "auto":
+        return wanted or default
+    device = arguments[-2]
+    fits = fits_on_gpu(*arguments) if device.type == "cuda" else fits_in_memory(free_mib(), *arguments)
+    batch = largest_batch(fits)
+    if batch == 0:
+        raise RuntimeError(f"not even one image of {arguments[0]} fits in the memory")
+    return batch
+
+
+# ---- the tables -----------------------------------------------------------------------------------------------------
+
+
+def network(bench: Bench, names: tuple[str, ...], batch_size: int | str | None = None) -> list[dict]:
+    """A row for each network; peaks, which take a process each, only with --network."""
+    bench.say("\nTraining step (SGD): / twin against the convolution twin, / conv stem against attention")
+    columns = f"{'form':<9} {'network':<34} {'batch':>5} {'images/s':>9} {'/ twin':>7} {'lowest .. highest':>18}"
+    columns += f" {'/ conv stem':>11} {'peak MiB':>9}"
+    bench.say(columns + "\n" + "-" * len(columns))
+    rows, backend = [], (bench.fast or bench.backends)[0]
+    if bench.device.type == "cpu":
+        memory.keep_freed()  # as train.py does
+    for form, (batch, side) in FORMS.items():
+        if bench.quick and form != "CIFAR":
+            continue
+        for name in names:
+            rows += _rows(bench, name, form, 16 if bench.quick else batch, side, backend, batch_size)
+    return rows
+
+
+def _rows(bench, name: str, form: str, batch: int, side: int, backend: str, batch_size) -> list[dict]:
+    """The candidates of one network; with one batch for all, so that their times can be held against each other."""
+    nets, where = candidates(backend), (side, bench.device, bench.dtype)
+    batch = min(choose_batch(batch_size, batch, name, options, form, *where) for options in nets.values())
+    steps = {net: train_step(name, options, form, batch, *where) for net, options in nets.items()}
+    times = bench.time(steps)
+    steps.clear()  # before the peaks are taken
+    rows = []
+    for net, seconds in times.items():
+        twin, stem = (ratio(seconds, times[base]) for base in ("convolution", "attention"))
+        peak = peak_of_step(name, nets[net], form, batch, *where) if bench.peaks else None
+        rate = batch / statistics.median(seconds)
+        label = f"{name} {net}" + ("" if net == "convolution" else f" ({backend})")
+        text = f"{form:<9} {label:<34} {batch:>5} {rate:>9.1f} {twin['median']:>7.3f}"
+        text += f" {twin['low']:>8.3f} ..{twin['high']:>7.3f} "
+        text += f"{stem['median']:>11.3f}" if "stem" in net else " " * 11
+        bench.say(text + ("" if peak is None else f" {peak:>9.1f}"))
+        rows.append(
+            {"form": form, "batch": batch, "image": side, "model": name, "network": net, "backend": backend,
+             "images_per_s": rate, "ratio_to_twin": twin, "ratio_to_conv_stem": stem, "peak_mib": peak}
+        )  # fmt: skip
+    return rows
+
+
+def kept_by_stage(name: str, options: dict, form: str, batch: int, side: int, dtype) -> dict[str, int]:
+    """Bytes that a forward keeps for its backward, by stage; each storage once, weights not. On the meta device."""
+    small = form == "CIFAR"
+    with torch.device("meta"):
+        model = build(name, 10 if small else 1000, small_images=small, **options).to(dtype)
+        x = torch.randn(batch, 3, side, side, dtype=dtype)
+    weights = {x.untyped_storage()._cdata for x in (*model.parameters(), *model.buffers())}
+    stage, kept, seen, alive = (
+        ["stem"],
+        dict.fromkeys(("stem", "layer1", "layer2", "layer3", "layer4", "head"), 0),
+        set(),
+        [],
+    )
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage._cdata not in weights | seen:
+            seen.add(storage._cdata)
+            kept[stage[0]] += storage.nbytes()
+        alive.append(tensor)  # its storage's address stays its own
+        return tensor
+
+    for child, module in model.named_children():
+        module.register_forward_pre_hook(
+            lambda *_, child=child: stage.__setitem__(0, child if child in kept else "head")
+        )
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        F.cross_entropy(model(x), torch.zeros(batch, dtype=torch.long, device="meta"))
+    return kept
+
+
+def largest_layers(name: str, form: str, side: int) -> dict[str, tuple[int, int]]:
+    """Channels and map of each stage's first layer of full size: the layer whose work takes most memory."""
+    side = side if form == "CIFAR" else -(-side // 4)
+    return {
+        f"layer{i}": (64 * 2 ** (i - 1), -(-side // 2 ** max(i - 2, 0))) for i in range(1, len(VARIANTS[name][1]) + 1)
+    }
+
+
+def plan(bench: Bench, batch_size: int | None = None, form: str = "ImageNet", name: str = "ResNet50") -> dict:
+    """Prints and returns MiB by stage of a training step; `total` is what a real step's peak is held against."""
+    batch, side = batch_size or FORMS[form][0], FORMS[form][1]
+    weights = 3 * sum(p.numel() for p in _meta(name, form).parameters())  # gradient and momentum, too
+    element, mib = torch.empty(0, dtype=bench.dtype).element_size(), 2**20
+    nets = {"convolution": {"attention_stages": ()}, "attention": {}}
+    kept = {
+        net: {stage: size / mib for stage, size in kept_by_stage(name, options, form, batch, side, bench.dtype).items()}
+        for net, options in nets.items()
+    }
+    layers = largest_layers(name, form, side)
+    work: dict[str, dict[str, float | None]] = {backend: {} for backend in bench.backends}
+    for backend in bench.backends:
+        for stage, (channels, height) in layers.items():
+            call = (batch, channels, height, WINDOW, backend, bench.device, bench.dtype)
+            work[backend][stage] = peak_memory("core", call, bench.device)
+    bench.say(f"\n{name}, {form} form, {batch} images of {side}x{side}, {bench.dtype}: MiB of a training step with SGD")
+    columns = f"{'stage':<10} {'kept, conv':>11} {'kept, attention':>16}" + "".join(
+        f" {'work, ' + backend:>16}" for backend in work
+    )
+    bench.say(columns + "\n" + "-" * len(columns))
+    for stage in kept["attention"]:
+        text = f"{stage:<10} {kept['convolution'][stage]:>11.1f} {kept['attention'][stage]:>16.1f}"
+        for backend in work:
+            found = work[backend].get(stage)
+            text += f" {'' if found is None else f'{found:.1f}':>16}"
+        bench.say(text)
+    state = weights * element / mib
+    total = {"convolution": state + sum(kept["convolution"].values())}
+    for backend, stages in work.items():
+        total[backend] = state + sum(kept["attention"].values()) + max(found or 0 for found in stages.values())
+    bench.say(
+        f"weights, gradients, momentum {state:.1f}; in all: " + ", ".join(f"{k} {v:.0f}" for k, v in total.items())
+    )
+    return {"model": name, "form": form, "batch": batch, "image": side, "state_mib": state, "kept_mib": kept,
+            "work_mib": work, "total_mib": total}  # fmt: skip
+
+
+def _meta(name: str, form: str) -> nn.Module:
+    with torch.device("meta"):
+        return build(name, 10 if form == "CIFAR" else 1000, small_images=form == "CIFAR")
