@@ -27,6 +27,7 @@ from torch import Tensor
 import preprocess
 from preprocess import DataError
 from sasa.analysis.attention_maps import attention_layers, collect, lattice
+from sasa.analysis.flops import count_flops, count_parameters
 from sasa.training import checkpoint, distributed
 from sasa.training.checkpoint import BEST, CheckpointError
 from sasa.training.evaluation import Evaluation, evaluate
@@ -44,7 +45,6 @@ from sasa.training.run import (
     set_up,
     without_auto,
 )
-from tools.audit import count_flops, count_parameters
 
 STOPPED = 75  # exit code: stopped by a signal, state saved (EX_TEMPFAIL: run the same command with --resume)
 EVAL_BATCH = 256

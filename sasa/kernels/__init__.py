@@ -84,7 +84,7 @@ def choose_backend(query: Tensor, kernel_size: int, backend: str = "auto") -> st
     raise AssertionError("the reference backend takes every call")
 
 
-def _empty_like_map(query: Tensor) -> Tensor:
+def empty_like_map(query: Tensor) -> Tensor:
     """An uninitialised (B, N, D, H, W) map; heads and channels innermost where query's are, else contiguous."""
     b, n, d, h, w = query.shape
     if query.stride(2) == 1 and query.stride(4) != 1:
@@ -93,7 +93,7 @@ def _empty_like_map(query: Tensor) -> Tensor:
 
 
 def _empty_like_packed(qkv: Tensor) -> Tensor:
-    """As `_empty_like_map`, for a fused projection (B, P, N, D, H, W)."""
+    """As `empty_like_map`, for a fused projection (B, P, N, D, H, W)."""
     b, p, n, d, h, w = qkv.shape
     if qkv.stride(3) == 1 and qkv.stride(5) != 1:
         return qkv.new_empty((b, h, w, p, n, d)).permute(0, 3, 4, 5, 1, 2)
@@ -108,8 +108,8 @@ def _without_autocast(device: torch.device):
 
 
 def _to_layout(x: Tensor, like: Tensor) -> Tensor:
-    """`x` in the layout of `_empty_like_map(like)`: the strides that an operator promises must be the real ones."""
-    target = _empty_like_map(like)
+    """`x` in the layout of `empty_like_map(like)`: the strides that an operator promises must be the real ones."""
+    target = empty_like_map(like)
     return x if x.stride() == target.stride() else target.copy_(x)
 
 
@@ -145,7 +145,7 @@ def _(query, key, value, rel_row, rel_col, kernel_size, border, scale, backend):
     query, _, _ = _maps(query, key, value)
     b, n, _, h, w = query.shape
     acc = torch.float64 if query.dtype == torch.float64 else torch.float32
-    return _empty_like_map(query), query.new_empty((b, n, h, w), dtype=acc)
+    return empty_like_map(query), query.new_empty((b, n, h, w), dtype=acc)
 
 
 def _empty_gradients(query, key, value, rel_row, rel_col) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -160,7 +160,7 @@ def _empty_gradients(query, key, value, rel_row, rel_col) -> tuple[Tensor, Tenso
     if value is None:
         maps = (_empty_like_packed(query), query.new_empty(0), query.new_empty(0))
     else:
-        maps = tuple(query.new_empty(0) if x is None else _empty_like_map(query) for x in (query, key, value))
+        maps = tuple(query.new_empty(0) if x is None else empty_like_map(query) for x in (query, key, value))
     return *maps, embedding(rel_row), embedding(rel_col)
 
 

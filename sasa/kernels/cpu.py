@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sasa.kernels import _empty_like_map
+from sasa.kernels import empty_like_map
 from sasa.kernels.build import library
 
 MAX_KERNEL_SIZE = 13  # kMaxWindow of cpu.cpp
@@ -44,9 +44,9 @@ def unsupported(query: Tensor, kernel_size: int) -> str | None:
 
 def forward(query, key, value, rel_row, rel_col, kernel_size: int, border: str, scale: float) -> tuple[Tensor, Tensor]:
     """-> out (B, N, D, H, W) in query's dtype and layout, log-sum-exp of the logits (B, N, H, W) in fp32 or fp64."""
-    out = _empty_like_map(query)
+    out = empty_like_map(query)
     q, k, v, rows, cols = (_widen(x) for x in (query, key, value, rel_row, rel_col))
-    wide_out = out if out.dtype == q.dtype else _empty_like_map(q)
+    wide_out = out if out.dtype == q.dtype else empty_like_map(q)
     b, n, _, h, w = query.shape
     lse = q.new_empty((b, n, h, w))
     if query.numel():
@@ -61,9 +61,9 @@ def backward(
 
     into: (query's, key's or None, value's) tensors of any strides to write instead of new ones.
     """
-    targets = into or tuple(None if x is None else _empty_like_map(query) for x in (query, key, value))
+    targets = into or tuple(None if x is None else empty_like_map(query) for x in (query, key, value))
     g, q, k, v, rows, cols, o = (_widen(x) for x in (grad_out, query, key, value, rel_row, rel_col, out))
-    wide = tuple(t if t is None or t.dtype == q.dtype else _empty_like_map(q) for t in targets)
+    wide = tuple(t if t is None or t.dtype == q.dtype else empty_like_map(q) for t in targets)
     wide_rel = tuple(None if x is None else x.new_zeros(x.shape) for x in (rows, cols))
     if query.numel():
         grads = (g, *wide, *wide_rel)

@@ -22,6 +22,7 @@ from attention import LocalAttention2d
 from config import Command, Config, ConfigError, flag_of, rate_factor, resolve
 from model import build
 from preprocess import DataInfo
+from sasa.analysis.flops import count_flops, count_parameters
 from sasa.kernels import check_backend
 from sasa.training import checkpoint, distributed
 from sasa.training import device as memory
@@ -30,7 +31,6 @@ from sasa.training.monitor import Monitor, write_json
 from sasa.training.optim import build_ema, build_optimizer, ema_decay, set_batch_norm_momentum
 from sasa.training.signals import StopRequest
 from sasa.training.sync_batchnorm import sync_batch_norms
-from tools.audit import count_flops, count_parameters
 
 SMALL_FORM_LIMIT = 64  # pixels: images up to this side get the small form of the network
 RUN_FILES = (LAST, PREVIOUS, BEST, "config.json", "log.jsonl", "summary.json")

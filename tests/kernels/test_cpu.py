@@ -197,7 +197,7 @@ def test_writes_in_the_layout_promised_and_into_given_tensors():
     for layout in LAYOUTS:
         grad, *inputs = make_inputs((2, 8, 4, 7, 9), 5, layout)
         out, lse = cpu.forward(*inputs, 5, "mask", 1.0)
-        assert out.stride() == kernels._empty_like_map(inputs[0]).stride()
+        assert out.stride() == kernels.empty_like_map(inputs[0]).stride()
         expected = cpu.backward(grad, *inputs, out, lse, 5, "mask", 1.0)
         for given_layout in LAYOUTS:
             into = [make_map((2, 8, 4, 7, 9), given_layout, torch.float32).fill_(float("nan")) for _ in range(3)]

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from config import parse_command_line
+from sasa.analysis.flops import count_flops, count_parameters
 from sasa.training import run as assembly
 from sasa.training.signals import STOP_SIGNALS
 from tools import ablate, audit
@@ -38,7 +39,7 @@ def measured(row, form: str, classes: int, side: int) -> tuple[int, int]:
     config = dataclasses.replace(Run(row, 0).config(Budget("CIFAR10")), form=form)
     with torch.device("meta"), audit._NoInitialisation():
         model = assembly.build_model(config, classes)
-    return audit.count_parameters(model), audit.count_flops(model, side).total
+    return count_parameters(model), count_flops(model, side).total
 
 
 # ---- the rows -------------------------------------------------------------------------------------------------------

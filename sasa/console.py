@@ -1,0 +1,61 @@
+"""What every command prints the same way: messages of one line, and a parser whose errors are such a line. No torch."""
+
+import argparse
+import sys
+import unicodedata
+from typing import NoReturn
+
+USAGE_ERROR = 2  # exit code: wrong usage or data
+_LINE_LIMIT = 2000  # characters of a message: a library's error can hold a whole compiler log
+
+
+def printable(text: object) -> str:
+    """`text` with each character that a terminal would act on, or could not show, as an escape: \\x1b, \\u2028, \\xff.
+
+    Names of files and classes come from strangers. Control and format characters, line and paragraph separators and
+    bytes that are not UTF-8 (surrogates, as `os.fsdecode` gives them) are escaped; all else is kept, spaces too.
+    """
+    return "".join(_escape(c) if unicodedata.category(c) in ("Cc", "Cf", "Cs", "Zl", "Zp") else c for c in str(text))
+
+
+def _escape(character: str) -> str:
+    code = ord(character)
+    if 0xDC80 <= code <= 0xDCFF:  # surrogateescape's stand-in for one byte
+        code -= 0xDC00
+    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
+
+
+def one_line(message: object, limit: int = _LINE_LIMIT) -> str:
+    """`message` as one printable line: its lines joined by a space, cut after `limit` characters.
+
+    An exception without a text is named by its type. A file's name that may hold line breaks goes through `printable`
+    before it goes into a message; spaces inside a line are kept, so that a name is shown exactly.
+    """
+    text = printable(" ".join(line.strip() for line in str(message).split("\n") if line.strip()))
+    if not text and isinstance(message, BaseException):
+        return type(message).__name__
+    return text if len(text) <= limit else text[:limit] + "..."
+
+
+def print_error(prog: str, message: object) -> None:
+    """`prog: error: message` on stderr, in one line."""
+    print(f"{prog}: error: {one_line(message)}", file=sys.stderr, flush=True)
+
+
+def fail(prog: str, message: object) -> NoReturn:
+    """Wrong usage or data: one line on stderr, exit code 2."""
+    print_error(prog, message)
+    sys.exit(USAGE_ERROR)
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line and exit code 2; flags are not abbreviated.
+
+    `prog` is the command as it is typed: "train.py", "python -m tools.audit".
+    """
+
+    def __init__(self, prog: str, **options) -> None:
+        super().__init__(prog=prog, allow_abbrev=False, **options)
+
+    def error(self, message: str) -> NoReturn:
+        fail(self.prog.removeprefix("python -m "), message.removeprefix("argument "))

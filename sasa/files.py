@@ -1,0 +1,65 @@
+"""Files that are replaced whole or not at all, and never through a link that someone else has put there. No torch."""
+
+import contextlib
+import errno
+import os
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+# A file system without fsync of folders (some network and FUSE mounts) has done what it can.
+_NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EBADF, errno.EACCES, errno.EISDIR)
+
+
+@contextlib.contextmanager
+def replacing(path: Path, text: bool = False) -> Iterator[IO]:
+    """A new file to write, which takes the place of `path` when the block ends; after an error `path` is as it was.
+
+    The bytes are on the disk before the name is moved, so that the name always means a whole file. The temporary file
+    lies in the same folder under a random name and is created exclusively: no link is followed, no file overwritten.
+    Where `path` itself is a symbolic link, the link is replaced, not what it points at.
+
+    Args:
+        text: the file takes str, written as UTF-8; else bytes.
+
+    Raises:
+        OSError: the folder or the disk refuses.
+    """
+    temporary = path.with_name(f".{path.name[:100]}.{secrets.token_hex(8)}.tmp")
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
+    descriptor = os.open(temporary, flags, 0o666)
+    try:
+        with os.fdopen(descriptor, "w" if text else "wb", encoding="utf-8" if text else None) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
+    sync_folder(path.parent)
+
+
+def write_text(path: Path, content: str) -> None:
+    """`replacing` with this content."""
+    with replacing(path, text=True) as file:
+        file.write(content)
+
+
+def sync_folder(folder: Path) -> None:
+    """A rename is on the disk only when its folder is; where folders cannot be synced, nothing more can be done."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        if error.errno not in _NO_FOLDER_SYNC:
+            raise
+        return
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _NO_FOLDER_SYNC:
+            raise
+    finally:
+        os.close(descriptor)

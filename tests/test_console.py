@@ -1,0 +1,58 @@
+"""sasa/console.py: messages are one printable line that names things exactly; wrong usage ends with exit code 2."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sasa.console import Parser, one_line, print_error, printable
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("two  spaces and a trailing ", "two  spaces and a trailing "),
+        ("caf\u00e9 \u4e2d", "caf\u00e9 \u4e2d"),
+        ("\x1b[31mred\x07", "\\x1b[31mred\\x07"),
+        ("a\nb\r\tc\x85\u2028\u2029", "a\\x0ab\\x0d\\x09c\\x85\\u2028\\u2029"),
+        ("\u202egnp.exe", "\\u202egnp.exe"),
+        ("\U000e0041", "\\U000e0041"),
+        (os.fsdecode(b"caf\xe9"), "caf\\xe9"),
+        (7, "7"),
+    ],
+)
+def test_printable_escapes_what_a_terminal_would_act_on_and_nothing_else(text, shown):
+    assert printable(text) == shown
+
+
+def test_one_line_joins_lines_and_keeps_the_spaces_of_names():
+    assert one_line("a  b\n    c\n\nd") == "a  b c d"
+    assert one_line(KeyError()) == "KeyError" and one_line("") == ""
+    assert one_line("x" * 30, limit=10) == "x" * 10 + "..."
+    assert one_line("x" * 10, limit=10) == "x" * 10
+
+
+def test_an_error_is_one_line_on_stderr(capsys):
+    print_error("tool", "first\nsecond \x1b[2J")
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err == "tool: error: first second \\x1b[2J\n"
+
+
+@pytest.mark.parametrize("arguments", [["--number", "x"], ["--numb", "1"], ["--other"]])
+def test_wrong_usage_is_one_line_and_exit_code_2(arguments, capsys):
+    parser = Parser("python -m tools.name", description="x")
+    parser.add_argument("--number", type=int)
+    with pytest.raises(SystemExit) as end:
+        parser.parse_args(arguments)
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and error.startswith("tools.name: error: ") and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("module", ["sasa.console", "sasa.files", "config"])
+def test_does_not_import_torch(module):
+    program = f"import sys, {module}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], cwd=ROOT, timeout=120).returncode == 0
