@@ -32,10 +32,10 @@ from sasa.training import checkpoint, distributed
 from sasa.training.checkpoint import BEST, CheckpointError
 from sasa.training.evaluation import Evaluation, evaluate
 from sasa.training.monitor import WRONG_SHOWN, Monitor, Silent, write_json
+from sasa.training.network import network_of
 from sasa.training.optim import learning_rate
 from sasa.training.run import (
     Run,
-    build_model,
     claim_folder,
     initialise,
     load_data,
@@ -468,16 +468,14 @@ def evaluate_checkpoint(command: Command) -> int:
             raise
         amp = pick_amp("auto", device)
     data = load_data(dataclasses.replace(config, train_images=None, holdout=0.0), device)
-    weights = checkpoint.weights_of(state)
-    classes = weights["fc.weight"].shape[0]
+    network, _, known = network_of(state, config.backend)
+    network, classes = network.to(device), known.num_classes
     if data.info.num_classes != classes:
         raise DataError(f"{config.data_dir}: {data.info.num_classes} classes, but the checkpoint {path} has {classes}")
-    model = build_model(config, classes).to(device)
-    checkpoint.load_weights(model, weights)
     autocast = partial(torch.autocast, device.type, dtype=amp, enabled=amp is not None)
     batch_size = config.batch_size if "batch_size" in given else EVAL_BATCH
     try:
-        result = evaluate(model, data.test, classes, batch_size, autocast)
+        result = evaluate(network, data.test, classes, batch_size, autocast)
     finally:
         data.close()
     skipped = distributed.gather(data.test.bad_images)

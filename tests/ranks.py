@@ -24,7 +24,6 @@ import small_runs
 import train
 from attention import LocalAttention2d
 from sasa.training import distributed
-from sasa.training import run as assembly
 from sasa.training.sync_batchnorm import sync_batch_norms
 
 SECONDS = 60.0  # of a run, whatever becomes of it: the issue's limit for a run that a rank has left
@@ -110,7 +109,7 @@ def train_small(output: str, flags: str, spoil: Callable | None = None, norm: bo
     patch = pytest.MonkeyPatch()
     small_runs.few_digits(patch, *IMAGES)
     if norm is not None:
-        patch.setattr(assembly, "build", lambda name, num_classes, stem, **options: Small(num_classes, spoil, norm))
+        patch.setattr(model, "build", lambda name, num_classes, stem, **options: Small(num_classes, spoil, norm))
     losses, held, step, whole = [], {"no_sync": 0}, train.train_step, train.train
     no_sync = DistributedDataParallel.no_sync
 
@@ -140,8 +139,8 @@ def train_small(output: str, flags: str, spoil: Callable | None = None, norm: bo
 
 def train_real(output: str, flags: str) -> int:
     """As `train_small`, with the networks themselves, in fp64."""
-    patch, normalise = pytest.MonkeyPatch(), preprocess.TensorData._normalise
-    patch.setattr(assembly, "build", lambda *arguments, **options: model.build(*arguments, **options).double())
+    patch, build, normalise = pytest.MonkeyPatch(), model.build, preprocess.TensorData._normalise
+    patch.setattr(model, "build", lambda *arguments, **options: build(*arguments, **options).double())
     patch.setattr(preprocess.TensorData, "_normalise", lambda *arguments: normalise(*arguments).double())
     return train_small(output, flags, norm=None)
 

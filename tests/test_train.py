@@ -14,11 +14,11 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
+import model
 import preprocess
 import small_runs
 import train
 from sasa.training import checkpoint
-from sasa.training import run as assembly
 
 BASE = "--dataset DIGITS --epochs 2 --batch-size 4 --name run --no-progress --device cpu --ema 0"
 LOG_KEYS = {"epoch", "step", "train_loss", "train_top1_pct", "val_loss", "val_top1_pct", "val_top5_pct", "lr",
@@ -60,7 +60,7 @@ class TinyWithNorm(Tiny):
 def tiny(monkeypatch):
     """DIGITS cut to 40 + 12 images, 10 steps an epoch, and Tiny for every model name."""
     small_runs.few_digits(monkeypatch)
-    monkeypatch.setattr(assembly, "build", lambda name, num_classes, stem, **options: Tiny(num_classes))
+    monkeypatch.setattr(model, "build", lambda name, num_classes, stem, **options: Tiny(num_classes))
 
 
 @pytest.fixture
@@ -256,7 +256,7 @@ def test_these_flags_train_and_change_the_result(tmp_path, tiny, seen, flags):
 
 
 def test_the_papers_batch_norm_and_average(tmp_path, tiny, seen, monkeypatch):
-    monkeypatch.setattr(assembly, "build", lambda name, num_classes, stem, **options: TinyWithNorm(num_classes))
+    monkeypatch.setattr(model, "build", lambda name, num_classes, stem, **options: TinyWithNorm(num_classes))
     flags = BASE.replace("--ema 0", "--recipe paper --max-steps 1 --overwrite")
     assert small_runs.run(tmp_path, *flags.replace("--epochs 2", "--epochs 5000").split()) == 0
     assert seen[0].model.bn.momentum == 1e-4
@@ -524,7 +524,7 @@ def test_images_above_64_pixels_get_the_imagenet_form(tmp_path, tiny):
 def test_a_small_network_learns_the_digits(tmp_path, monkeypatch):
     """200 images of 10 classes learned well above chance: the loop's parts work together."""
     small_runs.few_digits(monkeypatch, 200, 60)
-    monkeypatch.setattr(assembly, "build", lambda name, num_classes, stem, **options: TinyWithNorm(num_classes))
+    monkeypatch.setattr(model, "build", lambda name, num_classes, stem, **options: TinyWithNorm(num_classes))
     folder = go(tmp_path, "--epochs 8 --lr 0.02 --optimizer adamw")
     assert read(folder)["test_top1_pct"] > 40
     losses = [row["train_loss"] for row in small_runs.log_rows(folder)]

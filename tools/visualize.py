@@ -18,7 +18,7 @@ from PIL.Image import Image
 from torch import Tensor, nn
 
 from config import DATASETS, Config, ConfigError
-from preprocess import DataInfo, FolderData, denormalise, info_without_files
+from preprocess import DataInfo, FolderData, denormalise
 from sasa.analysis import figures as sheets
 from sasa.analysis import page
 from sasa.analysis.attention_maps import (
@@ -35,7 +35,8 @@ from sasa.data.datasets import DataError, Files
 from sasa.training import checkpoint
 from sasa.training.checkpoint import CheckpointError
 from sasa.training.monitor import printable
-from sasa.training.run import build_model, load_data, pick_device
+from sasa.training.network import network_of
+from sasa.training.run import load_data, pick_device
 
 GUESSES = 3  # classes that the page names
 
@@ -78,14 +79,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser, args = parse(arguments)
     try:
         state = checkpoint.load(args.checkpoint)
-        config, weights = Config.from_dict(state["config"]), checkpoint.weights_of(state)
-        classes = weights["fc.weight"].shape[0]
-        config = dataclasses.replace(config, backend="auto")  # not that of the machine it was trained on
-        network = build_model(config, classes).to(pick_device(args.device)).eval()
-        checkpoint.load_weights(network, weights)
+        network, config, known = network_of(state, backend="auto")  # not that of the machine it was trained on
+        network = network.to(pick_device(args.device))
         if not attention_layers(network):
             raise ConfigError(f"{args.checkpoint}: {config.model_name} without attention layers: nothing to look at")
-        info, images = read_images(args, config, classes)
+        info, images = read_images(args, config, known)
         if args.pixel and not all(0 <= place < info.image_size for place in args.pixel):
             row, col = args.pixel
             raise ConfigError(f"--pixel {row} {col}: must be from 0 to {info.image_size - 1}, the images' last pixel")
@@ -111,14 +109,13 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def read_images(
-    args: argparse.Namespace, config: Config, classes: int
+    args: argparse.Namespace, config: Config, known: DataInfo
 ) -> tuple[DataInfo, list[tuple[str, str, Tensor]]]:
     """The data set as the network knows it, and (name, label, image (3, H, W) normalised) of each chosen image.
 
     Raises:
         ConfigError, DataError: an index beyond the split, a file that is no image, a data set that is not there.
     """
-    known = info_without_files(config.dataset, classes, config.img_size)
     if args.images:
         files = FolderData(Files(args.images), [0] * len(args.images), known)
         ((images, _),) = files.eval_batches(len(files))
@@ -131,10 +128,7 @@ def read_images(
             raise ConfigError(f"--index {index}: must be from 0 to {size - 1}, the test split's last image")
         ((image, label),) = data.test.eval_batches(1, rank=index, world_size=size)  # that one image alone
         chosen.append((f"{dataset} test {index}", data.info.class_names[label], image[0]))
-    info = (
-        data.info if data.info.num_classes == classes else info_without_files(config.dataset, classes, config.img_size)
-    )
-    return info, chosen
+    return data.info if data.info.num_classes == known.num_classes else known, chosen
 
 
 # ---- looking --------------------------------------------------------------------------------------------------------

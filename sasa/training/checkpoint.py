@@ -306,3 +306,11 @@ def weights_of(state: dict[str, Any]) -> dict[str, Tensor]:
         return state["model"]
     prefix = "module."  # torch's AveragedModel
     return {name.removeprefix(prefix): value for name, value in state["ema"].items() if name.startswith(prefix)}
+
+
+def classes_of(weights: dict[str, Tensor]) -> int:
+    """How many classes these weights tell apart. Raises CheckpointError where they lack a classifier."""
+    weight = weights.get("fc.weight")
+    if not isinstance(weight, Tensor) or weight.ndim != 2:
+        raise CheckpointError("the checkpoint is of another network: fc.weight is missing")
+    return weight.shape[0]

@@ -5,7 +5,6 @@ import json
 import math
 import os
 import random
-import re
 import time
 import warnings
 from dataclasses import dataclass, field
@@ -19,15 +18,14 @@ from torch.nn.parallel import DistributedDataParallel
 
 import preprocess
 from attention import LocalAttention2d
-from config import Command, Config, ConfigError, flag_of, rate_factor, resolve
-from model import build
+from config import Command, Config, ConfigError, rate_factor, resolve
 from preprocess import DataInfo
 from sasa.analysis.flops import count_flops, count_parameters
-from sasa.kernels import check_backend
 from sasa.training import checkpoint, distributed
 from sasa.training import device as memory
 from sasa.training.checkpoint import BEST, LAST, PREVIOUS, Progress
 from sasa.training.monitor import Monitor, write_json
+from sasa.training.network import build_network
 from sasa.training.optim import build_ema, build_optimizer, ema_decay, set_batch_norm_momentum
 from sasa.training.signals import StopRequest
 from sasa.training.sync_batchnorm import sync_batch_norms
@@ -239,23 +237,6 @@ def load_data(config: Config, device: torch.device) -> Data:
     return Data(*distributed.main_first(load))
 
 
-def build_model(config: Config, num_classes: int) -> nn.Module:
-    """Raises ConfigError for options that do not go together in a layer."""
-    try:
-        check_backend(config.backend)
-        if config.backend == "auto":
-            check_backend(os.environ.get("SASA_BACKEND") or "auto")
-        return build(config.model_name, num_classes, config.stem, **config.layer_options())
-    except ValueError as error:
-        raise ConfigError(as_flags(str(error))) from error
-
-
-def as_flags(message: str) -> str:
-    """A layer's "num_heads=7" as the flag that sets it."""
-    flags = {f.name: flag_of(f) for f in dataclasses.fields(Config)}
-    return re.sub(r"\b([a-z_]+)=", lambda m: f"{flags[m[1]]} " if m[1] in flags else m[0], message)
-
-
 def check_batch(config: Config, data: Data) -> None:
     """Raises ConfigError where batch norm would meet one value a channel: one image whose last map is one pixel."""
     ranks = distributed.world_size()
@@ -314,7 +295,7 @@ def make_network(config: Config, data: Data, device: torch.device) -> nn.Module:
     check_batch(config, data)
     random.seed(config.seed)
     torch.manual_seed(config.seed)
-    model = build_model(config, data.info.num_classes).to(device)
+    model = build_network(config, data.info.num_classes).to(device)
     set_batch_norm_momentum(model, config.recipe_value("bn_momentum"))
     if config.sync_bn:
         model = sync_batch_norms(model, device)

@@ -15,7 +15,7 @@ import torch
 
 from config import parse_command_line
 from sasa.analysis.flops import count_flops, count_parameters
-from sasa.training import run as assembly
+from sasa.training import network
 from sasa.training.signals import STOP_SIGNALS
 from tools import ablate, audit
 from tools.paper import DEPTHS, TABLES, Budget, Row, Run, rows, run_name, unique, varied
@@ -38,7 +38,7 @@ def measured(row, form: str, classes: int, side: int) -> tuple[int, int]:
     """Parameters and FLOPs of the network that the row's train.py line builds."""
     config = dataclasses.replace(Run(row, 0).config(Budget("CIFAR10")), form=form)
     with torch.device("meta"), audit._NoInitialisation():
-        model = assembly.build_model(config, classes)
+        model = network.build_network(config, classes)
     return count_parameters(model), count_flops(model, side).total
 
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
+import model
 import preprocess
 import small_runs
-from sasa.training import run as assembly
 from test_train import BASE, Tiny, go, make_tree, seen, tiny, tree_flags, write_idx  # noqa: F401 (fixtures)
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -40,7 +40,7 @@ def finished_run(tmp_path_factory):
     """The folder of a whole run named "run"; tests take copies."""
     with pytest.MonkeyPatch.context() as patch:
         small_runs.few_digits(patch)
-        patch.setattr(assembly, "build", lambda name, num_classes, stem, **options: Tiny(num_classes))
+        patch.setattr(model, "build", lambda name, num_classes, stem, **options: Tiny(num_classes))
         return go(tmp_path_factory.mktemp("finished"), "--max-steps 2")
 
 

@@ -1,0 +1,68 @@
+"""Networks by a run's configuration: new ones, and those that a checkpoint holds."""
+
+import dataclasses
+import os
+import re
+from typing import Any, NamedTuple
+
+from torch import nn
+
+import model
+from config import Config, ConfigError, flag_of
+from preprocess import DataInfo, info_without_files
+from sasa.kernels import check_backend
+from sasa.training import checkpoint
+
+
+class Trained(NamedTuple):
+    """What a checkpoint holds for use: `network_of`."""
+
+    network: nn.Module
+    config: Config
+    info: DataInfo
+
+
+def network_of(state: dict[str, Any], backend: str | None = None) -> Trained:
+    """The network of a checkpoint, as `checkpoint.load` gives it: the one way for evaluation and for every tool.
+
+    Args:
+        state: of last.pt, previous.pt (the moving average where the run keeps one) or best.pt.
+        backend: the kernel of the attention; None takes the run's own choice.
+
+    Returns:
+        The network with its weights, in eval mode on the CPU; the run's configuration; and its data set's class names,
+        image size and normalisation, for which none of its files is needed.
+
+    Raises:
+        ConfigError: a configuration that this version does not know, or a backend that is not usable here.
+        CheckpointError: the weights are not of the network that the configuration describes.
+    """
+    config = Config.from_dict(state["config"])
+    if backend is not None:
+        config = dataclasses.replace(config, backend=backend)
+    weights = checkpoint.weights_of(state)
+    classes = checkpoint.classes_of(weights)
+    network = build_network(config, classes)
+    checkpoint.load_weights(network, weights)
+    return Trained(network.eval(), config, info_without_files(config.dataset, classes, config.img_size))
+
+
+def build_network(config: Config, num_classes: int) -> nn.Module:
+    """A new network on the CPU.
+
+    Raises:
+        ConfigError: options that do not go together in a layer, or a backend that is not usable here.
+    """
+    try:
+        check_backend(config.backend)
+        if config.backend == "auto":
+            check_backend(os.environ.get("SASA_BACKEND") or "auto")
+        return model.build(config.model_name, num_classes, config.stem, **config.layer_options())
+    except ValueError as error:
+        raise ConfigError(as_flags(str(error))) from error
+
+
+def as_flags(message: str) -> str:
+    """A layer's "num_heads=7" as the flag that sets it."""
+    flags = {f.name: flag_of(f) for f in dataclasses.fields(Config)}
+    return re.sub(r"\b([a-z_]+)=", lambda m: f"{flags[m[1]]} " if m[1] in flags else m[0], message)
