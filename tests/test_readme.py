@@ -1,7 +1,7 @@
-"""Every measured figure of README comes from a file in results/; what is counted, from the modules themselves.
+"""Every measured figure of README and docs comes from a file in results/; what is counted, from the modules themselves.
 
-results/benchmark/ holds what benchmark.py and kernels.tune printed, results/measured.json the single figures of the
-text: the words of README, the command, what it printed and how the figure follows from that.
+results/benchmark/ holds what tools.benchmark and sasa.kernels.tune printed, results/measured.json the single figures of
+the text: the words around it, the command, what it printed and how the figure follows from that.
 """
 
 import csv
@@ -14,12 +14,15 @@ from pathlib import Path
 import pytest
 
 from tools import ablate, audit, report
+from tools.paper import TABLES
 
 ROOT = Path(__file__).resolve().parents[1]
+RESULTS_PAGE = (ROOT / "docs" / "results.md").read_text()
 README = (ROOT / "README.md").read_text()
+PAGES = [page for page in sorted((ROOT / "docs").rglob("*.md")) if page.name != "results.md"]
 RESULTS = sorted(path.parent for path in (ROOT / "results").glob("*/ablation.json"))
 MEASURED = json.loads((ROOT / "results" / "measured.json").read_text())
-OURS = README[: README.index(report.BEGIN)] + README[README.index(report.END) :]  # by hand
+OURS = "\n".join([README, *(page.read_text() for page in [*PAGES, ROOT / "results" / report.NOTES])])  # by hand
 BY = {"min": min, "max": max, "median": statistics.median}
 WITH_UNIT = re.compile(
     r"(?<![\w.])(\d[\d.]*) ?(?:%|x |s\b|ms\b|seconds|min\b|minutes|hours|[KMG]i?B|points|times\b|images/s)"
@@ -42,7 +45,7 @@ def table(first_cells: str, text: str = OURS) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip().strip("|").split("|")] for line in lines]
 
 
-# ---- the section that report.py writes ------------------------------------------------------------------------------
+# ---- the page that tools.report writes ------------------------------------------------------------------------------
 
 
 def shown(values: list[float], form: str) -> str:
@@ -52,8 +55,7 @@ def shown(values: list[float], form: str) -> str:
 
 def test_every_figure_of_the_results_is_in_a_file_of_results():
     """Each cell of each table from the summaries, by arithmetic of its own."""
-    text = README[README.index(report.BEGIN) : README.index(report.END)]
-    blocks = re.split(r"^### ", text, flags=re.M)[1:]
+    blocks = re.split(r"^## ", RESULTS_PAGE, flags=re.M)[1:]
     assert len(blocks) == len(RESULTS) > 0
     for folder, block in zip(RESULTS, blocks, strict=True):
         cells = [[c.strip() for c in line.strip("|").split("|")] for line in block.splitlines() if line[:2] == "| "]
@@ -98,7 +100,7 @@ def difference(folder: Path, row: dict) -> str:
 
 
 def test_what_is_missing_is_a_command_that_is_taken(tmp_path, capsys):
-    lines = re.findall(r"^Missing runs: `python -m tools.ablate (.*)`$", README, flags=re.M)
+    lines = re.findall(r"^Missing runs: `python -m tools.ablate (.*)`$", RESULTS_PAGE, flags=re.M)
     assert lines
     for line in lines:
         assert ablate.main(["--dry-run", "--output-dir", str(tmp_path), *shlex.split(line)]) == 0
@@ -116,16 +118,16 @@ def test_notes_repeat_the_tables_beside_them():
 
 
 def test_the_papers_figures_are_counted_on_the_modules():
-    rows = {(row.name, row.label): row for row in audit.TABLES[1].rows}
+    rows = {(row.model, row.label): row for row in audit.audited(TABLES["1"])}
     labels = ("convolution", "conv stem + attention", "full attention, m = 8")
     found = table("ImageNet, 224x224 | ResNet26")
     assert [cells[0].partition(",")[0] for cells in found] == ["convolution", labels[1], "attention stem too"]
     for label, cells in zip(labels, found, strict=True):
         for name, cell in zip(("ResNet26", "ResNet38", "ResNet50"), cells[1:], strict=True):
             row = rows[name, label]
-            counted = audit.audit_row(row, 224)
+            counted = audit.audit_row(row)
             ours = f"{counted['flops'] / 1e9:.2f} / {counted['parameters'] / 1e6:.2f}"
-            assert cell == f"{ours} ({row.gflops} / {row.params})"
+            assert cell == f"{ours} ({row.printed.gflops} / {row.printed.mparams})"
 
 
 def test_the_search_for_the_recipe_is_in_its_logs():
@@ -157,6 +159,8 @@ def test_the_layers_speed_is_the_benchmarks():
         ["`cpu`, layer with its projections", f"{means['layer cpu / conv']:.2f}", ""],
         ["`tiled`, attention alone", f"{means['core tiled / conv']:.2f}", f"{means['unfold / core tiled']:.0f}"],
     ]
+    line = f"attention alone {means['core cpu / conv']:.2f} of its time, the layer with its projections "
+    assert f"{line}{means['layer cpu / conv']:.2f}, a training step" in " ".join(README.split())
     candidates = [row["candidates"] for row in found["layers"]]
     assert "over 11 shapes" in OURS and len(candidates) == 11
     assert all(c["core cpu"]["peak_mib"] < c["conv"]["peak_mib"] for c in candidates)
@@ -172,7 +176,7 @@ def test_the_networks_speed_is_the_benchmarks():
     wanted = []
     for form in ("CIFAR", "ImageNet"):
         for name in ("ResNet26", "ResNet38", "ResNet50"):
-            twin, ours, stem = (of[form, name, net] for net in ("convolution", "attention", "attention + stem"))
+            baseline, ours, stem = (of[form, name, net] for net in ("convolution", "attention", "attention + stem"))
             r = {key: f"{value:.2f}" for key, value in ours["ratio_to_twin"].items()}
             wanted.append([
                 f"{form}, {ours['batch']} images" if name == "ResNet26" else "",
@@ -180,9 +184,12 @@ def test_the_networks_speed_is_the_benchmarks():
                 f"{r['median']} ({r['low']} to {r['high']})",
                 f"{stem['ratio_to_twin']['median']:.2f}",
                 f"{stem['ratio_to_conv_stem']['median']:.2f}",
-                f"{twin['peak_mib']:.0f}, {ours['peak_mib']:.0f}",
+                f"{baseline['peak_mib']:.0f}, {ours['peak_mib']:.0f}",
             ])  # fmt: skip
     assert table("form, batch | network") == wanted
+    cifar, imagenet = (of[form, "ResNet26", "attention"]["ratio_to_twin"]["median"] for form in ("CIFAR", "ImageNet"))
+    line = f"of ResNet26 {cifar:.2f} (CIFAR form) and {imagenet:.2f} (ImageNet form) of its convolution baseline's"
+    assert line in " ".join(README.split())
     assert found["rounds"] == 5 and "range of 5 rounds on 2 threads" in OURS and found["machine"]["threads"] == 2
 
 
@@ -209,13 +216,13 @@ def test_the_roofline_is_what_the_tuner_printed():
 # ---- single figures -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("entry", MEASURED, ids=lambda entry: entry["readme"][:40])
+@pytest.mark.parametrize("entry", MEASURED, ids=lambda entry: entry["text"][:40])
 def test_a_figure_follows_from_what_its_command_printed(entry):
-    assert entry["readme"] in " ".join(OURS.split()) and entry["command"]
-    assert {match[1] for match in WITH_UNIT.finditer(entry["readme"])} <= entry["figures"].keys()
+    assert entry["text"] in " ".join(OURS.split()) and entry["command"]
+    assert {match[1] for match in WITH_UNIT.finditer(entry["text"])} <= entry["figures"].keys()
     printed = re.findall(r"\d+(?:\.\d+)?", entry["output"])
     for figure, how in entry["figures"].items():
-        assert re.search(rf"(?<![\d.]){re.escape(figure)}(?![\d.])", entry["readme"])
+        assert re.search(rf"(?<![\d.]){re.escape(figure)}(?![\d.])", entry["text"])
         assert all(str(value) in printed for value in how["of"])
         assert f"{BY[how['by']](how['of']):.{len(figure.partition('.')[2])}f}" == figure
 
@@ -226,7 +233,7 @@ def score_of_the_main_command() -> str:
     return f"test top-1 {found['test_top1_pct']:.2f}%, top-5 {found['test_top5_pct']:.2f}% on 360 images"
 
 
-def test_the_main_command_scored_what_readme_says():
+def test_the_main_command_scored_what_the_readme_states():
     assert f"It ends with `{score_of_the_main_command()}; ...`" in OURS
 
 
@@ -234,9 +241,9 @@ def test_no_other_figure_is_in_the_text():
     """Figures with a unit outside the tables and code must be traced above or be settings."""
     text = " ".join(line for line in re.sub(r"```.*?```", "", OURS, flags=re.S).splitlines() if line[:1] != "|")
     text = " ".join(text.split())
-    for known in (*(entry["readme"] for entry in MEASURED), *SETTINGS, score_of_the_main_command()):
+    for known in (*(entry["text"] for entry in MEASURED), *SETTINGS, score_of_the_main_command()):
         assert known in text, known
-        text = text.replace(known, "", 1)
+        text = text.replace(known, "")
     tested = r"made \S+ and \S+ points|MiB of weights.*?\(`tiled`\)|\(\S+ to \S+ times its time\)"  # above
     text = re.sub(tested, "", text)
     assert [text[max(0, match.start() - 30) : match.end()] for match in WITH_UNIT.finditer(text)] == []

@@ -1,14 +1,14 @@
 """Run the rows of the paper's tables by train.py, resume what was interrupted, and print what they scored.
 
     python -m tools.ablate --table 5 --dataset DIGITS --seeds 3
-    python -m tools.ablate --table 1 seed --model-name ResNet26 --dataset FashionMNIST -- --train-images 10000
+    python -m tools.ablate --table 1 port --model-name ResNet26 --dataset FashionMNIST -- --train-images 10000
 
 What all runs share (data set, epochs, the flags after --) names the folder that they are in, so that runs in one folder
 are comparable; rows that several tables share are run once. Every run is a train.py of its own with --resume: the same
-command goes on after any kind of end, leaves alone what is done, and two of them at a time share the work.
+command continues after any kind of end, leaves alone what is done, and two of them at a time share the work.
 
-Exit codes: 0 all done, or left to another ablate.py that is at it; 1 a run failed (the others were run); 2 wrong usage,
-or runs that make no table; 75 stopped by a signal, go on with the same command.
+Exit codes: 0 all done, or left to another tools.ablate that has them; 1 a run failed (the others were run); 2 wrong
+usage, or runs that make no table; 75 stopped by a signal: the same command continues.
 """
 
 import argparse
@@ -23,13 +23,17 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from config import DATASETS, MODELS, USAGE_ERROR, Command, Config, ConfigError, parse_command_line
+from config import DATASETS, MODELS, Command, Config, ConfigError, parse_command_line
+from sasa import console
+from sasa.console import Parser, print_error
 from sasa.training.signals import StopRequest
-from tools.paper import DEPTHS, TABLES, Budget, Run, read_json, rows, unique, varied
+from tools.paper import DEPTHS, rows_for
 from tools.report import ReportError, markdown, read, remember, write_beside
+from tools.trials import TABLES, Budget, Trial, read_json, table_name, unique, varied
 
+PROG = "tools.ablate"
 HERE = Path(__file__).resolve().parents[1]
 STOPPED = 75  # train.py's, and this one's
 POLL_SECONDS = 0.1
@@ -64,7 +68,7 @@ def differing(saved: dict[str, Any], config: Config) -> list[str]:
 
 
 def other_run(folder: Path, config: Config) -> str | None:
-    """Why the run in the folder is not gone on with, as train.py --resume keeps its values; None where it can be."""
+    """Why the run in the folder is not continued, as train.py --resume keeps its values; None where it can be."""
     names = differing(read_json(folder / "config.json") or config.to_dict(), config)
     if not names:
         return None
@@ -78,7 +82,7 @@ def other_run(folder: Path, config: Config) -> str | None:
 class Work:
     """The runs to make and how; what became of them."""
 
-    runs: dict[Run, Config]
+    trials: dict[Trial, Config]
     budget: Budget
     folder: Path
     data_dir: str | None = None
@@ -88,83 +92,88 @@ class Work:
     failures: dict[str, str] = dataclasses.field(default_factory=dict)
     stop: StopRequest = dataclasses.field(default_factory=StopRequest)
 
-    def command(self, run: Run) -> list[str]:
+    def command(self, trial: Trial) -> list[str]:
         """The run's line, from train.py on."""
-        where = ["--output-dir", str(self.folder), "--name", run.name, "--no-progress", "--resume"]
-        return ["train.py", *run.flags(self.budget), *(["--data-dir", self.data_dir] if self.data_dir else []), *where]
+        where = ["--output-dir", str(self.folder), "--name", trial.name, "--no-progress", "--resume"]
+        return [
+            "train.py",
+            *trial.flags(self.budget),
+            *(["--data-dir", self.data_dir] if self.data_dir else []),
+            *where,
+        ]
 
-    def say(self, run: Run, text: str) -> None:
-        place = list(self.runs).index(run) + 1
-        print(f"[{place:{len(str(len(self.runs)))}}/{len(self.runs)}] {run.name}: {text}", flush=True)
+    def say(self, trial: Trial, text: str) -> None:
+        place = list(self.trials).index(trial) + 1
+        print(f"[{place:{len(str(len(self.trials)))}}/{len(self.trials)}] {trial.name}: {text}", flush=True)
 
-    def fail(self, run: Run, why: str) -> None:
-        self.failures[run.name] = why
-        self.say(run, f"FAILED, {why}")
+    def fail(self, trial: Trial, why: str) -> None:
+        self.failures[trial.name] = why
+        self.say(trial, f"FAILED, {why}")
 
 
 def run_all(work: Work) -> None:
     """Every run that is not done, `jobs` at a time; on a signal the open ones save and end."""
     work.stop.install()
-    waiting, open_runs, told = list(work.runs), {}, False
-    while open_runs or (waiting and work.stop.received is None):
-        while waiting and len(open_runs) < work.jobs and work.stop.received is None:
-            run = waiting.pop(0)
-            process = start(work, run)
+    waiting, processes, signalled = list(work.trials), {}, False
+    while processes or (waiting and work.stop.received is None):
+        while waiting and len(processes) < work.jobs and work.stop.received is None:
+            trial = waiting.pop(0)
+            process = start(work, trial)
             if process is not None:
-                open_runs[run] = process
-        if work.stop.received is not None and not told:
-            told = True
-            for process in open_runs.values():
+                processes[trial] = process
+        if work.stop.received is not None and not signalled:
+            signalled = True
+            for process in processes.values():
                 process.send_signal(signal.SIGTERM)
-        time.sleep(POLL_SECONDS if open_runs else 0)
-        for run in [run for run, process in open_runs.items() if process.poll() is not None]:
-            finish(work, run, open_runs.pop(run).returncode)
+        time.sleep(POLL_SECONDS if processes else 0)
+        for trial in [trial for trial, process in processes.items() if process.poll() is not None]:
+            finish(work, trial, processes.pop(trial).returncode)
 
 
-def start(work: Work, run: Run) -> subprocess.Popen | None:
-    """The run's train.py, or None where it is done or another process is at it.
+def start(work: Work, trial: Trial) -> subprocess.Popen | None:
+    """The run's train.py, or None where it is done or another process has it.
 
     The lock is inherited by train.py and lives as long as it does, also where this process is killed.
     """
-    folder = work.folder / run.name
+    folder = work.folder / trial.name
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "w") as lock, open(folder / OUTPUT, "a") as output:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            work.say(run, "another process is at it, left to that one")
+            work.say(trial, "another process has it, left to that one")
             return None
-        if is_done(folder, work.runs[run]):
-            work.say(run, "done before")
+        if is_done(folder, work.trials[trial]):
+            work.say(trial, "done before")
             return None
-        why_not = other_run(folder, work.runs[run])
+        why_not = other_run(folder, work.trials[trial])
         if why_not:
-            work.fail(run, why_not)
+            work.fail(trial, why_not)
             return None
         threads = {} if work.threads is None else {"OMP_NUM_THREADS": str(work.threads)}
-        command = [sys.executable, str(HERE / "train.py"), *work.command(run)[1:]]
-        work.say(run, f"started, output in {folder / OUTPUT}")
+        command = [sys.executable, str(HERE / "train.py"), *work.command(trial)[1:]]
+        work.say(trial, f"started, output in {folder / OUTPUT}")
         return subprocess.Popen(
             command, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=os.environ | threads,
             pass_fds=(lock.fileno(),),
         )  # fmt: skip
 
 
-def finish(work: Work, run: Run, code: int) -> None:
+def finish(work: Work, trial: Trial, code: int) -> None:
     """Say what became of a run whose train.py has ended with `code`."""
-    folder = work.folder / run.name
+    folder = work.folder / trial.name
     if code == 0:
         summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-        work.say(run, f"test top-1 {summary['test_top1_pct']:.2f}%, trained {summary['seconds']:.0f} s")
+        work.say(trial, f"test top-1 {summary['test_top1_pct']:.2f}%, trained {summary['seconds']:.0f} s")
         if not work.keep_weights:
             for path in folder.glob("*.pt"):
                 path.unlink()
     elif work.stop.received is not None:
-        work.say(run, "stopped, the same command goes on")
+        work.say(trial, "stopped, the same command continues")
     else:
         lines = (folder / OUTPUT).read_text(encoding="utf-8", errors="replace").split("\n")
-        said = next((line.strip() for line in reversed(lines) if line.strip()), "it printed nothing")
-        work.fail(run, f"exit code {code}: {said}")
+        last = next((line.strip() for line in reversed(lines) if line.strip()), "it printed nothing")
+        work.fail(trial, f"exit code {code}: {last}")
 
 
 # ---- the command line -----------------------------------------------------------------------------------------------
@@ -187,25 +196,25 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, Budget]:
         spelling = {name.lower(): name for name in names}
         return lambda text: spelling.get(text.lower(), text)
 
-    parser = argparse.ArgumentParser(
-        prog="ablate.py", allow_abbrev=False,
-        description="Run the rows of the paper's tables by train.py, resume what was interrupted, tell what came out.",
-        epilog="Flags of train.py after -- go to every run: ablate.py --table 5 -- --train-images 10000",
-    )  # fmt: skip
-    parser.add_argument("--table", nargs="+", required=True, choices=TABLES, help="tables whose rows are run")
+    parser = Parser(
+        f"python -m {PROG}",
+        description="Run the rows of the paper's tables by train.py, resume what was interrupted, print the scores.",
+        epilog="Flags of train.py after -- go to every run: python -m tools.ablate --table 5 -- --train-images 10000",
+    )
+    parser.add_argument("--table", nargs="+", required=True, type=table_name, choices=TABLES,
+                        help="tables whose rows are run: 1, 3 to 7 of the paper, the port's, the recipe's")  # fmt: skip
     parser.add_argument("--dataset", default="DIGITS", type=one_of(DATASETS), choices=DATASETS, help="default: DIGITS")
     parser.add_argument("--data-dir", metavar="DIR", help="folder of the data sets")
     parser.add_argument("--epochs", type=positive, metavar="N", help="of every run (default: the recipe's)")
     parser.add_argument("--seeds", type=positive, default=1, metavar="N", help="seeds 0 to N-1 (default: 1)")
     parser.add_argument("--model-name", type=one_of(MODELS), choices=DEPTHS,
-                        help="network of the rows; tables 1 and seed, whose rows have their own, are cut to that depth "
+                        help="network of the rows; tables 1 and port, whose rows have their own, are cut to that depth "
                         "(default: not cut; ResNet26, ResNet50 on image trees)")  # fmt: skip
     parser.add_argument("--jobs", type=positive, default=1, metavar="N", help="runs at a time (default: 1)")
     parser.add_argument("--threads", type=positive, metavar="N", help="threads of a run (default: OMP_NUM_THREADS)")
     parser.add_argument("--output-dir", default="runs/ablate", metavar="DIR", help="default: runs/ablate")
     parser.add_argument("--keep-weights", action="store_true", help="keep the checkpoints of runs that are done")
     parser.add_argument("--dry-run", action="store_true", help="print the train.py lines of what is not done, and end")
-    parser.error = lambda message: fail(message.removeprefix("argument "))
     args = parser.parse_args(own)
     command = parse_command_line(shared)
     taken = [name for name in OWN if name in command.given] + (["epochs"] if "epochs" in command.given else [])
@@ -215,47 +224,46 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, Budget]:
     return args, Budget(args.dataset, (*(["--epochs", str(args.epochs)] if args.epochs else []), *shared))
 
 
-def fail(message: str) -> None:
-    print(f"ablate.py: error: {message}", file=sys.stderr)
-    sys.exit(USAGE_ERROR)
+def fail(message: object) -> NoReturn:
+    console.fail(PROG, message)
 
 
 def main(arguments: list[str] | None = None) -> int:
     args, budget = parse(sys.argv[1:] if arguments is None else arguments)
     model = args.model_name or ("ResNet50" if args.dataset in ("IMAGENET", "FOLDER") else "ResNet26")
-    # As (table, network): tables whose rows name their networks are told whole, whatever was run of them.
+    # As (table, network): tables whose rows name their networks are shown whole, whatever was run of them.
     tables = [(name, model if TABLES[name].rows[0].model is None else None) for name in args.table]
-    chosen = unique(row for name, net in tables for row in rows(TABLES[name], net or args.model_name))
-    runs = [Run(row, seed) for seed in range(args.seeds) for row in chosen]
+    chosen = unique(row for name, net in tables for row in rows_for(TABLES[name], net or args.model_name))
+    trials = [Trial(row, seed) for seed in range(args.seeds) for row in chosen]
     try:
         taken = sorted(varied(chosen) & budget.given().keys())
         if taken:
             fail(f"{budget.spelled(taken[0])[0]} after --: rows of --table {' '.join(args.table)} set it themselves")
-        configs = {run: run.config(budget) for run in runs}
+        configs = {trial: trial.config(budget) for trial in trials}
         folder = Path(args.output_dir, budget.name())
     except ConfigError as error:
-        fail(str(error))
+        fail(error)
     work = Work(configs, budget, folder, args.data_dir, args.jobs, args.threads, args.keep_weights)
     if args.dry_run:
-        for run, config in configs.items():
-            why_not = other_run(folder / run.name, config)
+        for trial, config in configs.items():
+            why_not = other_run(folder / trial.name, config)
             if why_not:
-                print(f"ablate.py: {run.name}: {why_not}", file=sys.stderr)
-            elif not is_done(folder / run.name, config):
-                print(shlex.join(["python", *work.command(run)]))
+                print_error(PROG, f"{trial.name}: {why_not}")
+            elif not is_done(folder / trial.name, config):
+                print(shlex.join(["python", *work.command(trial)]))
         return 0
     remember(folder, budget, tables)
     try:
-        read(folder)  # runs that make no table are said before hours are spent
+        read(folder)  # runs that make no table are an error before hours are spent
         run_all(work)
         done = write_beside(folder)
         print("", *(markdown(done, *table) for table in tables), f"Tables and CSV: {folder}", sep="\n")
     except ReportError as error:
         if not work.failures and work.stop.received is None:
-            fail(str(error))
-        print(f"ablate.py: error: {error}", file=sys.stderr)
+            fail(error)
+        print_error(PROG, error)
     for name, why in work.failures.items():
-        print(f"ablate.py: {name} failed, {why}", file=sys.stderr)
+        print_error(PROG, f"{name} failed, {why}")
     if work.stop.received is not None:
         return STOPPED
     return 1 if work.failures else 0

@@ -14,12 +14,13 @@ import sys
 from pathlib import Path
 
 from config import USAGE_ERROR
-from tools.paper import TABLES, TWIN, Row, rows, run_name
+from tools.paper import CONVOLUTION, Row, rows_for
 from tools.report import Folder, ReportError, read, record, seeds_of
+from tools.trials import TABLES, run_name
 
 WIDTH, PANEL_HEIGHT = 11.0, 3.9  # inches
 DPI = 110
-FAMILIES = {TWIN: "#d55e00", "": "black", "--stem": "#0072b2"}  # of the paper's figure, by flags
+FAMILIES = {CONVOLUTION: "#d55e00", "": "black", "--stem": "#0072b2"}  # of the paper's figure, by flags
 NAIVE = "#cc79a7"  # the port's convolution networks
 OTHER = "#8a8a8a"  # rows that are none of these
 COLOURS = ("#009e73", "#e69f00", "#56b4e9", "#8c564b", "#9467bd", "#7f9a00", "#17becf", "#7f7f7f", "#b04a4a", "#4a5fb0",
@@ -81,7 +82,7 @@ def fallen(values: list[float], gap: float, high: float) -> list[float]:
 
 
 def draw_curves(plt, folder: Folder, path: Path) -> None:
-    panels = [(table, [row for row in rows(TABLES[table], model) if seeds_of(folder, row)])
+    panels = [(table, [row for row in rows_for(TABLES[table], model) if seeds_of(folder, row)])
               for table, model in folder.tables]  # fmt: skip
     panels = [(table, shown) for table, shown in panels if shown]
     columns = min(2, len(panels))
@@ -143,7 +144,7 @@ def draw_accuracy(plt, folder: Folder, path: Path) -> None:
     """The recipe's rows, all of one network, are left out; where there are no others nothing is drawn."""
     found = {}
     for table, model in folder.tables:
-        for row in rows(TABLES[table], model) if table != "recipe" else ():
+        for row in rows_for(TABLES[table], model) if table != "recipe" else ():
             if seeds_of(folder, row):
                 found.setdefault((row.model, row.flags), (row, record(folder, table, row)))
     if not found:

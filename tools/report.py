@@ -1,18 +1,18 @@
-"""From finished runs to tables: Markdown and CSV of a folder of ablate.py, and README's section of results/.
+"""From finished runs to tables: Markdown and CSV of a folder of tools.ablate, and docs/results.md of results/.
 
     python -m tools.report --add runs/ablate/digits    copy its runs' small files to results/, then as without flags
-    python -m tools.report                             write the tables of results/ and README's section anew
+    python -m tools.report                             write the tables of results/ and docs/results.md anew
     python -m tools.report --check                     exit 1 where one of them is not what the runs say
 
 A folder of runs holds ablation.json (data set, shared flags, the tables that were asked for) and a folder a run with
-config.json, log.jsonl and summary.json; beside them the tables are written, and in README notes.md,
-where a person wrote one, is shown under them. Read without torch: every figure comes from the summaries.
+config.json, log.jsonl and summary.json. The tables are written beside them; notes.md, where a person wrote one, is
+shown below them in docs/results.md, and results/notes.md at its head. Read without torch: every figure comes from the
+summaries.
 
 Spread: mean and standard deviation (n - 1) over the seeds that are there. Difference: the mean over the seeds of row
 minus base, paired by seed, with Student's 95% interval.
 """
 
-import argparse
 import csv
 import io
 import json
@@ -26,15 +26,19 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from config import USAGE_ERROR
-from tools.paper import TABLES, Budget, Row, read_json, rows, run_name
+from sasa.console import USAGE_ERROR, Parser, print_error
+from sasa.files import write_text
+from tools.paper import Row, rows_for
+from tools.trials import TABLES, Budget, read_json, run_name, table_name
 
+PROG = "tools.report"
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "results"
 ABOUT, TABLES_FILE, NOTES = "ablation.json", "tables.md", "notes.md"
 PICTURES = {"curves.png": "learning curves", "accuracy.png": "accuracy against FLOPs and parameters"}  # by plot.py
 PATHS = ("data_dir", "output_dir", "name")  # fields of a configuration that say where, not what
-BEGIN, END = "<!-- results: written by report.py -->", "<!-- end of results -->"
+PAGE = ROOT / "docs" / "results.md"
+MARK = "<!-- Written by python -m tools.report; edit results/notes.md and results/*/notes.md instead. -->"
 # Student's t, 0.975, for n = 2 to 10 seeds; for more the last serves, a little too wide.
 STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
@@ -43,16 +47,9 @@ class ReportError(Exception):
     """Runs that make no table; one line."""
 
 
-class Spread(NamedTuple):
-    """Mean and standard deviation of n figures; std is None for one."""
-
-    mean: float
-    std: float | None
-    n: int
-
-
-def spread(values: list[float]) -> Spread:
-    return Spread(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None, len(values))
+def deviation(values: list[float]) -> float | None:
+    """Standard deviation (n - 1); None for fewer than two values."""
+    return statistics.stdev(values) if len(values) > 1 else None
 
 
 def interval(values: list[float]) -> float | None:
@@ -77,20 +74,18 @@ class Folder(NamedTuple):
 
 def remember(path: Path, budget: Budget, tables: list[tuple[str, str | None]]) -> None:
     """Write ablation.json: the tables asked for now beside those of before."""
-    before = (read_json(path / ABOUT) or {}).get("tables", [])
+    before = [[table_name(name), model] for name, model in (read_json(path / ABOUT) or {}).get("tables", [])]
     asked = before + [list(table) for table in tables if list(table) not in before]
     about = {"dataset": budget.dataset, "flags": budget.words(), "tables": asked}
     path.mkdir(parents=True, exist_ok=True)
-    whole = path / f".{ABOUT}.{os.getpid()}"
-    whole.write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
-    whole.replace(path / ABOUT)
+    write_text(path / ABOUT, json.dumps(about, indent=2) + "\n")
 
 
 def read(path: Path) -> Folder:
     """Raises ReportError: not a folder of runs, or its runs were not of one length, average and test set."""
     about = read_json(path / ABOUT)
     if about is None:
-        raise ReportError(f"{path}: no {ABOUT} in it: not a folder that ablate.py has written")
+        raise ReportError(f"{path}: no {ABOUT} in it: not a folder that tools.ablate has written")
     summaries, configs = {}, {}
     for folder in sorted(p for p in path.iterdir() if p.is_dir()):
         summary, config = read_json(folder / "summary.json"), read_json(folder / "config.json")
@@ -102,7 +97,7 @@ def read(path: Path) -> Folder:
             what = ", ".join(f"{value} in {name}" for value, name in kinds.items())
             raise ReportError(f"{path}: runs that cannot be compared, {key}: {what}")
     budget = Budget(about["dataset"], tuple(about["flags"]))
-    return Folder(path, budget, [tuple(table) for table in about["tables"]], summaries, configs)
+    return Folder(path, budget, [(table_name(name), model) for name, model in about["tables"]], summaries, configs)
 
 
 def seeds_of(folder: Folder, row: Row) -> list[int]:
@@ -122,32 +117,32 @@ def record(folder: Folder, table: str, row: Row) -> dict[str, Any]:
         return folder.summaries[run_name(which, seed)]["test_top1_pct"]
 
     differences = [top1(row, seed) - top1(base, seed) for seed in shared]
-    score = spread([summary["test_top1_pct"] for summary in of]) if of else Spread(None, None, 0)
+    scores = [summary["test_top1_pct"] for summary in of]
     return {
         "table": table,
         "row": row.label,
         "model": row.model,
         "flags": row.flags,
         "base": "" if base == row else run_name(base, 0).removesuffix("-seed0"),
-        "n": score.n,
+        "n": len(of),
         "seeds": " ".join(map(str, seeds)),
         "parameters": of[0]["parameters"] if of else None,
         "flops_per_image": of[0]["flops_per_image"] if of else None,
-        "test_top1_pct_mean": score.mean,
-        "test_top1_pct_std": score.std,
+        "test_top1_pct_mean": statistics.fmean(scores) if scores else None,
+        "test_top1_pct_std": deviation(scores),
         "difference_points": statistics.fmean(differences) if differences else None,
         "difference_interval_points": interval(differences),
         "difference_n": len(differences),
         "seconds_mean": statistics.fmean(summary["seconds"] for summary in of) if of else None,
-        "paper_top1_pct": row.paper.top1_pct,
-        "paper_gflops": row.paper.gflops,
-        "paper_mparams": row.paper.mparams,
+        "paper_top1_pct": row.printed.top1_pct,
+        "paper_gflops": row.printed.gflops,
+        "paper_mparams": row.printed.mparams,
         "runs": " ".join(run_name(row, seed) for seed in seeds),
     }
 
 
 def records(folder: Folder, table: str, model: str | None) -> list[dict[str, Any]]:
-    return [record(folder, table, row) for row in rows(TABLES[table], model)]
+    return [record(folder, table, row) for row in rows_for(TABLES[table], model)]
 
 
 # ---- as text --------------------------------------------------------------------------------------------------------
@@ -203,7 +198,7 @@ def command(budget: Budget, table: str, model: str | None, seeds: int) -> str:
     words = ["python", "-m", "tools.ablate", "--table", table, "--dataset", budget.dataset, "--seeds", str(seeds)]
     words += ["--model-name", model] if model else []
     shared = budget.words()
-    if "--epochs" in shared:  # ablate.py's own flag
+    if "--epochs" in shared:  # tools.ablate's own flag
         i = shared.index("--epochs")
         words, shared = words + shared[i : i + 2], shared[:i] + shared[i + 2 :]
     return shlex.join(words + (["--", *shared] if shared else []))
@@ -242,27 +237,22 @@ def texts(folder: Folder) -> dict[str, str]:
     return files
 
 
-def section(folders: list[Folder]) -> str:
-    """README's section: every folder's tables, notes and pictures."""
-    parts = [BEGIN]
+def page(folders: list[Folder], results: Path, path: Path) -> str:
+    """docs/results.md at `path`: every folder's tables, notes and pictures."""
+    parts = [f"# Results\n\n{MARK}\n"]
+    if (results / NOTES).exists():
+        parts.append((results / NOTES).read_text(encoding="utf-8"))
     for folder in folders:
-        where = folder.path.relative_to(ROOT).as_posix() if folder.path.is_relative_to(ROOT) else folder.path.name
-        parts.append(f"### {' '.join([folder.budget.dataset, *folder.budget.words()])}\n")
+        where = Path(os.path.relpath(folder.path, path.parent)).as_posix()
+        parts.append(f"## {' '.join([folder.budget.dataset, *folder.budget.words()])}\n")
         parts.append(texts(folder)[TABLES_FILE])
         if (folder.path / NOTES).exists():
             parts.append((folder.path / NOTES).read_text(encoding="utf-8"))
         for name, what in PICTURES.items():
             if (folder.path / name).exists():
                 parts.append(f"![{folder.budget.dataset}: {what}]({where}/{name})\n")
-        parts.append(f"Runs, logs and the tables as CSV: [`{where}/`]({where}/).\n")
-    return "\n".join([*parts, END])
-
-
-def with_section(readme: str, text: str) -> str:
-    """Raises ReportError where the markers are missing."""
-    if BEGIN not in readme or END not in readme:
-        raise ReportError(f"README.md lacks the lines {BEGIN} and {END}")
-    return readme[: readme.index(BEGIN)] + text + readme[readme.index(END) + len(END) :]
+        parts.append(f"Runs, logs and the tables as CSV: [`results/{folder.path.name}/`]({where}/).\n")
+    return "\n".join(parts)
 
 
 # ---- results/ -------------------------------------------------------------------------------------------------------
@@ -282,53 +272,59 @@ def add(source: Path, results: Path) -> Path:
     return target
 
 
-def generated(results: Path, readme: Path) -> dict[Path, str]:
-    """Every file that this program writes, with the text that it should have."""
-    folders = [read(path.parent) for path in sorted(results.glob(f"*/{ABOUT}"))]
+def generated(results: Path, path: Path) -> dict[Path, str]:
+    """Every file that this program writes, with the text that it should have; `path` is that of docs/results.md."""
+    folders = [read(about.parent) for about in sorted(results.glob(f"*/{ABOUT}"))]
     files = {folder.path / name: text for folder in folders for name, text in texts(folder).items()}
-    return files | {readme: with_section(readme.read_text(encoding="utf-8"), section(folders))}
+    return files | {path: page(folders, results, path)}
 
 
-def stale(results: Path, readme: Path) -> list[str]:
+def stale(results: Path, path: Path) -> list[str]:
     """What is not as the runs say, one line each."""
-    files = generated(results, readme)
-    lines = [f"{path}: not up to date" for path, text in files.items() if not path.exists() or path.read_text() != text]
-    return lines + [f"{path}: no table" for path in sorted(results.glob("*/table*.*")) if path not in files]
+    files = generated(results, path)
+    lines = [
+        f"{file}: not up to date"
+        for file, text in files.items()
+        if not file.exists() or file.read_text(encoding="utf-8") != text
+    ]
+    return lines + [f"{file}: no table" for file in sorted(results.glob("*/table*.*")) if file not in files]
 
 
 def write_beside(path: Path) -> Folder:
     """Write the tables of a folder of runs into it."""
     folder = read(path)
     for name, text in texts(folder).items():
-        (path / name).write_text(text, encoding="utf-8")
+        write_text(path / name, text)
     return folder
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="report.py", allow_abbrev=False,
-        description="Write the tables of results/ and README's section from the runs in results/.",
+    parser = Parser(
+        f"python -m {PROG}",
+        description="Write the tables of results/ and docs/results.md from the runs in results/.",
         epilog="exit code: 0 done, 1 --check found something that is not up to date, 2 wrong usage or runs",
-    )  # fmt: skip
-    parser.add_argument("--add", metavar="DIR", action="append", default=[], help="first take in a folder of ablate.py")
+    )
+    parser.add_argument("--add", metavar="DIR", action="append", default=[], help="first take in a folder of ablate")
     parser.add_argument("--check", action="store_true", help="write nothing, exit 1 where something is not up to date")
     parser.add_argument("--results", default=RESULTS, type=Path, metavar="DIR", help="default: results")
-    parser.add_argument("--readme", default=ROOT / "README.md", type=Path, metavar="FILE", help="default: README.md")
+    parser.add_argument("--page", default=PAGE, type=Path, metavar="FILE", help="default: docs/results.md")
     args = parser.parse_args(arguments)
     if args.check and args.add:
         parser.error("--check writes nothing: it does not go with --add")
     try:
         if args.check:
-            lines = stale(args.results, args.readme)
+            lines = stale(args.results, args.page)
             print("\n".join([*lines, "python -m tools.report writes them"] if lines else ["results are up to date"]))
             return 1 if lines else 0
+        if args.page.exists() and MARK not in args.page.read_text(encoding="utf-8"):
+            raise ReportError(f"{args.page}: was not written by {PROG}, so it is not replaced")
         for source in args.add:
             add(Path(source), args.results)
-        for path, text in generated(args.results, args.readme).items():
-            path.write_text(text, encoding="utf-8")
+        for path, text in generated(args.results, args.page).items():
+            write_text(path, text)
             print(f"wrote {path}")
     except ReportError as error:
-        print(f"report.py: error: {error}", file=sys.stderr)
+        print_error(PROG, error)
         return USAGE_ERROR
     return 0
 

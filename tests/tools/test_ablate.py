@@ -1,4 +1,4 @@
-"""ablate.py: its rows beside the paper's and audit.py's, and what it runs, skips, resumes and says."""
+"""tools.ablate: its rows beside those of the audit, and what it runs, skips, resumes and prints."""
 
 import dataclasses
 import fcntl
@@ -14,11 +14,12 @@ import pytest
 import torch
 
 from config import parse_command_line
-from sasa.analysis.flops import count_flops, count_parameters
-from sasa.training import network
+from sasa.analysis.flops import count_parameters
+from sasa.training.network import build_network
 from sasa.training.signals import STOP_SIGNALS
 from tools import ablate, audit
-from tools.paper import DEPTHS, TABLES, Budget, Row, Run, rows, run_name, unique, varied
+from tools.paper import DEPTHS, Row, rows_for
+from tools.trials import TABLES, Budget, Trial, run_name, unique, varied
 
 ROOT = Path(__file__).resolve().parents[2]
 NUMBERED = ("1", "3", "4", "5", "6", "7")
@@ -30,16 +31,15 @@ TOP1 = {
     "5": (77.6, 78.2, 80.2),
     "6": (76.9, 77.4),
     "7": (76.2, 77.2, 77.6),
-    "seed": (90.94, 94.29, 90.22, 89.46, 94.93, None),
+    "port": (90.94, 94.29, 90.22, 89.46, 94.93, None),
 }
 
 
-def measured(row, form: str, classes: int, side: int) -> tuple[int, int]:
-    """Parameters and FLOPs of the network that the row's train.py line builds."""
-    config = dataclasses.replace(Run(row, 0).config(Budget("CIFAR10")), form=form)
-    with torch.device("meta"), audit._NoInitialisation():
-        model = network.build_network(config, classes)
-    return count_parameters(model), count_flops(model, side).total
+def parameters_of(row, form: str, classes: int) -> int:
+    """Of the network that the row's train.py line builds."""
+    config = dataclasses.replace(Trial(row, 0).config(Budget("CIFAR10")), form=form)
+    with torch.device("meta"), audit.NoInitialisation():
+        return count_parameters(build_network(config, classes))
 
 
 # ---- the rows -------------------------------------------------------------------------------------------------------
@@ -47,37 +47,37 @@ def measured(row, form: str, classes: int, side: int) -> tuple[int, int]:
 
 @pytest.mark.parametrize("table", TOP1)
 def test_the_rows_carry_the_printed_top1(table):
-    assert tuple(row.paper.top1_pct for row in TABLES[table].rows) == TOP1[table]
+    assert tuple(row.printed.top1_pct for row in TABLES[table].rows) == TOP1[table]
 
 
 @pytest.mark.parametrize("table", NUMBERED)
-def test_the_rows_build_the_papers_networks_and_carry_its_costs(table):
-    """On the paper's networks, as audit.py counts them; m = 4 stands for both of its rows of the full stem."""
-    audited = {
-        (r.name, r.label.removesuffix(", m = 4")): r for r in audit.TABLES[int(table)].rows if "8" not in r.label
-    }
-    chosen = rows(TABLES[table], None if table == "1" else "ResNet50")
-    assert {(row.model, row.label) for row in chosen} == audited.keys() and len(chosen) == len(TOP1[table])
-    for row in chosen:
-        theirs = audited[row.model, row.label]
-        assert (row.paper.gflops, row.paper.mparams) == (theirs.gflops, theirs.params)
-        assert measured(row, "imagenet", 1000, 224) == (
-            audit._measure(theirs.name, tuple(sorted(theirs.options.items())), 224)[0],
-            audit._measure(theirs.name, tuple(sorted(theirs.options.items())), 224)[1].total,
-        )
+def test_what_is_trained_is_what_is_audited(table):
+    """By their networks; m = 4, the default, of the two that the audit counts."""
+    model = None if table == "1" else "ResNet50"
+    audited = {(row.model, row.label.removesuffix(", m = 4")): row for row in audit.audited(TABLES[table])}
+    for row in rows_for(TABLES[table], model):
+        counted = audit.audit_row(audited[row.model, row.label])
+        assert parameters_of(row, "imagenet", 1000) == counted["parameters"]
 
 
 def test_the_ports_rows_build_its_networks():
-    for row in TABLES["seed"].rows:
-        parameters, _ = measured(row, "small", 10, 32)
-        assert abs(parameters / 1e6 - row.paper.mparams) < 0.06, row  # printed cut or rounded, with 1 or 2 decimals
+    for row in TABLES["port"].rows:
+        millions = parameters_of(row, "small", 10) / 1e6
+        assert abs(millions - row.printed.mparams) < 0.06, row  # printed cut or rounded, with 1 or 2 decimals
+
+
+def test_the_port_may_be_called_by_its_old_name(tmp_path, capsys):
+    for name in ("port", "seed"):
+        assert ablate.main(["--table", name, "--dry-run", "--output-dir", str(tmp_path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 12 and lines[:6] == lines[6:]
 
 
 def test_each_row_of_the_recipe_changes_one_thing():
-    base, *others = rows(TABLES["recipe"], "ResNet26")
+    base, *others = rows_for(TABLES["recipe"], "ResNet26")
     changes = []
     for row in others:
-        ours, default = (Run(r, 0).config(Budget("DIGITS")).to_dict() for r in (row, base))
+        ours, default = (Trial(r, 0).config(Budget("DIGITS")).to_dict() for r in (row, base))
         changes.append({key for key in ours if ours[key] != default[key]})
     sgd, stem = {"optimizer", "lr", "weight_decay"}, {"stem"}
     assert [c for c in changes if len(c) > 1] == [sgd, sgd, stem | {"stem_window"}]
@@ -88,22 +88,22 @@ def test_each_row_of_the_recipe_changes_one_thing():
 
 
 def test_rows_that_tables_share_are_one_run_and_others_have_names_of_their_own():
-    chosen = [row for table in TABLES.values() for row in rows(table, "ResNet26")]
+    chosen = [row for table in TABLES.values() for row in rows_for(table, "ResNet26")]
     different = unique(chosen)
-    # 3 + 8 + 5 + 3 + 2 + 3 + 3 + 12 rows; the default is in all of 1, 3, 4, 5, 6, seed, recipe
+    # 3 + 8 + 5 + 3 + 2 + 3 + 3 + 12 rows; the default is in all of 1, 3, 4, 5, 6, port, recipe
     assert len(chosen) == 39 and len(different) == 39 - 6 - 1 - 3
-    configs = {str(Run(row, 0).config(Budget("DIGITS"))) for row in different}
+    configs = {str(Trial(row, 0).config(Budget("DIGITS"))) for row in different}
     assert len(configs) == len({run_name(row, 0) for row in different}) == len(different)
 
 
 def test_what_rows_vary_is_what_they_or_their_bases_set():
-    assert varied(rows(TABLES["6"], "ResNet26")) == {"content"}
+    assert varied(rows_for(TABLES["6"], "ResNet26")) == {"content"}
     assert varied([Row("conv stem", "--kernel-size 5", base="--stem")]) == {"kernel_size", "stem"}
 
 
 def test_a_depth_cuts_the_tables_whose_rows_name_their_networks():
-    assert [len(rows(TABLES["1"], depth)) for depth in (None, *DEPTHS)] == [9, 3, 3, 3]
-    assert [len(rows(TABLES["seed"], depth)) for depth in (None, *DEPTHS)] == [6, 3, 2, 1]
+    assert [len(rows_for(TABLES["1"], depth)) for depth in (None, *DEPTHS)] == [9, 3, 3, 3]
+    assert [len(rows_for(TABLES["port"], depth)) for depth in (None, *DEPTHS)] == [6, 3, 2, 1]
 
 
 def test_a_budgets_folder_does_not_depend_on_how_its_flags_are_written():
@@ -160,7 +160,7 @@ if (notes / ("wait-" + config.name)).exists():
 
 
 class Stubbed:
-    """Runs ablate.py in this process on a stub of train.py; `calls` are the runs that it has started since the last."""
+    """Runs tools.ablate in this process on a stub of train.py; `calls` are the runs started since the last."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -265,7 +265,7 @@ def test_a_failed_run_is_said_the_others_are_made_and_it_is_tried_again(stubbed,
     (stubbed.folder / f"fail-{TABLE_6[0]}").touch()
     assert stubbed("--table", "6") == 1 and stubbed.calls == TABLE_6
     captured = capsys.readouterr()
-    assert captured.err.strip() == f"ablate.py: {TABLE_6[0]} failed, exit code 1: train.py: it broke"
+    assert captured.err.strip() == f"tools.ablate: error: {TABLE_6[0]} failed, exit code 1: train.py: it broke"
     assert "| q.r only | - | - | - | 0 | - | - |" in captured.out
     assert "`python -m tools.ablate --table 6 --dataset DIGITS --seeds 1 --model-name ResNet26`" in captured.out
     (stubbed.folder / f"fail-{TABLE_6[0]}").unlink()
@@ -283,7 +283,7 @@ def test_a_signal_ends_the_open_runs_with_75_and_the_same_command_goes_on(stubbe
         while not (stubbed.folder / "waiting").exists():
             time.sleep(0.01)
         time.sleep(0.3)
-        with open(stubbed.run_folder(TABLE_6[0]) / ".lock") as lock:  # by train.py: ablate.py has closed its own
+        with open(stubbed.run_folder(TABLE_6[0]) / ".lock") as lock:  # by train.py: tools.ablate has closed its own
             try:
                 fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -295,7 +295,7 @@ def test_a_signal_ends_the_open_runs_with_75_and_the_same_command_goes_on(stubbe
     assert sorted(stubbed.calls) == TABLE_6[: int(jobs)]
     assert locked and (stubbed.folder / "terminated").exists()  # by SIGTERM, so that a run can save
     captured = capsys.readouterr()
-    assert captured.out.count("stopped, the same command goes on") == int(jobs) and captured.err == ""
+    assert captured.out.count("stopped, the same command continues") == int(jobs) and captured.err == ""
     for name in TABLE_6:
         (stubbed.folder / f"wait-{name}").unlink()
     assert stubbed("--table", "6") == 0 and stubbed.calls == TABLE_6
@@ -307,7 +307,7 @@ def test_a_run_that_another_process_is_at_is_left_to_it(stubbed, capsys):
     with open(folder / ".lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         assert stubbed("--table", "6") == 0 and stubbed.calls == TABLE_6[:1]
-    assert "resnet26-seed0: another process is at it" in capsys.readouterr().out
+    assert "resnet26-seed0: another process has it" in capsys.readouterr().out
     assert stubbed("--table", "6") == 0 and stubbed.calls == TABLE_6[1:]
 
 

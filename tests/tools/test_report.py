@@ -1,4 +1,4 @@
-"""report.py and plot.py: the arithmetic of a table, and that results/ is what its runs say."""
+"""tools.report and tools.plot: the arithmetic of a table, and that results/ is what its runs say."""
 
 import csv
 import json
@@ -11,18 +11,18 @@ from pathlib import Path
 import pytest
 
 from tools import ablate, plot, report
-from tools.paper import TABLES, Budget, Run, rows, run_name
+from tools.paper import rows_for
+from tools.trials import TABLES, Budget, Trial, run_name, table_name
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = sorted(path.parent for path in (ROOT / "results").glob("*/ablation.json"))
-README = f"# Title\n\nbefore\n\n{report.BEGIN}\nreplaced words\n{report.END}\n\nafter\n"
 
 
 def make_run(folder: Path, row, seed: int, top1: float, **changes) -> None:
     """A finished run of one epoch that scored top1."""
     path = folder / run_name(row, seed)
     path.mkdir(parents=True)
-    config = Run(row, seed).config(Budget("DIGITS")).to_dict()
+    config = Trial(row, seed).config(Budget("DIGITS")).to_dict()
     summary = {
         "test_top1_pct": top1,
         "test_images": 400,
@@ -42,7 +42,7 @@ def make_run(folder: Path, row, seed: int, top1: float, **changes) -> None:
 @pytest.fixture
 def made(tmp_path):
     """Table 5 on ResNet26: three seeds of "relative", two of "none", no "absolute"."""
-    none, _, relative = rows(TABLES["5"], "ResNet26")
+    none, _, relative = rows_for(TABLES["5"], "ResNet26")
     folder = tmp_path / "runs" / "digits"
     for seed, top1 in enumerate((90.0, 92.0, 97.0)):
         make_run(folder, relative, seed, top1)
@@ -82,7 +82,7 @@ def test_a_table_in_markdown_and_csv_by_hand(made):
     ],
 )  # fmt: skip
 def test_the_caption_says_which_weights_were_scored(tmp_path, selected, said):
-    make_run(tmp_path, rows(TABLES["5"], "ResNet26")[2], 0, 90.0, selected=selected)
+    make_run(tmp_path, rows_for(TABLES["5"], "ResNet26")[2], 0, 90.0, selected=selected)
     report.remember(tmp_path, Budget("DIGITS"), [("5", "ResNet26")])
     assert said in report.caption(report.read(tmp_path))
 
@@ -91,7 +91,7 @@ def test_the_caption_says_which_weights_were_scored(tmp_path, selected, said):
 def test_an_interval_that_leaves_out_0_is_bold_also_of_width_0(made, scores, cell):
     for seed, top1 in enumerate(scores):
         shutil.rmtree(made / f"resnet26-position-none-seed{seed}")
-        make_run(made, rows(TABLES["5"], "ResNet26")[0], seed, top1)
+        make_run(made, rows_for(TABLES["5"], "ResNet26")[0], seed, top1)
     assert f"| {cell} |" in report.markdown(report.read(made), "5", "ResNet26")
 
 
@@ -103,7 +103,7 @@ def test_a_row_without_a_run_of_its_base_has_no_difference(made):
 
 
 def test_one_seed_has_no_spread_and_many_have_students_interval():
-    assert report.spread([3.0]) == (3.0, None, 1) and report.interval([3.0]) is None
+    assert report.deviation([3.0]) is None and report.interval([3.0]) is None
     values = [1.0, 2.0, 3.0, 4.0]
     assert report.interval(values) == pytest.approx(3.182 * statistics.stdev(values) / 2)
     assert report.interval(values * 5) == pytest.approx(2.262 * statistics.stdev(values * 5) / 20**0.5)
@@ -111,9 +111,9 @@ def test_one_seed_has_no_spread_and_many_have_students_interval():
 
 def test_seeds_are_not_mixed_up_with_longer_names(made):
     """resnet26-seed1 is neither of resnet26-seed11 nor of resnet26-stem-seed1."""
-    relative = rows(TABLES["5"], "ResNet26")[2]
+    relative = rows_for(TABLES["5"], "ResNet26")[2]
     make_run(made, relative, 11, 90.0)
-    make_run(made, rows(TABLES["7"], "ResNet26")[2], 5, 90.0)
+    make_run(made, rows_for(TABLES["7"], "ResNet26")[2], 5, 90.0)
     assert report.seeds_of(report.read(made), relative) == [0, 1, 2, 11]
 
 
@@ -126,15 +126,14 @@ def test_runs_of_other_moving_averages_make_no_table(made):
 
 @pytest.mark.parametrize("change", [{"epochs": 2}, {"test_images": 12}])
 def test_runs_of_other_lengths_or_test_sets_make_no_table(made, change, capsys):
-    make_run(made, rows(TABLES["5"], "ResNet26")[2], 9, 90.0, **change)
+    make_run(made, rows_for(TABLES["5"], "ResNet26")[2], 9, 90.0, **change)
     with pytest.raises(report.ReportError, match=r"cannot be compared.*resnet26-seed9"):
         report.read(made)
 
 
 def test_adding_takes_small_files_without_paths_and_check_finds_what_is_not_up_to_date(made, tmp_path, capsys):
-    results, readme = tmp_path / "results", tmp_path / "README.md"
-    readme.write_text(README)
-    where = ["--results", str(results), "--readme", str(readme)]
+    results, page = tmp_path / "results", tmp_path / "results.md"
+    where = ["--results", str(results), "--page", str(page)]
     (made / "resnet26-seed0" / "last.pt").write_bytes(b"large")
     (made / "resnet26-seed8").mkdir()  # begun, not done
     assert report.main([*where, "--add", str(made)]) == 0
@@ -142,9 +141,9 @@ def test_adding_takes_small_files_without_paths_and_check_finds_what_is_not_up_t
     assert {path.name for path in (target / "resnet26-seed0").iterdir()} == {"config.json", "log.jsonl", "summary.json"}
     assert not (target / "resnet26-seed8").exists()
     assert not any("secret" in path.read_text() for path in target.glob("*/*"))
-    text = readme.read_text()
-    assert text.startswith("# Title\n\nbefore\n\n") and text.endswith("\n\nafter\n") and "replaced words" not in text
-    assert "93.00 +- 3.61" in text
+    text = page.read_text()
+    assert text.startswith("# Results\n") and report.MARK in text and "93.00 +- 3.61" in text
+    assert "(results/digits/)" in text  # links go from the page's folder
     assert report.main([*where, "--check"]) == 0
 
     def found() -> str:
@@ -152,9 +151,9 @@ def test_adding_takes_small_files_without_paths_and_check_finds_what_is_not_up_t
         assert report.main([*where, "--check"]) == 1
         return capsys.readouterr().out
 
-    readme.write_text(text.replace("93.00", "99.00"))
-    assert "README.md: not up to date" in found()
-    readme.write_text(text)
+    page.write_text(text.replace("93.00", "99.00"))
+    assert "results.md: not up to date" in found()
+    page.write_text(text)
     summary = target / "resnet26-seed0" / "summary.json"
     summary.write_text(summary.read_text().replace("90.0", "91.0"))
     assert "table-5-resnet26.csv" in found()
@@ -163,8 +162,10 @@ def test_adding_takes_small_files_without_paths_and_check_finds_what_is_not_up_t
     assert "table-4-resnet26.csv: no table" in found()
     (target / "table-4-resnet26.csv").unlink()
     (target / "notes.md").write_text("A finding.\n")
-    assert "README.md" in found()
-    assert report.main(where) == 0 and "A finding." in readme.read_text()
+    (results / "notes.md").write_text("An introduction.\n")
+    assert "results.md" in found()
+    assert report.main(where) == 0
+    assert page.read_text().index("An introduction.") < page.read_text().index("A finding.")
 
 
 def test_adding_again_keeps_the_tables_that_were_there(made, tmp_path):
@@ -176,15 +177,25 @@ def test_adding_again_keeps_the_tables_that_were_there(made, tmp_path):
     assert report.read(results / "digits").tables == [("5", "ResNet26"), ("4", "ResNet26")]
 
 
-@pytest.mark.parametrize("what", ["folder", "markers"])
-def test_what_is_no_folder_of_runs_or_no_readme_is_one_line(made, tmp_path, capsys, what):
-    readme = tmp_path / "README.md"
-    readme.write_text(README if what == "folder" else "nothing")
+def test_a_folder_that_holds_the_ports_table_under_its_old_name_is_read_and_written_as_port(made):
+    about = json.loads((made / "ablation.json").read_text())
+    (made / "ablation.json").write_text(json.dumps(about | {"tables": [["seed", None]]}))
+    assert report.read(made).tables == [("port", None)]
+    report.remember(made, Budget("DIGITS"), [("port", None)])
+    assert json.loads((made / "ablation.json").read_text())["tables"] == [["port", None]]
+
+
+@pytest.mark.parametrize("what", ["folder", "page"])
+def test_what_is_no_folder_of_runs_or_no_page_of_ours_is_one_line(made, tmp_path, capsys, what):
+    page = tmp_path / "page.md"
+    if what == "page":
+        page.write_text("mine")
     source = tmp_path if what == "folder" else made
-    flags = ["--results", str(tmp_path / "results"), "--readme", str(readme), "--add", str(source)]
-    assert report.main(flags) == 2
+    assert report.main(["--results", str(tmp_path / "results"), "--page", str(page), "--add", str(source)]) == 2
     error = capsys.readouterr().err
-    assert error.startswith("report.py: error: ") and error.count("\n") == 1
+    assert error.startswith("tools.report: error: ") and error.count("\n") == 1
+    assert not page.exists() or page.read_text() == "mine"
+    assert not (tmp_path / "results").exists()
 
 
 # ---- the results of this repository ---------------------------------------------------------------------------------
@@ -200,8 +211,9 @@ def test_each_run_is_of_the_configuration_that_its_name_says(folder):
     budget = Budget(about["dataset"], tuple(about["flags"]))
     assert folder.name == budget.name()
     named = {}
-    for table, model in about["tables"]:
-        named |= {run_name(row, seed): Run(row, seed) for row in rows(TABLES[table], model) for seed in range(20)}
+    for name, model in about["tables"]:
+        rows = rows_for(TABLES[table_name(name)], model)
+        named |= {run_name(row, seed): Trial(row, seed) for row in rows for seed in range(20)}
     for path in (path for path in folder.iterdir() if path.is_dir()):
         config, summary = (json.loads((path / name).read_text()) for name in ("config.json", "summary.json"))
         assert ablate.differing(config, named[path.name].config(budget)) == [], path
@@ -242,7 +254,7 @@ def test_a_folder_of_the_recipe_alone_has_curves_and_says_so(made, capsys):
 
 def test_the_learning_curve_is_the_logs(made):
     folder = report.read(made)
-    assert plot.errors(folder, rows(TABLES["5"], "ResNet26")[2]) == [(1, [10.0, 8.0, 3.0])]
+    assert plot.errors(folder, rows_for(TABLES["5"], "ResNet26")[2]) == [(1, [10.0, 8.0, 3.0])]
 
 
 def test_labels_stand_apart_in_their_order_and_near_their_lines():
