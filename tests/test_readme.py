@@ -1,7 +1,7 @@
 """Every measured figure of README and docs comes from a file in results/; what is counted, from the modules themselves.
 
-results/benchmark/ holds what tools.benchmark and sasa.kernels.tune printed, results/measured.json the single figures of
-the text: the words around it, the command, what it printed and how the figure follows from that.
+results/benchmark/ holds what tools.benchmark and sasa.kernels.tune printed, results/measured.json single figures: the
+words around them, the command, what it printed and how the figure follows from that.
 """
 
 import csv
@@ -143,10 +143,9 @@ def test_the_search_for_the_recipe_is_in_its_logs():
                for seed in range(3)] for name in names]  # fmt: skip
     found = table("attention stem, batch 32 | seed 0")
     assert [cells[1:] for cells in found] == wanted and [cells[0] for cells in found] == list(names.values())
-    pairs = [
-        [runs[f"batch32-lr0.002-{kind}-seed{seed}"]["test_top1_pct"] for kind in ("zero", "nozero")] for seed in (0, 2)
-    ]
-    assert "made {:.2f} and {:.2f} points at rate 2e-3".format(*(a - b for a, b in pairs)) in OURS
+    first, other = ([runs[f"batch32-lr0.002-{kind}-seed{seed}"]["test_top1_pct"] for kind in ("zero", "nozero")]
+                    for seed in (0, 2))  # fmt: skip
+    assert f"made {first[0] - first[1]:.2f} and {other[0] - other[1]:.2f} points at rate 2e-3" in " ".join(OURS.split())
     searched = len(list((ROOT / "results/digits-search").iterdir()))
     assert sum(cell != "" for cells in wanted for cell in cells) == 3 + searched  # none left out
 
@@ -179,12 +178,9 @@ def test_the_networks_speed_is_the_benchmarks():
             baseline, ours, stem = (of[form, name, net] for net in ("convolution", "attention", "attention + stem"))
             r = {key: f"{value:.2f}" for key, value in ours["ratio_to_twin"].items()}
             wanted.append([
-                f"{form}, {ours['batch']} images" if name == "ResNet26" else "",
-                name,
-                f"{r['median']} ({r['low']} to {r['high']})",
-                f"{stem['ratio_to_twin']['median']:.2f}",
-                f"{stem['ratio_to_conv_stem']['median']:.2f}",
-                f"{baseline['peak_mib']:.0f}, {ours['peak_mib']:.0f}",
+                f"{form}, {ours['batch']} images" if name == "ResNet26" else "", name,
+                f"{r['median']} ({r['low']} to {r['high']})", f"{stem['ratio_to_twin']['median']:.2f}",
+                f"{stem['ratio_to_conv_stem']['median']:.2f}", f"{baseline['peak_mib']:.0f}, {ours['peak_mib']:.0f}",
             ])  # fmt: skip
     assert table("form, batch | network") == wanted
     cifar, imagenet = (of[form, "ResNet26", "attention"]["ratio_to_twin"]["median"] for form in ("CIFAR", "ImageNet"))
