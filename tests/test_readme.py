@@ -1,7 +1,8 @@
 """Every measured figure of README and docs comes from a file in results/; what is counted, from the modules themselves.
 
 results/benchmark/ holds what tools.benchmark and sasa.kernels.tune printed, results/measured.json single figures: the
-words around them, the command, what it printed and how the figure follows from that.
+words around them, the command, what it printed and how the figure follows from that; and as settings the figures with
+a unit that nobody measured: what a program does, or arithmetic.
 """
 
 import csv
@@ -21,18 +22,13 @@ RESULTS_PAGE = (ROOT / "docs" / "results.md").read_text()
 README = (ROOT / "README.md").read_text()
 PAGES = [page for page in sorted((ROOT / "docs").rglob("*.md")) if page.name != "results.md"]
 RESULTS = sorted(path.parent for path in (ROOT / "results").glob("*/ablation.json"))
-MEASURED = json.loads((ROOT / "results" / "measured.json").read_text())
+FIGURES = json.loads((ROOT / "results" / "measured.json").read_text())
+MEASURED, SETTINGS = FIGURES["measured"], FIGURES["settings"]
 OURS = "\n".join([README, *(page.read_text() for page in [*PAGES, ROOT / "results" / report.NOTES])])  # by hand
 BY = {"min": min, "max": max, "median": statistics.median}
 WITH_UNIT = re.compile(
     r"(?<![\w.])(\d[\d.]*) ?(?:%|x |s\b|ms\b|seconds|min\b|minutes|hours|[KMG]i?B|points|times\b|images/s)"
 )
-# Figures with a unit that nobody measured: what the program does, or arithmetic.
-SETTINGS = {
-    "a repeat within 5 s": "signals.py", "every 10 minutes": "--save-minutes", "waits 30 s for": "torchrun's",
-    "(up to 30 s)": "torchrun's", "below 48 KB": "test_cuda.py", "stays below 3 MB": "test_visualize.py",
-    "One image is 0.28 points": "100 / 360",
-}  # fmt: skip
 
 
 def load(name: str) -> dict:
