@@ -36,14 +36,14 @@ from torch import Tensor, nn
 from sasa.kernels import (
     BORDERS,
     attention_logits,
-    autocast_dtype,
     check_backend,
     local_attention,
     local_attention_packed,
     stem_operator,
 )
 from sasa.kernels import stem as stem_kernels
-from sasa.kernels.reference import accumulate_dtype, reach, window_softmax
+from sasa.kernels.interface import accumulate_dtype, autocast_dtype, without_autocast
+from sasa.kernels.reference import reach, window_softmax
 
 POSITIONS = ("relative", "absolute", "none")
 WINDOWS = ("block", "sliding")
@@ -304,7 +304,7 @@ class AttentionStem(nn.Module):
         if dtype is None:
             return self._attend(x, conv_values)
         # Autocast would narrow the products behind the logits too: they stay wide, the output is narrowed.
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device):
             return self._attend(x.to(self.query.weight.dtype), conv_values).to(dtype)
 
     def _attend(self, x: Tensor, conv_values: Tensor | None) -> Tensor:
@@ -347,7 +347,7 @@ class AttentionStem(nn.Module):
         """q.k of each pixel with its window, -inf at masked keys; shapes of `attention_weights`."""
         _check_input(x, self.in_channels)
         chosen = torch.cartesian_prod(*map(torch.arange, x.shape[-2:])) if pixels is None else pixels
-        with torch.autocast(x.device.type, enabled=False):  # wide, as in `forward`
+        with without_autocast(x.device):  # wide, as in `forward`
             logits = stem_kernels.logits_at(
                 x.to(self.query.weight.dtype), self._forms(), chosen.to(x.device), self.block_size, self.window,
                 self.border,

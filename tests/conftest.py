@@ -10,6 +10,7 @@ ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:  # the project is run from its checkout, not installed
     sys.path.insert(0, str(ROOT))
 
+from sasa.kernels import dispatch  # noqa: E402
 
 # The tensors of these tests are small: a second thread only waits, and on a busy machine slows them a lot.
 # Tests of threads ask for them by `threads`; subprocesses have their own.
@@ -32,9 +33,10 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(autouse=True)
 def _seed(monkeypatch):
-    """Each test draws the same numbers alone and in the suite, and the caller's SASA_BACKEND does not leak in."""
+    """Each test draws the same numbers alone and in the suite; backends chosen earlier are forgotten."""
     torch.manual_seed(0)
     monkeypatch.delenv("SASA_BACKEND", raising=False)
+    dispatch.forget()
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ import torch
 import oracle
 from sasa.kernels import choose_backend, local_attention, local_attention_packed
 from sasa.kernels import triton_backend as cuda
+from sasa.kernels.interface import CallKind
 
 NAMES = ("query", "key", "value", "rel_row", "rel_col")
 
@@ -228,4 +229,4 @@ def chosen(shape, kernel_size, backend="auto"):
 
 
 def refusal(shape, kernel_size, dtype):
-    return cuda.unsupported(torch.zeros(shape, dtype=dtype), kernel_size)
+    return cuda.unsupported(CallKind(torch.device("cpu"), dtype, shape[2], kernel_size))

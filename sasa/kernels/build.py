@@ -126,14 +126,9 @@ def _load(path: Path) -> ctypes.CDLL | None:
         # The digest at its end is checked first: loading half a library can kill the process.
         if hashlib.sha256(content[:-_DIGEST]).digest() != content[-_DIGEST:]:
             return None
-        library = ctypes.CDLL(str(path))
+        return ctypes.CDLL(str(path))
     except OSError:
         return None
-    library.record = ctypes.c_int64 * library.sasa_call_fields()
-    library.sasa_local_attention.argtypes = (library.record, ctypes.c_double, ctypes.c_int)
-    library.stem_record = ctypes.c_int64 * library.sasa_stem_fields()
-    library.sasa_stem.argtypes = (library.stem_record, ctypes.c_int)
-    return library
 
 
 def _build(path: Path, command: list[str], seconds: int) -> ctypes.CDLL:

@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sasa.kernels import empty_like_map
 from sasa.kernels.build import library
+from sasa.kernels.interface import AttentionOptions, CallKind, empty_like_map
 
 MAX_KERNEL_SIZE = 13  # kMaxWindow of cpu.cpp
 STEM_CHANNELS = 3  # C of stem.cpp
@@ -29,20 +29,20 @@ def unusable() -> str | None:
     return found if isinstance(found, str) else None
 
 
-def unsupported(query: Tensor, kernel_size: int) -> str | None:
-    """Why the kernel cannot take this call, or None."""
-    if query.device.type != "cpu":
-        return f"it takes CPU tensors, got {query.device.type}"
-    if query.dtype not in DTYPES:
-        return f"it takes fp32, fp64, bf16 and fp16, got {query.dtype}"
-    if kernel_size > MAX_KERNEL_SIZE:
-        return f"it takes kernel_size up to {MAX_KERNEL_SIZE}, got {kernel_size}"
-    if query.dtype == torch.float64 and isinstance(library(torch.float64), str):
+def unsupported(kind: CallKind) -> str | None:
+    """Why the kernel cannot take calls of this kind, or None."""
+    if kind.device.type != "cpu":
+        return f"it takes CPU tensors, got {kind.device.type}"
+    if kind.dtype not in DTYPES:
+        return f"it takes fp32, fp64, bf16 and fp16, got {kind.dtype}"
+    if kind.kernel_size > MAX_KERNEL_SIZE:
+        return f"it takes kernel_size up to {MAX_KERNEL_SIZE}, got {kind.kernel_size}"
+    if kind.dtype == torch.float64 and isinstance(library(torch.float64), str):
         return f"it has no fp64 form: {library(torch.float64)}"
     return None
 
 
-def forward(query, key, value, rel_row, rel_col, kernel_size: int, border: str, scale: float) -> tuple[Tensor, Tensor]:
+def forward(query, key, value, rel_row, rel_col, options: AttentionOptions) -> tuple[Tensor, Tensor]:
     """-> out (B, N, D, H, W) in query's dtype and layout, log-sum-exp of the logits (B, N, H, W) in fp32 or fp64."""
     out = empty_like_map(query)
     q, k, v, rows, cols = (_widen(x) for x in (query, key, value, rel_row, rel_col))
@@ -50,13 +50,11 @@ def forward(query, key, value, rel_row, rel_col, kernel_size: int, border: str, 
     b, n, _, h, w = query.shape
     lse = q.new_empty((b, n, h, w))
     if query.numel():
-        _call(False, (q, k, v, wide_out, lse, rows, cols), (), kernel_size, border, scale)
+        _attend(q, k, v, rows, cols, wide_out, lse, options)
     return (out if wide_out is out else out.copy_(wide_out)), lse
 
 
-def backward(
-    grad_out, query, key, value, rel_row, rel_col, out, lse, kernel_size: int, border: str, scale: float, into=None
-):
+def backward(grad_out, query, key, value, rel_row, rel_col, out, lse, options: AttentionOptions, into=None):
     """Gradients of query, key, value, rel_row, rel_col (None where the input is None).
 
     into: (query's, key's or None, value's) tensors of any strides to write instead of new ones.
@@ -66,8 +64,7 @@ def backward(
     wide = tuple(t if t is None or t.dtype == q.dtype else empty_like_map(q) for t in targets)
     wide_rel = tuple(None if x is None else x.new_zeros(x.shape) for x in (rows, cols))
     if query.numel():
-        grads = (g, *wide, *wide_rel)
-        _call(True, (q, k, v, o, lse.to(q.dtype).contiguous(), rows, cols), grads, kernel_size, border, scale)
+        _attend(q, k, v, rows, cols, o, lse.to(q.dtype).contiguous(), options, (g, *wide, *wide_rel))
     for target, source in zip(targets, wide, strict=True):
         if target is not source:
             target.copy_(source)
@@ -78,27 +75,88 @@ def _widen(x: Tensor | None) -> Tensor | None:
     return x.float() if x is not None and x.dtype in (torch.bfloat16, torch.float16) else x
 
 
-def _call(backward: bool, inputs, grads, kernel_size: int, border: str, scale: float) -> None:
-    """Calls the kernel; the order of the numbers is that of struct Call in cpu.cpp."""
-    query, key, value, out, lse, rel_row, rel_col = inputs
-    b, n, d, h, w = query.shape
-    fields = [b, n, d, h, w, kernel_size, border == "zero", torch.get_num_threads(), _parallel_region()]
-    for x in (query, key, value, out):
-        fields += (0,) * 6 if x is None else (x.data_ptr(), *x.stride())
-    fields += (lse.data_ptr(), n * h * w, h * w, 0, w, 1)
-    for x in (rel_row, rel_col):
-        fields += (0,) * 4 if x is None else (x.data_ptr(), *x.stride())
-    for x in grads[:4]:
-        fields += (0,) * 6 if x is None else (x.data_ptr(), *x.stride())
-    for x in grads[4:]:
-        fields.append(0 if x is None else x.data_ptr())
-    loaded = library(query.dtype)
-    if loaded.sasa_local_attention(loaded.record(*fields), scale, backward):
+# The C interface -----------------------------------------------------------------------------------------------------
+
+_Int = ctypes.c_int64
+_Map = _Int * 6  # address, strides in elements of (B, N, D, H, W)
+_Table = _Int * 4  # address, strides in elements of (N, D/2, K)
+
+
+class Call(ctypes.Structure):
+    """struct Call of cpu.cpp, field by field; an address of 0 stands for an absent tensor."""
+
+    _fields_ = (
+        *((name, _Int) for name in ("batch", "heads", "width", "height", "columns", "window", "zero_border")),
+        *((name, _Int) for name in ("threads", "parallel")),
+        *((name, _Map) for name in ("query", "key", "value", "out", "lse")),
+        *((name, _Table) for name in ("rel_row", "rel_col")),
+        *((name, _Map) for name in ("grad_out", "grad_query", "grad_key", "grad_value")),
+        *((name, _Int) for name in ("grad_row", "grad_col")),
+    )
+
+
+class StemCall(ctypes.Structure):
+    """struct Call of stem.cpp, field by field; an address of 0 stands for an absent tensor."""
+
+    _fields_ = (
+        *((name, _Int) for name in ("batch", "height", "width", "heads", "depth", "mixtures", "side", "sliding")),
+        *((name, _Int) for name in ("zero_border", "threads", "parallel")),
+        *((name, _Map) for name in ("image", "out")),
+        *((name, _Int) for name in ("forms", "mixture", "weight")),
+        ("index", _Map),
+        ("moments", _Int),
+        *((name, _Map) for name in ("grad_out", "grad_image")),
+        *((name, _Int) for name in ("grad_forms", "grad_mixture", "grad_weight", "slopes")),
+    )
+
+
+@functools.cache
+def _functions(dtype: torch.dtype):
+    """The kernels for fp32 or fp64: of local attention and of the stem."""
+    loaded = library(dtype)
+    attention, stem = loaded.sasa_local_attention, loaded.sasa_stem
+    attention.argtypes = (ctypes.POINTER(Call), ctypes.c_size_t, ctypes.c_double, ctypes.c_int)
+    stem.argtypes = (ctypes.POINTER(StemCall), ctypes.c_size_t, ctypes.c_int)
+    return attention, stem
+
+
+def _check_result(result: int) -> None:
+    """Raises the error that enum Result of cpu.h names."""
+    if result == 1:
         raise MemoryError("the CPU kernel could not allocate its scratch memory")
+    if result:
+        raise RuntimeError("the CPU kernel has another interface than sasa/kernels/cpu.py: the fields of Call differ")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The stem (the arguments are those of kernels/stem.py)
+def _address(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
+
+
+def _strided(kind: type[ctypes.Array], x: Tensor | None) -> ctypes.Array:
+    """Address and strides of `x`; zeros for None."""
+    return kind() if x is None else kind(x.data_ptr(), *x.stride())
+
+
+def _attend(query, key, value, rel_row, rel_col, out, lse, options: AttentionOptions, grads=(None,) * 6) -> None:
+    """Calls the kernel of local attention: backward where `grads` (of out, then of the five inputs) are given."""
+    b, n, d, h, w = query.shape
+    grad_out, grad_query, grad_key, grad_value, grad_row, grad_col = grads
+    call = Call(
+        batch=b, heads=n, width=d, height=h, columns=w,
+        window=options.kernel_size, zero_border=options.border == "zero",
+        threads=torch.get_num_threads(), parallel=_parallel_region(),
+        query=_strided(_Map, query), key=_strided(_Map, key), value=_strided(_Map, value), out=_strided(_Map, out),
+        lse=_strided(_Map, lse.unsqueeze(2)),
+        rel_row=_strided(_Table, rel_row), rel_col=_strided(_Table, rel_col),
+        grad_out=_strided(_Map, grad_out), grad_query=_strided(_Map, grad_query),
+        grad_key=_strided(_Map, grad_key), grad_value=_strided(_Map, grad_value),
+        grad_row=_address(grad_row), grad_col=_address(grad_col),
+    )  # fmt: skip
+    attention, _ = _functions(query.dtype)
+    _check_result(attention(call, ctypes.sizeof(call), options.scale, grad_out is not None))
+
+
+# The stem (the arguments are those of sasa/kernels/stem.py) ----------------------------------------------------------
 
 
 def stem_forward(weights, x, window: str, border: str, out: Tensor, index: Tensor | None = None):
@@ -109,7 +167,7 @@ def stem_forward(weights, x, window: str, border: str, out: Tensor, index: Tenso
     """
     moments = None if index is None else x.new_zeros((2, out.shape[1]), dtype=torch.float64)
     if out.numel():
-        _call_stem(weights, x, window, border, out=out, index=index, moments=moments)
+        _attend_stem(weights, x, window, border, out=out, index=index, moments=moments)
     return moments
 
 
@@ -120,51 +178,57 @@ def stem_backward(weights, x, window: str, border: str, grad_out, grad_x=None, i
     """
     grads = [torch.zeros_like(y, memory_format=torch.contiguous_format) for y in weights]
     if grad_out.numel():
-        _call_stem(weights, x, window, border, None, index, None, grad_out, grad_x, grads, slopes)
+        _attend_stem(
+            weights, x, window, border, index=index, grad_out=grad_out, grad_x=grad_x, grads=grads, slopes=slopes
+        )
     return grads
 
 
-def _call_stem(
-    weights, x, window, border, out=None, index=None, moments=None, grad_out=None, grad_x=None, grads=(None,) * 3,
-    slopes=None,
+def _attend_stem(
+    weights, x, window: str, border: str, *, out=None, index=None, moments=None, grad_out=None, grad_x=None,
+    grads=(None,) * 3, slopes=None,
 ) -> None:  # fmt: skip
-    """Calls the kernel; the order of the numbers is that of struct Call in stem.cpp."""
-    forms, mixture, weight = weights = [y.contiguous() for y in weights]
+    """Calls the kernel of the stem: backward where `grad_out` is given."""
+    forms, mixture, weight = (y.contiguous() for y in weights)
     b, _, h, w = x.shape
     num_heads, (positions, mixtures) = forms.shape[0], mixture.shape
-    depth, side = weight.shape[1] // num_heads, math.isqrt(positions)
-    fields = [b, h, w, num_heads, depth, mixtures, side, window == "sliding", border == "zero"]
-    fields += [torch.get_num_threads(), _parallel_region()]
 
-    def add_map(y: Tensor | None, channels: int) -> None:  # as (B, heads, channels, H, W)
-        batch, channel, *rest = (0,) * 4 if y is None else y.stride()
-        fields.extend((0 if y is None else y.data_ptr(), batch, channels * channel, channel, *rest))
+    def by_head(y: Tensor | None) -> ctypes.Array:  # (B, N * D, H, W) as (B, N, D, H, W)
+        return _strided(_Map, None if y is None else y.unflatten(1, (num_heads, -1)))
 
-    def add(*tensors: Tensor | None) -> None:
-        fields.extend(0 if y is None else y.data_ptr() for y in tensors)
-
-    add_map(x, 0)
-    add_map(out, depth)
-    add(*weights)
-    add_map(index, depth)
-    add(moments)
-    add_map(grad_out, depth)
-    add_map(grad_x, 0)
-    add(*grads, slopes)
-    loaded = library(x.dtype)
-    if loaded.sasa_stem(loaded.stem_record(*fields), grad_out is not None):
-        raise MemoryError("the CPU kernel could not allocate its scratch memory")
+    grad_forms, grad_mixture, grad_weight = grads
+    call = StemCall(
+        batch=b, height=h, width=w, heads=num_heads, depth=weight.shape[1] // num_heads, mixtures=mixtures,
+        side=math.isqrt(positions), sliding=window == "sliding", zero_border=border == "zero",
+        threads=torch.get_num_threads(), parallel=_parallel_region(),
+        image=_strided(_Map, x.unsqueeze(1)), out=by_head(out),
+        forms=_address(forms), mixture=_address(mixture), weight=_address(weight),
+        index=by_head(index), moments=_address(moments),
+        grad_out=by_head(grad_out), grad_image=_strided(_Map, None if grad_x is None else grad_x.unsqueeze(1)),
+        grad_forms=_address(grad_forms), grad_mixture=_address(grad_mixture), grad_weight=_address(grad_weight),
+        slopes=_address(slopes),
+    )  # fmt: skip
+    _, stem = _functions(x.dtype)
+    _check_result(stem(call, ctypes.sizeof(call), grad_out is not None))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Threads
+# Threads -------------------------------------------------------------------------------------------------------------
+
+_LOADED_IN = os.getpid()
+
+
+def _parallel_region() -> int:
+    """Address of GOMP_parallel in the OpenMP runtime that torch uses; 0 where the kernel must start its own threads.
+
+    So in a forked child: the pool of OpenMP threads was not copied, and a parallel region would wait for it forever.
+    """
+    return _gomp_parallel() if os.getpid() == _LOADED_IN else 0
 
 
 @functools.cache
-def _parallel_region() -> int:
-    """Address of GOMP_parallel in the OpenMP runtime that torch uses; 0 where the kernel must start its own threads."""
+def _gomp_parallel() -> int:
     if multiprocessing.parent_process() is not None and multiprocessing.get_start_method(allow_none=True) != "spawn":
-        return 0  # a forked process: see _forget_threads
+        return 0  # a forked process that imported this file after the fork
     try:
         lines = Path("/proc/self/maps").read_text().splitlines()
     except OSError:
@@ -179,13 +243,3 @@ def _parallel_region() -> int:
                 continue
             return ctypes.cast(entry, ctypes.c_void_p).value
     return 0
-
-
-def _forget_threads() -> None:
-    """In a forked child: the pool of OpenMP threads was not copied, and a parallel region would wait for it forever."""
-    global _parallel_region
-    _parallel_region = int
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget_threads)

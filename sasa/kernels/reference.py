@@ -11,20 +11,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sasa.kernels.interface import AttentionOptions, CallKind, accumulate_dtype, deliver
+
 
 def unusable() -> str | None:
     """Why this backend cannot run here; None: it runs everywhere."""
     return None
 
 
-def unsupported(query: Tensor, kernel_size: int) -> str | None:
+def unsupported(kind: CallKind) -> str | None:
     """Why this backend cannot take this call; None: it takes every call."""
     return None
-
-
-def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of logits and softmax: fp64 stays, everything narrower is computed in fp32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def reach(kernel_size: int) -> tuple[int, int]:
@@ -58,11 +55,12 @@ def relative_keys(rel_row: Tensor, rel_col: Tensor) -> Tensor:
     return torch.cat((rows, cols), dim=1)
 
 
-def logits(query, key, rel_row, rel_col, kernel_size: int, border: str, scale: float, pixels=None) -> Tensor:
+def logits(query, key, rel_row, rel_col, options: AttentionOptions, pixels: Tensor | None = None) -> Tensor:
     """scale * (q.k + q.r) over each window, masked keys at -inf: -> (B, N, H, W, K, K) in the accumulation dtype.
 
     `pixels` (P, 2), rows and columns: the windows of these alone, in memory for these alone -> (B, N, P, K, K).
     """
+    kernel_size, border, scale = options
     acc = accumulate_dtype(query.dtype)
     query = query.to(acc)
     height, width = query.shape[-2:]
@@ -87,29 +85,28 @@ def window_softmax(scores: Tensor) -> Tensor:
     return scores.flatten(-2).softmax(-1).unflatten(-1, scores.shape[-2:])
 
 
-def attention_weights(query, key, rel_row, rel_col, kernel_size: int, border: str, scale: float) -> Tensor:
+def attention_weights(query, key, rel_row, rel_col, options: AttentionOptions) -> Tensor:
     """Softmax of the logits over each window: -> (B, N, H, W, K, K)."""
-    return window_softmax(logits(query, key, rel_row, rel_col, kernel_size, border, scale))
+    return window_softmax(logits(query, key, rel_row, rel_col, options))
 
 
-def forward(query, key, value, rel_row, rel_col, kernel_size: int, border: str, scale: float) -> tuple[Tensor, Tensor]:
+def forward(query, key, value, rel_row, rel_col, options: AttentionOptions) -> tuple[Tensor, Tensor]:
     """-> out (B, N, D, H, W) in the input's dtype, log-sum-exp of the logits (B, N, H, W) in the accumulation dtype."""
-    scores = logits(query, key, rel_row, rel_col, kernel_size, border, scale)
+    scores = logits(query, key, rel_row, rel_col, options)
     lse = scores.flatten(-2).logsumexp(-1)
     attn = window_softmax(scores)
-    out = torch.einsum("bnhwij,bndhwij->bndhw", attn, windows(value.to(attn.dtype), kernel_size))
+    out = torch.einsum("bnhwij,bndhwij->bndhw", attn, windows(value.to(attn.dtype), options.kernel_size))
     return out.to(query.dtype), lse
 
 
-def backward(
-    grad_out, query, key, value, rel_row, rel_col, out, lse, kernel_size: int, border: str, scale: float, into=None
-):
-    """Gradients of query, key, value, rel_row, rel_col (None where the input is None), see sasa/kernels/__init__.py.
+def backward(grad_out, query, key, value, rel_row, rel_col, out, lse, options: AttentionOptions, into=None):
+    """Gradients of query, key, value, rel_row, rel_col (None where the input is None), see sasa/kernels/interface.py.
 
     Written out, not left to autograd: an operator's implementation runs below it.
     """
+    kernel_size, _, scale = options
     acc = accumulate_dtype(query.dtype)
-    attn = attention_weights(query, key, rel_row, rel_col, kernel_size, border, scale)
+    attn = attention_weights(query, key, rel_row, rel_col, options)
     g, q = grad_out.to(acc), query.to(acc)
     grad_attn = torch.einsum("bndhw,bndhwij->bnhwij", g, windows(value.to(acc), kernel_size))
     delta = (attn * grad_attn).sum((-2, -1), keepdim=True)
@@ -127,10 +124,3 @@ def backward(
         grad_col = torch.einsum("bndhw,bnhwij->ndj", q[:, :, half:], grad_logits).to(rel_col.dtype)
     maps = (grad_query.to(query.dtype), grad_key, grad_value.to(value.dtype))
     return *deliver(maps, into), grad_row, grad_col
-
-
-def deliver(maps: tuple, into: tuple | None) -> tuple:
-    """`maps`, or the tensors of `into` with their values where those are given."""
-    if into is None:
-        return maps
-    return tuple(None if x is None else target.copy_(x) for x, target in zip(maps, into, strict=True))

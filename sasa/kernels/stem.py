@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sasa.kernels.reference import accumulate_dtype, windows
+from sasa.kernels.interface import accumulate_dtype
+from sasa.kernels.reference import windows
 
 
 def logit_forms(query_weight: Tensor, key_weight: Tensor, num_heads: int) -> Tensor:

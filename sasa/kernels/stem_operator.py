@@ -11,8 +11,9 @@ import math
 import torch
 from torch import Tensor
 
-from sasa.kernels import choose_backend, cpu
-from sasa.kernels.reference import accumulate_dtype
+from sasa.kernels import cpu
+from sasa.kernels.dispatch import choose_backend
+from sasa.kernels.interface import accumulate_dtype, empty_like_map, empty_map
 from sasa.kernels.stem import block_attention, mixed_block_values, sliding_attention
 
 
@@ -54,19 +55,11 @@ def kernel_serves(device: str, dtype: torch.dtype, channels: int, backend: str) 
     return choose_backend(torch.empty(1, 1, 1, 1, 1, dtype=dtype), 1, backend) == "cpu"
 
 
-def _empty_map(x: Tensor, channels: int, side: int = 1) -> Tensor:
-    """An uninitialised (B, channels, ceil(H / side), ceil(W / side)) map, channels innermost where x's are."""
-    b, _, h, w = x.shape
-    h, w = -(-h // side), -(-w // side)
-    if x.stride(1) == 1 and x.stride(3) != 1:
-        return x.new_empty((b, h, w, channels)).permute(0, 3, 1, 2)
-    return x.new_empty((b, channels, h, w))
-
-
 def _empty_outputs(x: Tensor, mixture: Tensor, value_weight: Tensor, pooled: bool) -> tuple[Tensor, Tensor]:
     """The output, and the places of the largest values where it is pooled."""
-    channels, side = value_weight.shape[1], math.isqrt(mixture.shape[0]) if pooled else 1
-    return _empty_map(x, channels, side), _empty_map(x, channels, side) if pooled else x.new_empty(0)
+    channels, side = (value_weight.shape[1],), math.isqrt(mixture.shape[0]) if pooled else 1
+    size = tuple(-(-length // side) for length in x.shape[-2:])
+    return empty_map(x, channels, size), empty_map(x, channels, size) if pooled else x.new_empty(0)
 
 
 @torch.library.custom_op("sasa::stem_attention", mutates_args=())
@@ -105,7 +98,7 @@ def _stem_attention_backward(
     image_gradient: bool,
     pooled: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    weights, grad_x = (forms, mixture, value_weight), _empty_map(x, x.shape[1]) if image_gradient else None
+    weights, grad_x = (forms, mixture, value_weight), empty_like_map(x) if image_gradient else None
     extra = (index, slopes.contiguous()) if pooled else ()
     grads = cpu.stem_backward(weights, x, window, border, grad_out, grad_x, *extra)
     return x.new_empty(0) if grad_x is None else grad_x, *grads
@@ -113,7 +106,7 @@ def _stem_attention_backward(
 
 @_stem_attention_backward.register_fake
 def _(grad_out, index, slopes, x, forms, mixture, value_weight, window, border, image_gradient, pooled):
-    grad_x = _empty_map(x, x.shape[1]) if image_gradient else x.new_empty(0)
+    grad_x = empty_like_map(x) if image_gradient else x.new_empty(0)
     return grad_x, *(torch.empty_like(y, memory_format=torch.contiguous_format) for y in (forms, mixture, value_weight))
 
 

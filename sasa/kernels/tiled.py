@@ -16,7 +16,6 @@ Shapes: B batch, N heads, D head width, H x W map, K window side; G = part of th
 queries of a tile, P keys of a patch. Source: Ramachandran et al. 2019, equation 3.
 """
 
-import contextlib
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -24,7 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sasa.kernels.reference import accumulate_dtype, deliver, reach
+from sasa.kernels.interface import AttentionOptions, CallKind, accumulate_dtype, deliver
+from sasa.kernels.reference import reach
 
 MASKED = -1e30  # not -inf: a row of a ragged tile may have no key at all, and its softmax must not be NaN
 LIMIT = 1e29  # of the products' magnitude: above it MASKED would not mask
@@ -38,7 +38,7 @@ def unusable() -> str | None:
     return None
 
 
-def unsupported(query: Tensor, kernel_size: int) -> str | None:
+def unsupported(kind: CallKind) -> str | None:
     """Why this backend cannot take this call; None: it takes every call."""
     return None
 
@@ -293,40 +293,32 @@ def tables(relative: tuple[Tensor, Tensor] | None, maps: slice, dtype: torch.dty
     return tuple(x.to(dtype)[heads] for x in relative)
 
 
-@contextlib.contextmanager
-def own_precision(device: torch.device) -> Iterator[None]:
-    """Without the caller's autocast, which would narrow the logits."""
-    enabled = torch.is_autocast_enabled(device.type)
-    with torch.autocast(device.type, enabled=False) if enabled else contextlib.nullcontext():
-        yield
-
-
-def forward(query, key, value, rel_row, rel_col, kernel_size: int, border: str, scale: float) -> tuple[Tensor, Tensor]:
+def forward(query, key, value, rel_row, rel_col, options: AttentionOptions) -> tuple[Tensor, Tensor]:
     """-> out (B, N, D, H, W) in the input's dtype, log-sum-exp of the logits (B, N, H, W) in the accumulation dtype."""
-    with own_precision(query.device):
-        plan = make_plan(query, kernel_size, border, is_tame(query, key, value, rel_row, rel_col, scale))
-        acc = accumulate_dtype(query.dtype)
-        q, k, v = (None if x is None else x.flatten(0, 1) for x in (query, key, value))  # (B * N, D, H, W)
-        out = query.new_empty(q.shape)
-        lse = query.new_empty((q.shape[0], 1, *q.shape[2:]), dtype=acc)
-        for maps in plan.chunks(q.shape[0]):
-            relative = tables((rel_row, rel_col), maps, acc)
-            queries = pad_queries(q[maps], plan, acc) * scale
-            keys = None if k is None else pad_keys(k[maps], plan, acc)
-            values = pad_keys(v[maps], plan, acc)
-            for band in plan.bands():
-                lines = slice(band.start * plan.rows.tile, band.stop * plan.rows.tile)
-                pairs = None if plan.pairs is None else plan.pairs[band].flatten(0, 1)
-                part = queries[:, :, lines]
-                near = None if keys is None else patches(keys, band, plan)  # (T, D, P)
-                scores = logits(part, to_tiles(part, plan), near, relative, band, plan)
-                top = scores.amax(-1)  # (T, Q)
-                attn = softmax(scores, pairs)
-                # The largest weight is exp(top - lse); a top of inf or -inf is its own lse.
-                total = torch.where(top.isinf(), top, top - attn.amax(-1).log())
-                mixed = product(patches(values, band, plan), attn.transpose(1, 2), _turned(pairs))  # (T, D, Q)
-                _store(out[maps, :, lines], mixed, plan)
-                _store(lse[maps, :, lines], total[:, None], plan)
+    kernel_size, border, scale = options
+    plan = make_plan(query, kernel_size, border, is_tame(query, key, value, rel_row, rel_col, scale))
+    acc = accumulate_dtype(query.dtype)
+    q, k, v = (None if x is None else x.flatten(0, 1) for x in (query, key, value))  # (B * N, D, H, W)
+    out = query.new_empty(q.shape)
+    lse = query.new_empty((q.shape[0], 1, *q.shape[2:]), dtype=acc)
+    for maps in plan.chunks(q.shape[0]):
+        relative = tables((rel_row, rel_col), maps, acc)
+        queries = pad_queries(q[maps], plan, acc) * scale
+        keys = None if k is None else pad_keys(k[maps], plan, acc)
+        values = pad_keys(v[maps], plan, acc)
+        for band in plan.bands():
+            lines = slice(band.start * plan.rows.tile, band.stop * plan.rows.tile)
+            pairs = None if plan.pairs is None else plan.pairs[band].flatten(0, 1)
+            part = queries[:, :, lines]
+            near = None if keys is None else patches(keys, band, plan)  # (T, D, P)
+            scores = logits(part, to_tiles(part, plan), near, relative, band, plan)
+            top = scores.amax(-1)  # (T, Q)
+            attn = softmax(scores, pairs)
+            # The largest weight is exp(top - lse); a top of inf or -inf is its own lse.
+            total = torch.where(top.isinf(), top, top - attn.amax(-1).log())
+            mixed = product(patches(values, band, plan), attn.transpose(1, 2), _turned(pairs))  # (T, D, Q)
+            _store(out[maps, :, lines], mixed, plan)
+            _store(lse[maps, :, lines], total[:, None], plan)
     return out.unflatten(0, query.shape[:2]), lse[:, 0].unflatten(0, query.shape[:2])
 
 
@@ -339,54 +331,52 @@ def _store(target: Tensor, tiles: Tensor, plan: Plan) -> None:
     target.copy_(from_tiles(tiles, target.shape[0], plan)[:, :, : target.shape[2], : target.shape[3]])
 
 
-def backward(
-    grad_out, query, key, value, rel_row, rel_col, out, lse, kernel_size: int, border: str, scale: float, into=None
-):
+def backward(grad_out, query, key, value, rel_row, rel_col, out, lse, options: AttentionOptions, into=None):
     """Gradients of query, key, value, rel_row, rel_col (None where the input is None), without `out` and `lse`."""
-    with own_precision(query.device):
-        plan = make_plan(query, kernel_size, border, is_tame(query, key, value, rel_row, rel_col, scale, grad_out))
-        rows, cols, acc = plan.rows, plan.cols, accumulate_dtype(query.dtype)
-        inputs = (grad_out, query, key, value)
-        g, q, k, v = (None if x is None else x.flatten(0, 1) for x in inputs)  # (B * N, D, H, W)
-        grad_query, grad_value = query.new_empty(q.shape), query.new_empty(q.shape)
-        grad_key = None if k is None else query.new_empty(q.shape)
-        grad_relative = None
-        if rel_row is not None:
-            grad_relative = query.new_zeros((2, q.shape[0], *rel_row.shape[1:]), dtype=acc)  # a map each, then summed
-        for maps in plan.chunks(q.shape[0]):
-            relative = tables((rel_row, rel_col), maps, acc)
-            queries, grads = pad_queries(q[maps], plan, acc) * scale, pad_queries(g[maps], plan, acc)
-            keys = None if k is None else pad_keys(k[maps], plan, acc)
-            values = pad_keys(v[maps], plan, acc)
-            grad_keys, grad_values = None if k is None else torch.zeros_like(keys), torch.zeros_like(values)
-            for band in plan.bands():
-                lines = slice(band.start * rows.tile, band.stop * rows.tile)
-                pairs = None if plan.pairs is None else plan.pairs[band].flatten(0, 1)
-                part = queries[:, :, lines]
-                tiles, grad_tiles = to_tiles(part, plan), to_tiles(grads[:, :, lines], plan)  # (T, D, Q)
-                near = None if keys is None else patches(keys, band, plan)  # (T, D, P)
-                attn = softmax(logits(part, tiles, near, relative, band, plan), pairs)  # (T, Q, P)
-                add_patches(grad_values, product(grad_tiles, attn, pairs), band, plan)
-                grad = torch.bmm(grad_tiles.transpose(1, 2), patches(values, band, plan))
-                grad = softmax_backward(grad, attn, pairs)  # of the logits
-                grad_part = torch.zeros_like(part)
-                if keys is not None:
-                    add_patches(grad_keys, product(tiles, grad, pairs), band, plan)
-                    grad_part = from_tiles(product(near, grad.transpose(1, 2), _turned(pairs)), part.shape[0], plan)
-                if relative is not None:
-                    _relative_backward(grad, part, relative, grad_part, grad_relative[:, maps], plan)
-                height = grad_query[maps, :, lines].shape[2]
-                grad_query[maps, :, lines] = grad_part[:, :, :height, : cols.length] * scale
-            for target, total in ((grad_key, grad_keys), (grad_value, grad_values)):
-                if target is not None:
-                    left, above = cols.padding[0], rows.padding[0]
-                    target[maps] = total[:, :, above : above + rows.length, left : left + cols.length]
-        shape = query.shape[:2]
-        if rel_row is not None:
-            grad_row, grad_col = (x.unflatten(0, shape).sum(0).to(rel_row.dtype) for x in grad_relative)
-        grads = (grad_query, None if key is None else grad_key, grad_value)
-        grads = tuple(None if x is None else x.unflatten(0, shape) for x in grads)
-        return *deliver(grads, into), None if rel_row is None else grad_row, None if rel_col is None else grad_col
+    kernel_size, border, scale = options
+    plan = make_plan(query, kernel_size, border, is_tame(query, key, value, rel_row, rel_col, scale, grad_out))
+    rows, cols, acc = plan.rows, plan.cols, accumulate_dtype(query.dtype)
+    inputs = (grad_out, query, key, value)
+    g, q, k, v = (None if x is None else x.flatten(0, 1) for x in inputs)  # (B * N, D, H, W)
+    grad_query, grad_value = query.new_empty(q.shape), query.new_empty(q.shape)
+    grad_key = None if k is None else query.new_empty(q.shape)
+    grad_relative = None
+    if rel_row is not None:
+        grad_relative = query.new_zeros((2, q.shape[0], *rel_row.shape[1:]), dtype=acc)  # a map each, then summed
+    for maps in plan.chunks(q.shape[0]):
+        relative = tables((rel_row, rel_col), maps, acc)
+        queries, grads = pad_queries(q[maps], plan, acc) * scale, pad_queries(g[maps], plan, acc)
+        keys = None if k is None else pad_keys(k[maps], plan, acc)
+        values = pad_keys(v[maps], plan, acc)
+        grad_keys, grad_values = None if k is None else torch.zeros_like(keys), torch.zeros_like(values)
+        for band in plan.bands():
+            lines = slice(band.start * rows.tile, band.stop * rows.tile)
+            pairs = None if plan.pairs is None else plan.pairs[band].flatten(0, 1)
+            part = queries[:, :, lines]
+            tiles, grad_tiles = to_tiles(part, plan), to_tiles(grads[:, :, lines], plan)  # (T, D, Q)
+            near = None if keys is None else patches(keys, band, plan)  # (T, D, P)
+            attn = softmax(logits(part, tiles, near, relative, band, plan), pairs)  # (T, Q, P)
+            add_patches(grad_values, product(grad_tiles, attn, pairs), band, plan)
+            grad = torch.bmm(grad_tiles.transpose(1, 2), patches(values, band, plan))
+            grad = softmax_backward(grad, attn, pairs)  # of the logits
+            grad_part = torch.zeros_like(part)
+            if keys is not None:
+                add_patches(grad_keys, product(tiles, grad, pairs), band, plan)
+                grad_part = from_tiles(product(near, grad.transpose(1, 2), _turned(pairs)), part.shape[0], plan)
+            if relative is not None:
+                _relative_backward(grad, part, relative, grad_part, grad_relative[:, maps], plan)
+            height = grad_query[maps, :, lines].shape[2]
+            grad_query[maps, :, lines] = grad_part[:, :, :height, : cols.length] * scale
+        for target, total in ((grad_key, grad_keys), (grad_value, grad_values)):
+            if target is not None:
+                left, above = cols.padding[0], rows.padding[0]
+                target[maps] = total[:, :, above : above + rows.length, left : left + cols.length]
+    shape = query.shape[:2]
+    if rel_row is not None:
+        grad_row, grad_col = (x.unflatten(0, shape).sum(0).to(rel_row.dtype) for x in grad_relative)
+    grads = (grad_query, None if key is None else grad_key, grad_value)
+    grads = tuple(None if x is None else x.unflatten(0, shape) for x in grads)
+    return *deliver(grads, into), None if rel_row is None else grad_row, None if rel_col is None else grad_col
 
 
 def _relative_backward(grad, query, relative, grad_query, grad_relative, plan: Plan) -> None:

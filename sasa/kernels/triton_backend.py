@@ -25,6 +25,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from sasa.kernels.interface import AttentionOptions, CallKind
+
 TABLE = Path(__file__).with_name("triton_table.json")  # written by `python -m sasa.kernels.tune`
 STAGES = ("forward", "query", "key")  # the kernels; the last two are the backward
 MAX_KERNEL_SIZE, MAX_HEAD_DIM = 13, 64
@@ -60,18 +62,18 @@ def unusable() -> str | None:
     return None if interpreted() else _cuda_missing()
 
 
-def unsupported(query: Tensor, kernel_size: int) -> str | None:
+def unsupported(kind: CallKind) -> str | None:
     """Why the kernels cannot take this call, or None."""
     device = "cpu" if interpreted() else "cuda"
-    if query.device.type != device:
-        return f"it takes {device} tensors{' with TRITON_INTERPRET=1' * interpreted()}, got {query.device.type}"
-    if query.dtype not in DTYPES:
-        return f"it takes fp32, bf16 and fp16, got {query.dtype}"
-    if kernel_size > MAX_KERNEL_SIZE:
-        return f"kernel_size={kernel_size}: it takes up to {MAX_KERNEL_SIZE}"
-    if query.shape[2] > MAX_HEAD_DIM:
-        return f"a head width of {query.shape[2]}: it takes up to {MAX_HEAD_DIM}"
-    return _too_old(torch.cuda.get_device_capability(query.device)) if device == "cuda" else None
+    if kind.device.type != device:
+        return f"it takes {device} tensors{' with TRITON_INTERPRET=1' * interpreted()}, got {kind.device.type}"
+    if kind.dtype not in DTYPES:
+        return f"it takes fp32, bf16 and fp16, got {kind.dtype}"
+    if kind.kernel_size > MAX_KERNEL_SIZE:
+        return f"kernel_size={kind.kernel_size}: it takes up to {MAX_KERNEL_SIZE}"
+    if kind.head_dim > MAX_HEAD_DIM:
+        return f"a head width of {kind.head_dim}: it takes up to {MAX_HEAD_DIM}"
+    return _too_old(torch.cuda.get_device_capability(kind.device)) if device == "cuda" else None
 
 
 # Tiles ---------------------------------------------------------------------------------------------------------------
@@ -178,8 +180,9 @@ def _kernels():
 # Passes --------------------------------------------------------------------------------------------------------------
 
 
-def forward(query, key, value, rel_row, rel_col, kernel_size: int, border: str, scale: float) -> tuple[Tensor, Tensor]:
+def forward(query, key, value, rel_row, rel_col, options: AttentionOptions) -> tuple[Tensor, Tensor]:
     """-> out (B, N, D, H, W) in the input's dtype, channels innermost; log-sum-exp of the logits (B, N, H, W), fp32."""
+    kernel_size, border, scale = options
     query, key, value = (_inner(x) for x in (query, key, value))
     rel_row, rel_col = (None if x is None else x.contiguous() for x in (rel_row, rel_col))
     b, n, _, h, w = query.shape
@@ -195,10 +198,9 @@ def forward(query, key, value, rel_row, rel_col, kernel_size: int, border: str, 
     return out, lse
 
 
-def backward(
-    grad_out, query, key, value, rel_row, rel_col, out, lse, kernel_size: int, border: str, scale: float, into=None
-):
-    """Gradients of query, key, value, rel_row, rel_col (None where the input is None), see sasa/kernels/__init__.py."""
+def backward(grad_out, query, key, value, rel_row, rel_col, out, lse, options: AttentionOptions, into=None):
+    """Gradients of query, key, value, rel_row, rel_col (None where the input is None)."""
+    kernel_size, border, scale = options
     grad_out, query, key, value, out = (_inner(x) for x in (grad_out, query, key, value, out))
     rel_row, rel_col = (None if x is None else x.contiguous() for x in (rel_row, rel_col))
     lse = lse.contiguous()

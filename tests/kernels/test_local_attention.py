@@ -16,13 +16,16 @@ from hypothesis import strategies as st
 
 import oracle
 from sasa import kernels
-from sasa.kernels import local_attention, local_attention_packed, reference
+from sasa.kernels import dispatch, local_attention, local_attention_packed, reference
+from sasa.kernels.interface import AttentionOptions, CallKind
 
 
 def on(device):
     """Each backend as a parameter, skipped with its reason where it is not usable or takes no tensors of the device."""
     query = types.SimpleNamespace(device=torch.device(device), dtype=torch.float32, shape=torch.Size((1, 1, 2, 3, 3)))
-    reasons = {n: reason or kernels._module(n).unsupported(query, 3) for n, reason in kernels.backends().items()}
+    reasons = {
+        n: reason or dispatch.module(n).unsupported(CallKind.of(query, 3)) for n, reason in kernels.backends().items()
+    }
     return [
         pytest.param(name, marks=[pytest.mark.skip(reason=f"{name}: {reason}")] if reason else [])
         for name, reason in reasons.items()
@@ -116,7 +119,7 @@ def options(parameters, backend):
 
 
 def skip_unless_taken(backend, query, kernel_size):
-    reason = kernels._module(backend).unsupported(query, kernel_size)
+    reason = dispatch.module(backend).unsupported(CallKind.of(query, kernel_size))
     if reason is not None:
         pytest.skip(f"{backend} does not take this call: {reason}")
 
@@ -178,7 +181,7 @@ def test_log_sum_exp_means_the_same_in_every_backend(parameters, backend):
     arguments = (*inputs.values(), parameters[3], parameters[6], parameters[9])
     _, lse = torch.ops.sasa.local_attention(*arguments, backend)
     double = (*(None if x is None else x.double() for x in inputs.values()), *arguments[5:])
-    wanted = reference.logits(*double[:2], *double[3:]).flatten(-2).logsumexp(-1)
+    wanted = reference.logits(*double[:2], *double[3:5], AttentionOptions(*double[5:])).flatten(-2).logsumexp(-1)
     assert lse.dtype == torch.float32
     torch.testing.assert_close(lse.double(), wanted, atol=1e-5, rtol=1e-5)
 
@@ -245,7 +248,7 @@ def test_any_shape_matches_shifted_slices(backend, shape, size, border, given_pa
         functools.partial(oracle.plain_local_attention, kernel_size=size, border=border, scale=0.5), inputs, direction
     )
     inputs = cast(inputs, torch.float32)
-    if kernels._module(backend).unsupported(inputs["query"], size) is None:
+    if dispatch.module(backend).unsupported(CallKind.of(inputs["query"], size)) is None:
         assert_close(gradients(functools.partial(local_attention, **call), inputs, direction), wanted, 1e-5)
 
 
@@ -394,8 +397,12 @@ def test_opcheck_of_a_fused_projection(content, layout, backend):
     inputs = cast(draw(2, 2, 4, 3, 5, 6, "mask", content, True, 1.0)[0], torch.float32)
     skip_unless_taken(backend, inputs["query"], 3)
     qkv, rows, cols = layout(inputs).requires_grad_(), *(inputs[n].requires_grad_() for n in NAMES[3:])
-    arguments = (qkv, None, None, rows, cols, 3, "mask", 1.0, backend)
-    torch.library.opcheck(torch.ops.sasa.local_attention.default, arguments)
+    options = (3, "mask", 1.0, backend)
+    torch.library.opcheck(torch.ops.sasa.local_attention_packed.default, (qkv, rows, cols, *options))
+    inputs = [x.detach() for x in (qkv, rows, cols)]
+    out, lse = torch.ops.sasa.local_attention_packed(*inputs, *options)
+    arguments = (torch.randn_like(out), *inputs, out, lse, *options)
+    torch.library.opcheck(torch.ops.sasa.local_attention_packed_backward.default, arguments)
 
 
 @pytest.mark.parametrize("shape", [(1, 3, 4, 3, 3), (1, 4, 2, 4, 3, 3), (1, 1, 2, 4, 3, 3)], ids=str)
@@ -620,7 +627,7 @@ def spy(monkeypatch):
     module = types.ModuleType("spy_backend")
     module.reason, module.refusal, module.calls = None, None, []
     module.unusable = lambda: module.reason
-    module.unsupported = lambda query, kernel_size: module.refusal
+    module.unsupported = lambda kind: module.refusal
 
     def forward(*arguments):
         module.calls.append("forward")
@@ -632,11 +639,12 @@ def spy(monkeypatch):
 
     module.forward, module.backward = forward, backward
     monkeypatch.setitem(sys.modules, "spy_backend", module)
-    monkeypatch.setattr(kernels, "_MODULES", {"spy": "spy_backend", "reference": "sasa.kernels.reference"})
+    monkeypatch.setattr(dispatch, "MODULES", {"spy": "spy_backend", "reference": "sasa.kernels.reference"})
     return module
 
 
 def small_call(backend="auto"):
+    dispatch.forget()  # what the test changed since the last call
     inputs = draw(1, 1, 2, 3, 3, 3, "mask", True, True, 1.0)[0]
     leaves = [x.requires_grad_() for x in inputs.values()]
     local_attention(*leaves, kernel_size=3, backend=backend).sum().backward()
@@ -674,6 +682,25 @@ def test_sasa_backend_replaces_auto_but_no_named_backend(spy, monkeypatch):
     monkeypatch.setenv("SASA_BACKEND", "")
     small_call()
     assert len(spy.calls) == 4
+
+
+def test_a_choice_is_made_once_for_each_kind_of_call(spy, monkeypatch):
+    """Polling the backends and reading the environment at each forward and backward would cost host time."""
+    polled = []
+    spy.unsupported = polled.append
+    query = torch.zeros(2, 1, 4, 3, 3)
+    for _ in range(3):
+        assert kernels.choose_backend(query, 3) == "spy"
+    assert polled == [(torch.device("cpu"), torch.float32, 4, 3)]
+    assert kernels.choose_backend(query[:1, ..., :2], 3) == "spy"  # batch and map do not count
+    assert len(polled) == 1
+    for kind in ((query.double(), 3), (query[:, :, :2], 3), (query, 5), (query.to("meta"), 3)):
+        assert kernels.choose_backend(*kind) == "spy"
+    assert len(polled) == 5
+    monkeypatch.setenv("SASA_BACKEND", "reference")
+    assert kernels.choose_backend(query, 3) == "spy"  # a process reads it once
+    dispatch.forget()
+    assert kernels.choose_backend(query, 3) == "reference"
 
 
 def test_an_unknown_sasa_backend_is_named_as_what_it_is(spy, monkeypatch):

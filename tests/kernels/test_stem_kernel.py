@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from attention import AttentionStem
 from model import ResNet26, make_stem
-from sasa.kernels import cpu, stem_operator
+from sasa.kernels import cpu, dispatch, stem_operator
 
 pytestmark = pytest.mark.skipif(cpu.unusable() is not None, reason=f"no CPU kernel: {cpu.unusable()}")
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-11}
@@ -113,6 +113,7 @@ def test_is_the_choice_and_can_be_refused(monkeypatch):
     assert not served("cpu", torch.float32, 4, "auto") and not served("cuda", torch.float32, 3, "auto")
     assert not served("cpu", torch.float32, 3, "tiled")
     monkeypatch.setenv("SASA_BACKEND", "reference")
+    dispatch.forget()
     assert not served("cpu", torch.float32, 3, "auto") and served("cpu", torch.float32, 3, "cpu")
 
 

@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from sasa.kernels import local_attention, reference, tiled
+from sasa.kernels.interface import AttentionOptions
 
 NAMES = ("out", "query", "key", "value", "rel_row", "rel_col")
 
@@ -26,8 +27,9 @@ def draw(batch, heads, head_dim, size, height, width, content=True, embeddings=T
 
 def run(backend, inputs, direction, size, border, scale=1.0):
     """Output and gradients by name; None where the input is None."""
-    out, lse = backend.forward(*inputs, size, border, scale)
-    return dict(zip(NAMES, (out, *backend.backward(direction, *inputs, out, lse, size, border, scale)), strict=True))
+    options = AttentionOptions(size, border, scale)
+    out, lse = backend.forward(*inputs, options)
+    return dict(zip(NAMES, (out, *backend.backward(direction, *inputs, out, lse, options)), strict=True))
 
 
 def assert_close(got, wanted, tolerance):

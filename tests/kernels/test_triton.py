@@ -19,8 +19,9 @@ import torch
 
 import triton_cases
 from sasa import kernels
+from sasa.kernels import dispatch, tune
 from sasa.kernels import triton_backend as cuda
-from sasa.kernels import tune
+from sasa.kernels.interface import CallKind
 
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 DTYPES = {"fp32": torch.float32} | HALF
@@ -204,7 +205,7 @@ def test_what_it_does_not_take_is_named(interpreter):
 
 @needs_compiler
 def test_cpu_tensors_are_refused_without_the_interpreter():
-    assert "cuda" in cuda.unsupported(torch.zeros(1, 1, 2, 3, 3), 3)
+    assert "cuda" in cuda.unsupported(CallKind(torch.device("cpu"), torch.float32, 2, 3))
 
 
 @needs_compiler
@@ -221,6 +222,7 @@ def test_the_next_best_backend_serves_what_it_refuses(monkeypatch):
     assert kernels.choose_backend(on_gpu(64), 14) == "tiled"
     assert kernels.choose_backend(on_gpu(64, torch.float64), 13) == "tiled"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
+    dispatch.forget()
     assert kernels.choose_backend(on_gpu(64), 13) == "tiled"
 
 

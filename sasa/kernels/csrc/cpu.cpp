@@ -22,7 +22,7 @@ namespace {
 constexpr int kMaxWindow = 13;
 constexpr int ROWS = 4;
 
-struct Call {  // one forward or backward call, as kernels/cpu.py packs it; the order of the fields is the interface
+struct Call {  // one forward or backward call; cpu.py declares the same fields in the same order
     i64 batch, heads, width, height, columns, window, zero_border, threads;
     i64 parallel;  // address of GOMP_parallel of the OpenMP runtime that torch has loaded, or 0
     i64 query[6], key[6], value[6], out[6], lse[6], rel_row[4], rel_col[4];  // pointer, strides in elements
@@ -835,14 +835,13 @@ struct Kernel : Simd<T, L> {
 }  // namespace
 
 // 0, or 1 where memory ran out. The maps are of type SASA_REAL.
-extern "C" int sasa_local_attention(const std::int64_t* fields, double scale, int backward) {
+extern "C" int sasa_local_attention(const void* call, std::size_t bytes, double scale, int backward) {
     using T = SASA_REAL;
+    if (bytes != sizeof(Call)) return kOtherInterface;
     try {
-        const Call& call = *reinterpret_cast<const Call*>(fields);
-        return Kernel<T, kVectorBytes / sizeof(T)>(call, static_cast<T>(scale), backward).execute() ? 0 : 1;
+        Kernel<T, kVectorBytes / sizeof(T)> kernel(*static_cast<const Call*>(call), static_cast<T>(scale), backward);
+        return kernel.execute() ? kDone : kNoMemory;
     } catch (const std::bad_alloc&) {
-        return 1;
+        return kNoMemory;
     }
 }
-
-extern "C" int sasa_call_fields() { return sizeof(Call) / sizeof(std::int64_t); }

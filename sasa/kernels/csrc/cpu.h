@@ -7,6 +7,7 @@
 #include <array>
 #include <atomic>
 #include <cmath>
+#include <cstddef>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
@@ -27,6 +28,8 @@
 namespace {
 
 using i64 = std::int64_t;
+
+enum Result { kDone, kNoMemory, kOtherInterface };  // what a call returns; cpu.py raises the error
 
 #if defined(__AVX512VL__) || defined(__aarch64__)
 constexpr int kRegisters = 32;

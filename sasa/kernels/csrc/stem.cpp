@@ -19,7 +19,7 @@ namespace {
 
 constexpr int C = 3;  // channels of the image: loops over them are unrolled
 
-struct Call {  // one forward or backward call, as kernels/cpu.py packs it; the order of the fields is the interface
+struct Call {  // one forward or backward call; cpu.py declares the same fields, as StemCall, in the same order
     i64 batch, height, width, heads, depth, mixtures, side, sliding, zero_border, threads, parallel;
     i64 image[6], out[6];            // pointer, strides in elements of (B, 1, C, H, W) and (B, N, D, H, W)
     i64 forms, mixture, weight;      // contiguous (N, C, C), (S * S, M), (M, N * D, C)
@@ -503,14 +503,12 @@ struct Stem : Simd<T, L> {
 }  // namespace
 
 // 0, or 1 where memory ran out. The maps are of type SASA_REAL.
-extern "C" int sasa_stem(const std::int64_t* fields, int backward) {
+extern "C" int sasa_stem(const void* call, std::size_t bytes, int backward) {
     using T = SASA_REAL;
+    if (bytes != sizeof(Call)) return kOtherInterface;
     try {
-        const Call& call = *reinterpret_cast<const Call*>(fields);
-        return Stem<T, kVectorBytes / sizeof(T)>(call, backward).execute() ? 0 : 1;
+        return Stem<T, kVectorBytes / sizeof(T)>(*static_cast<const Call*>(call), backward).execute() ? kDone : kNoMemory;
     } catch (const std::bad_alloc&) {
-        return 1;
+        return kNoMemory;
     }
 }
-
-extern "C" int sasa_stem_fields() { return sizeof(Call) / sizeof(std::int64_t); }

@@ -1,0 +1,94 @@
+"""What every backend is given, what it returns, and what backends share: precision and memory layout.
+
+A backend is a module with four functions:
+    unusable()         why it cannot run on this machine, or None
+    unsupported(kind)  why it cannot take calls of this `CallKind`, or None
+    forward(query, key, value, rel_row, rel_col, options) -> out, lse
+    backward(grad_out, query, key, value, rel_row, rel_col, out, lse, options, into)
+        -> gradients of query, key, value, rel_row, rel_col (None where the input is None), the first three written to
+        the tensors of `into` (any strides) unless that is None
+out (B, N, D, H, W) and lse (B, N, H, W), the natural logarithm of the sum of the exponentials of a window's logits,
+mean the same in each, so forward and backward can be of two backends.
+
+Shapes: B batch, N heads, D head width, H x W map, K window side; query, key and value (B, N, D, H, W), rel_row and
+rel_col (N, D/2, K).
+"""
+
+import contextlib
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+BORDERS = ("mask", "zero")
+
+
+class AttentionOptions(NamedTuple):
+    """The numbers and words of a call, as `sasa.kernels.local_attention` describes them."""
+
+    kernel_size: int
+    border: str = "mask"
+    scale: float = 1.0
+
+
+class CallKind(NamedTuple):
+    """All that the choice of a backend may depend on."""
+
+    device: torch.device
+    dtype: torch.dtype
+    head_dim: int
+    kernel_size: int
+
+    @classmethod
+    def of(cls, query: Tensor, kernel_size: int) -> "CallKind":
+        """That of a call with this query (B, N, D, H, W)."""
+        return cls(query.device, query.dtype, query.shape[2], kernel_size)
+
+
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of logits and softmax: fp64 stays, everything narrower is computed in fp32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """The dtype of autocast where it is on for the device, else None (the meta device has none, and asking raises)."""
+    if device.type != "meta" and torch.is_autocast_enabled(device.type):
+        return torch.get_autocast_dtype(device.type)
+    return None
+
+
+def without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
+    """A context without autocast, which would narrow the products behind the fp32 logits."""
+    if autocast_dtype(device) is None:
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, enabled=False)
+
+
+def empty_map(like: Tensor, channels: tuple[int, ...], size: tuple[int, int]) -> Tensor:
+    """An uninitialised (B, *channels, *size) map with the batch, dtype, device and memory order of `like`.
+
+    Channels are innermost in memory where they are in `like` (B, .., C, H, W), as with channels_last; else the map is
+    contiguous.
+    """
+    if like.stride(-3) == 1 and like.stride(-1) != 1:
+        inner = like.new_empty((like.shape[0], *size, *channels))
+        return inner.permute(0, *range(3, inner.dim()), 1, 2)
+    return like.new_empty((like.shape[0], *channels, *size))
+
+
+def empty_like_map(like: Tensor) -> Tensor:
+    """`empty_map` of the shape of `like`: (B, N, D, H, W), or (B, P, N, D, H, W) for a fused projection."""
+    return empty_map(like, like.shape[1:-2], like.shape[-2:])
+
+
+def to_layout(x: Tensor, like: Tensor) -> Tensor:
+    """`x` in the memory layout of `empty_like_map(like)`: the strides an operator promises must be the real ones."""
+    target = empty_like_map(like)
+    return x if x.stride() == target.stride() else target.copy_(x)
+
+
+def deliver(maps: tuple[Tensor | None, ...], into: tuple[Tensor | None, ...] | None) -> tuple[Tensor | None, ...]:
+    """`maps`, or the tensors of `into` with their values where those are given."""
+    if into is None:
+        return maps
+    return tuple(None if x is None else target.copy_(x) for x, target in zip(maps, into, strict=True))

@@ -1,0 +1,186 @@
+"""Local attention as operators of torch.library: `sasa::local_attention` and, of a fused projection, `.._packed`.
+
+Whatever the backend, torch.compile, torch.export, autocast and autograd see the same operator. The backend is chosen
+inside it, from device, dtype and shape. Backward is an operator too, so that a compiler sees it as one call.
+
+Shapes: as in sasa/kernels/interface.py; a fused projection is (B, P, N, D, H, W), P = 3 for query, key and value, or 2
+for query and value.
+"""
+
+from typing import Optional
+
+import torch
+from torch import Tensor
+
+from sasa.kernels.dispatch import choose_backend, module
+from sasa.kernels.interface import AttentionOptions, accumulate_dtype, empty_like_map, to_layout, without_autocast
+
+
+def split_packed(qkv: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+    """The views query, key (None where P = 2) and value of a fused projection (B, P, N, D, H, W)."""
+    parts = qkv.unbind(1)
+    return parts[0], parts[1] if len(parts) == 3 else None, parts[-1]
+
+
+def _forward(query, key, value, rel_row, rel_col, options: AttentionOptions, backend: str) -> tuple[Tensor, Tensor]:
+    chosen = module(choose_backend(query, options.kernel_size, backend))
+    with without_autocast(query.device):
+        out, lse = chosen.forward(query, key, value, rel_row, rel_col, options)
+    return to_layout(out, query), lse.contiguous()
+
+
+def _empty_outputs(query: Tensor) -> tuple[Tensor, Tensor]:
+    b, n, _, h, w = query.shape
+    return empty_like_map(query), query.new_empty((b, n, h, w), dtype=accumulate_dtype(query.dtype))
+
+
+def _backward(grad_out, query, key, value, rel_row, rel_col, out, lse, options, backend, into, into_embeddings) -> None:
+    chosen = module(choose_backend(query, options.kernel_size, backend))
+    with without_autocast(query.device):
+        *_, grad_row, grad_col = chosen.backward(grad_out, query, key, value, rel_row, rel_col, out, lse, options, into)
+    if rel_row is not None:
+        into_embeddings[0].copy_(grad_row)
+        into_embeddings[1].copy_(grad_col)
+
+
+def _empty_embeddings(query: Tensor, *embeddings: Tensor | None) -> tuple[Tensor, ...]:
+    """Uninitialised gradients; an empty one for an absent input, since an operator returns tensors only."""
+    return tuple(
+        query.new_empty(0) if x is None else torch.empty_like(x, memory_format=torch.contiguous_format)
+        for x in embeddings
+    )
+
+
+# Three maps ----------------------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("sasa::local_attention", mutates_args=())
+def local_attention(
+    query: Tensor,
+    key: Optional[Tensor],
+    value: Tensor,
+    rel_row: Optional[Tensor],
+    rel_col: Optional[Tensor],
+    kernel_size: int,
+    border: str,
+    scale: float,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """-> out (B, N, D, H, W), log-sum-exp (B, N, H, W)."""
+    return _forward(query, key, value, rel_row, rel_col, AttentionOptions(kernel_size, border, scale), backend)
+
+
+@local_attention.register_fake
+def _(query, key, value, rel_row, rel_col, kernel_size, border, scale, backend):
+    return _empty_outputs(query)
+
+
+def _empty_gradients(query, key, value, rel_row, rel_col) -> tuple[Tensor, ...]:
+    maps = (query.new_empty(0) if x is None else empty_like_map(query) for x in (query, key, value))
+    return *maps, *_empty_embeddings(query, rel_row, rel_col)
+
+
+@torch.library.custom_op("sasa::local_attention_backward", mutates_args=())
+def local_attention_backward(
+    grad_out: Tensor,
+    query: Tensor,
+    key: Optional[Tensor],
+    value: Tensor,
+    rel_row: Optional[Tensor],
+    rel_col: Optional[Tensor],
+    out: Tensor,
+    lse: Tensor,
+    kernel_size: int,
+    border: str,
+    scale: float,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """-> gradients of query, key, value, rel_row, rel_col; an empty tensor where the input is None."""
+    grads = _empty_gradients(query, key, value, rel_row, rel_col)
+    into = (grads[0], None if key is None else grads[1], grads[2])
+    options = AttentionOptions(kernel_size, border, scale)
+    _backward(grad_out, query, key, value, rel_row, rel_col, out, lse, options, backend, into, grads[3:])
+    return grads
+
+
+@local_attention_backward.register_fake
+def _(grad_out, query, key, value, rel_row, rel_col, out, lse, kernel_size, border, scale, backend):
+    return _empty_gradients(query, key, value, rel_row, rel_col)
+
+
+# A fused projection --------------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("sasa::local_attention_packed", mutates_args=())
+def local_attention_packed(
+    qkv: Tensor,
+    rel_row: Optional[Tensor],
+    rel_col: Optional[Tensor],
+    kernel_size: int,
+    border: str,
+    scale: float,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """-> out (B, N, D, H, W), log-sum-exp (B, N, H, W)."""
+    options = AttentionOptions(kernel_size, border, scale)
+    return _forward(*split_packed(qkv), rel_row, rel_col, options, backend)
+
+
+@local_attention_packed.register_fake
+def _(qkv, rel_row, rel_col, kernel_size, border, scale, backend):
+    return _empty_outputs(qkv.select(1, 0))
+
+
+@torch.library.custom_op("sasa::local_attention_packed_backward", mutates_args=())
+def local_attention_packed_backward(
+    grad_out: Tensor,
+    qkv: Tensor,
+    rel_row: Optional[Tensor],
+    rel_col: Optional[Tensor],
+    out: Tensor,
+    lse: Tensor,
+    kernel_size: int,
+    border: str,
+    scale: float,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """-> gradients of qkv, rel_row, rel_col. That of qkv is one tensor whose slices are written: no concatenation."""
+    grads = (empty_like_map(qkv), *_empty_embeddings(qkv, rel_row, rel_col))
+    into, options = split_packed(grads[0]), AttentionOptions(kernel_size, border, scale)
+    _backward(grad_out, *split_packed(qkv), rel_row, rel_col, out, lse, options, backend, into, grads[1:])
+    return grads
+
+
+@local_attention_packed_backward.register_fake
+def _(grad_out, qkv, rel_row, rel_col, out, lse, kernel_size, border, scale, backend):
+    return empty_like_map(qkv), *_empty_embeddings(qkv, rel_row, rel_col)
+
+
+# Autograd ------------------------------------------------------------------------------------------------------------
+
+_OPTIONS = 4  # arguments after the tensors: kernel_size, border, scale, backend
+
+
+def _setup_context(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:-_OPTIONS], *output)
+    ctx.options = inputs[-_OPTIONS:]
+    ctx.set_materialize_grads(False)
+
+
+def _gradients(operator):
+    """The backward that register_autograd takes, by the operator that computes it."""
+
+    def backward(ctx, grad_out, grad_lse):
+        saved = ctx.saved_tensors  # once: a second look would make checkpointing compute them again
+        inputs = saved[:-2]  # without out and lse
+        if grad_out is None:
+            return (None,) * (len(inputs) + _OPTIONS)
+        grads = operator(grad_out, *saved, *ctx.options)
+        grads = [None if x is None else grad for x, grad in zip(inputs, grads, strict=True)]
+        return *grads, *(None,) * _OPTIONS
+
+    return backward
+
+
+local_attention.register_autograd(_gradients(local_attention_backward), setup_context=_setup_context)
+local_attention_packed.register_autograd(_gradients(local_attention_packed_backward), setup_context=_setup_context)
