@@ -86,7 +86,7 @@ def expected(case):
 
 
 def errors(case, dtype, device="cpu"):
-    """name -> (largest error, its value in plain PyTorch of the same dtype, largest exact value)."""
+    """name -> (largest error, root mean square, that of plain PyTorch in the same dtype, largest exact value)."""
     inputs, direction = draw(case)
     with unwritten_memory_is_nan():
         got = gradients(
@@ -100,8 +100,11 @@ def errors(case, dtype, device="cpu"):
     def largest(x):
         return x.double().abs().max().item()
 
+    def rms(x):
+        return x.double().square().mean().sqrt().item()
+
     return {
-        name: (largest(got[name].cpu().double() - x), largest(plain[name].double() - x), largest(x))
+        name: (largest(got[name].cpu() - x), rms(got[name].cpu() - x), rms(plain[name] - x), largest(x))
         for name, x in expected(case).items()
     }
 
@@ -117,6 +120,29 @@ def errors_of_mutant(path, case):
         return errors(case, torch.float32)
     finally:
         cuda._kernels = lambda: before
+
+
+def bf16_in_the_interpreter():
+    """fp32 numbers rounded to bf16, and a product of bf16 matrices: each by the interpreter, and as it should be."""
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def kernel(x, y, rounded, product, N: tl.constexpr):
+        at = tl.arange(0, N)[:, None] * N + tl.arange(0, N)[None, :]
+        a, b = tl.load(x + at).to(tl.bfloat16), tl.load(y + at)
+        tl.store(rounded + at, a)
+        tl.store(product + at, tl.dot(a, b))
+
+    cuda._kernels()  # repairs the interpreter
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(2, 16, 16, generator=generator)
+    x[0, :4] = torch.tensor([1 + 2.0**-8, 1 + 3 * 2.0**-8, 1e-39, -0.0])  # two ties, a denormal number
+    y = y.bfloat16()
+    rounded, product = torch.empty(16, 16, dtype=torch.bfloat16), torch.empty(16, 16)
+    kernel.fn.__globals__.update(tl=tl)  # the interpreter looks for the language there
+    kernel[(1,)](x, y, rounded, product, N=16)
+    return rounded, x.bfloat16(), product, x.bfloat16().float() @ y.float()
 
 
 # ---- layouts -------------------------------------------------------------------------------------------------------

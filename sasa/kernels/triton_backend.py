@@ -20,6 +20,7 @@ import functools
 import importlib.util
 import json
 import os
+import re
 from pathlib import Path
 
 import torch
@@ -32,6 +33,7 @@ STAGES = ("forward", "query", "key")  # the kernels; the last two are the backwa
 MAX_KERNEL_SIZE, MAX_HEAD_DIM = 13, 64
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CAPABILITY = (8, 0)  # the oldest GPUs with bf16 products
+TRITON = (3, 3)  # the oldest version with tl.gather
 STRIP = 8  # tiles of a strip: long enough that partial sums are small, short enough to fill the GPU
 
 
@@ -55,11 +57,27 @@ def _too_old(capability: tuple[int, int]) -> str | None:
     return "the GPU has compute capability {}.{}, it needs {}.{}".format(*capability, *CAPABILITY)
 
 
-def unusable() -> str | None:
-    """Why the kernels cannot run here (no triton, no CUDA device, an old one), or None."""
-    if importlib.util.find_spec("triton") is None:
+def cannot_compile() -> str | None:
+    """Why the kernels cannot be compiled or interpreted here (no triton, an old one), or None. Does not import it."""
+    spec = importlib.util.find_spec("triton")
+    if spec is None:
         return "the package triton is not installed"
-    return None if interpreted() else _cuda_missing()
+    version = _version_in(spec.origin)
+    if version >= TRITON:
+        return None
+    return "triton {}.{} is installed, it needs {}.{} or newer".format(*version, *TRITON)
+
+
+@functools.cache
+def _version_in(file: str) -> tuple[int, int]:
+    """The version in triton/__init__.py: the name of the package that brought it differs (triton, pytorch-triton)."""
+    found = re.search(r"__version__ = ['\"](\d+)\.(\d+)", Path(file).read_text(encoding="utf-8"))
+    return (int(found[1]), int(found[2])) if found else (0, 0)
+
+
+def unusable() -> str | None:
+    """Why the kernels cannot run here (no triton or GPU, or an old one), or None."""
+    return cannot_compile() or (None if interpreted() else _cuda_missing())
 
 
 def unsupported(kind: CallKind) -> str | None:

@@ -1,6 +1,8 @@
-"""Repairs of Triton's interpreter for bf16, which it keeps as raw 16-bit numbers (seen in triton 3.9).
+"""Repairs of Triton's interpreter, the same for every version from 3.3 to 3.9.
 
-Its product multiplies those raw numbers, and its rounding from fp32 cuts the last bits off. A GPU does neither.
+bf16 is kept as raw 16-bit numbers: the interpreter's product multiplies those, and its rounding from fp32 cuts the last
+bits off. A GPU does neither. Up to 3.6 a computed bound of a loop, an array of one number, cannot become an integer
+under numpy 2.4.
 """
 
 import functools
@@ -26,6 +28,7 @@ def narrow(x: np.ndarray) -> np.ndarray:
 def repair() -> None:
     """For this process, from now on."""
     create_dot, convert = interpreter.InterpreterBuilder.create_dot, interpreter._convert_float
+    patch_tensor = interpreter._patch_lang_tensor
 
     def dot(self, a, b, total, *options):
         if a.dtype.scalar == tl.bfloat16:
@@ -39,5 +42,10 @@ def repair() -> None:
             return widen(x)
         return convert(x, source, target, mode)
 
+    def with_index(tensor, *scope):
+        patch_tensor(tensor, *scope)
+        tensor.__index__ = lambda self: int(self.handle.data.item())
+
+    interpreter._patch_lang_tensor = with_index
     interpreter.InterpreterBuilder.create_dot = dot
     interpreter._convert_float = rounding

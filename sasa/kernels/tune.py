@@ -32,7 +32,7 @@ from sasa.kernels import triton_backend as cuda
 
 CHOOSING = 90  # compute capability, times ten, of the builds that choose
 CAPABILITIES = (80, 90, 100)  # a choice has to fit on all of them
-MAX_REGISTERS, MAX_SHARED = 255, 48 * 1024
+MAX_REGISTERS, MAX_STACK, MAX_SHARED = 255, 64, 48 * 1024
 WARP_REGISTERS, WARPS, SHARED = 65536 // 32, 64, 227 * 1024  # of a multiprocessor of compute capability 9.0
 WASTE = 1.15  # patches so much larger than the smallest are built only where no other fits
 CLOSE = 1.05  # instructions within which occupancy decides

@@ -27,8 +27,13 @@ HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 DTYPES = {"fp32": torch.float32} | HALF
 LIMIT = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}  # of the largest value
 
+refused = cuda.cannot_compile()
 needs_triton = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None, reason="the package triton is not installed"
+    refused is not None, reason=f"{refused}; what the kernels compute is not checked here"
+)
+needs_builds = pytest.mark.skipif(
+    refused is not None,
+    reason=f"{refused}; registers, stack, shared memory, load widths and atomics of builds are not checked here",
 )
 needs_compiler = pytest.mark.skipif(
     cuda.interpreted(), reason="TRITON_INTERPRET is set: this process cannot compile kernels"
@@ -92,11 +97,17 @@ NARROW_CASES = [*(CASES[i] for i in (0, 3, 10, 12, 22, 24)), case(1, 8, 7, 11, 1
 
 
 def check(found, dtype):
-    for name, (error, plain, largest) in found.items():
-        scale = largest if largest > 1e-9 else 1.0  # where the exact gradient is zero, an error in absolute terms
+    """The largest error stays below a limit; the root mean square, in half types, below that of plain PyTorch.
+
+    Not the largest again: on a small map it is a few roundings that happen to add up, in either of the two.
+    """
+    for name, (error, rms, plain, largest) in found.items():
+        is_zero = largest < 1e-9  # the exact gradient: an error in absolute terms
+        scale = 1.0 if is_zero else largest
         assert error <= LIMIT[dtype] * scale, f"{name}: off by {error} of {largest}"
-        if dtype != torch.float32:  # one rounding of the result is what even an exact computation would have
-            assert error <= plain + torch.finfo(dtype).eps * scale / 2, f"{name}: off by {error}, plain types {plain}"
+        if dtype != torch.float32:  # a rounding of the result is what even an exact computation would have
+            bound = plain + torch.finfo(dtype).eps * scale * (1 / 2 if is_zero else 1 / 8)
+            assert rms <= bound, f"{name}: off by {rms} (root mean square), plain types {plain}"
 
 
 @needs_triton
@@ -110,6 +121,14 @@ def test_fp32_matches_the_reference(c, interpreter):
 @pytest.mark.parametrize("c", NARROW_CASES, ids=label)
 def test_half_types_match_the_reference_better_than_plain_half_arithmetic(c, dtype, interpreter):
     check(interpreter(triton_cases.errors, c, HALF[dtype]), HALF[dtype])
+
+
+@needs_triton
+def test_the_interpreter_is_repaired_for_bf16(interpreter):
+    """It rounds to nearest and multiplies values, as a GPU does: else the tests above would judge another machine."""
+    rounded, expected_rounded, product, expected_product = interpreter(triton_cases.bf16_in_the_interpreter)
+    assert torch.equal(rounded, expected_rounded)
+    torch.testing.assert_close(product, expected_product)
 
 
 PRODUCT = [
@@ -228,10 +247,30 @@ def test_the_next_best_backend_serves_what_it_refuses(monkeypatch):
 
 @needs_compiler
 def test_without_triton_or_a_gpu_there_is_a_reason(monkeypatch):
-    if not torch.cuda.is_available() and importlib.util.find_spec("triton"):
+    if not torch.cuda.is_available() and refused is None:
         assert cuda.unusable() == "no CUDA device"
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert "triton is not installed" in cuda.unusable()
+
+
+@pytest.mark.parametrize("version", ["3.2.0", "2.3.1"])
+def test_a_triton_without_gather_is_refused(version, monkeypatch, tmp_path):
+    """Neither compiled nor interpreted, with a reason of one line, and before it is imported."""
+    file = tmp_path / "__init__.py"
+    file.write_text(f'"""isort:skip_file"""\n__version__ = \'{version}\'\n')
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: SimpleNamespace(origin=str(file)))
+    for interpreted in (False, True):
+        monkeypatch.setattr(cuda, "interpreted", lambda interpreted=interpreted: interpreted)
+        assert cuda.unusable() == f"triton {version[:3]} is installed, it needs 3.3 or newer"
+    with pytest.raises(ValueError, match=r"triton [23]\.[23] is installed"):
+        kernels.local_attention(*[torch.zeros(1, 1, 2, 3, 3)] * 3, None, None, kernel_size=3, backend="triton")
+
+
+def test_a_newer_triton_is_not_refused(monkeypatch, tmp_path):
+    file = tmp_path / "__init__.py"
+    file.write_text("__version__ = '3.10.0'\n")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: SimpleNamespace(origin=str(file)))
+    assert cuda.cannot_compile() is None
 
 
 def test_triton_is_imported_by_the_first_call_only():
@@ -294,8 +333,9 @@ def build(stage, width, dtype, capability, kernel_size=7, **parts):
 
 
 def check_build(got):
-    assert (got.stack, got.spills) == (0, 0)
-    assert got.registers <= 255
+    """The same on every version of triton: a few spilled bytes come and go with the version, and cost little."""
+    assert got.stack <= tune.MAX_STACK
+    assert got.registers <= tune.MAX_REGISTERS
     assert got.shared <= 48 * 1024
     assert got.atomics == 0
     assert got.widest_load == 16
@@ -313,7 +353,7 @@ def build_folder(tmp_path_factory):
         os.environ["TRITON_CACHE_DIR"] = before
 
 
-@needs_triton
+@needs_builds
 @needs_compiler
 @pytest.mark.parametrize("stage", cuda.STAGES)
 @pytest.mark.parametrize(
@@ -325,7 +365,7 @@ def test_builds_keep_to_registers_without_atomics(stage, width, dtype, capabilit
 
 
 @pytest.mark.slow
-@needs_triton
+@needs_builds
 @needs_compiler
 @pytest.mark.parametrize("stage", cuda.STAGES)
 @pytest.mark.parametrize("capability", ARCHITECTURES)
