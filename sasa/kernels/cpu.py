@@ -42,7 +42,7 @@ def unsupported(kind: CallKind) -> str | None:
     return None
 
 
-def forward(query, key, value, rel_row, rel_col, options: AttentionOptions) -> tuple[Tensor, Tensor]:
+def forward(query, key, value, rel_row, rel_col, *options) -> tuple[Tensor, Tensor]:
     """-> out (B, N, D, H, W) in query's dtype and layout, log-sum-exp of the logits (B, N, H, W) in fp32 or fp64."""
     out = empty_like_map(query)
     q, k, v, rows, cols = (_widen(x) for x in (query, key, value, rel_row, rel_col))
@@ -50,11 +50,11 @@ def forward(query, key, value, rel_row, rel_col, options: AttentionOptions) -> t
     b, n, _, h, w = query.shape
     lse = q.new_empty((b, n, h, w))
     if query.numel():
-        _attend(q, k, v, rows, cols, wide_out, lse, options)
+        _attend(q, k, v, rows, cols, wide_out, lse, AttentionOptions(*options))
     return (out if wide_out is out else out.copy_(wide_out)), lse
 
 
-def backward(grad_out, query, key, value, rel_row, rel_col, out, lse, options: AttentionOptions, into=None):
+def backward(grad_out, query, key, value, rel_row, rel_col, out, lse, *options, into=None):
     """Gradients of query, key, value, rel_row, rel_col (None where the input is None).
 
     into: (query's, key's or None, value's) tensors of any strides to write instead of new ones.
@@ -64,7 +64,8 @@ def backward(grad_out, query, key, value, rel_row, rel_col, out, lse, options: A
     wide = tuple(t if t is None or t.dtype == q.dtype else empty_like_map(q) for t in targets)
     wide_rel = tuple(None if x is None else x.new_zeros(x.shape) for x in (rows, cols))
     if query.numel():
-        _attend(q, k, v, rows, cols, o, lse.to(q.dtype).contiguous(), options, (g, *wide, *wide_rel))
+        grads = (g, *wide, *wide_rel)
+        _attend(q, k, v, rows, cols, o, lse.to(q.dtype).contiguous(), AttentionOptions(*options), grads)
     for target, source in zip(targets, wide, strict=True):
         if target is not source:
             target.copy_(source)

@@ -114,7 +114,7 @@ def attention_logits(
     query, key, rel_row, rel_col = _to_autocast(query.device, query, key, rel_row, rel_col)
     _check_dtypes(query, key, None, rel_row, rel_col)
     with without_autocast(query.device):
-        return reference.logits(query, key, rel_row, rel_col, options, pixels)
+        return reference.logits(query, key, rel_row, rel_col, *options, pixels=pixels)
 
 
 def _to_autocast(device: torch.device, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:

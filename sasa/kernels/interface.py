@@ -3,12 +3,13 @@
 A backend is a module with four functions:
     unusable()         why it cannot run on this machine, or None
     unsupported(kind)  why it cannot take calls of this `CallKind`, or None
-    forward(query, key, value, rel_row, rel_col, options) -> out, lse
-    backward(grad_out, query, key, value, rel_row, rel_col, out, lse, options, into)
+    forward(query, key, value, rel_row, rel_col, *options) -> out, lse
+    backward(grad_out, query, key, value, rel_row, rel_col, out, lse, *options, into=None)
         -> gradients of query, key, value, rel_row, rel_col (None where the input is None), the first three written to
         the tensors of `into` (any strides) unless that is None
-out (B, N, D, H, W) and lse (B, N, H, W), the natural logarithm of the sum of the exponentials of a window's logits,
-mean the same in each, so forward and backward can be of two backends.
+`options` are the fields of `AttentionOptions` in their order. out (B, N, D, H, W) and lse (B, N, H, W), the natural
+logarithm of the sum of the exponentials of a window's logits, mean the same in each, so forward and backward can be of
+two backends.
 
 Shapes: B batch, N heads, D head width, H x W map, K window side; query, key and value (B, N, D, H, W), rel_row and
 rel_col (N, D/2, K).

@@ -25,7 +25,7 @@ def split_packed(qkv: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
 def _forward(query, key, value, rel_row, rel_col, options: AttentionOptions, backend: str) -> tuple[Tensor, Tensor]:
     chosen = module(choose_backend(query, options.kernel_size, backend))
     with without_autocast(query.device):
-        out, lse = chosen.forward(query, key, value, rel_row, rel_col, options)
+        out, lse = chosen.forward(query, key, value, rel_row, rel_col, *options)
     return to_layout(out, query), lse.contiguous()
 
 
@@ -37,7 +37,9 @@ def _empty_outputs(query: Tensor) -> tuple[Tensor, Tensor]:
 def _backward(grad_out, query, key, value, rel_row, rel_col, out, lse, options, backend, into, into_embeddings) -> None:
     chosen = module(choose_backend(query, options.kernel_size, backend))
     with without_autocast(query.device):
-        *_, grad_row, grad_col = chosen.backward(grad_out, query, key, value, rel_row, rel_col, out, lse, options, into)
+        *_, grad_row, grad_col = chosen.backward(
+            grad_out, query, key, value, rel_row, rel_col, out, lse, *options, into=into
+        )
     if rel_row is not None:
         into_embeddings[0].copy_(grad_row)
         into_embeddings[1].copy_(grad_col)

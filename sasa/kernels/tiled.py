@@ -293,9 +293,9 @@ def tables(relative: tuple[Tensor, Tensor] | None, maps: slice, dtype: torch.dty
     return tuple(x.to(dtype)[heads] for x in relative)
 
 
-def forward(query, key, value, rel_row, rel_col, options: AttentionOptions) -> tuple[Tensor, Tensor]:
+def forward(query, key, value, rel_row, rel_col, *options) -> tuple[Tensor, Tensor]:
     """-> out (B, N, D, H, W) in the input's dtype, log-sum-exp of the logits (B, N, H, W) in the accumulation dtype."""
-    kernel_size, border, scale = options
+    kernel_size, border, scale = AttentionOptions(*options)
     plan = make_plan(query, kernel_size, border, is_tame(query, key, value, rel_row, rel_col, scale))
     acc = accumulate_dtype(query.dtype)
     q, k, v = (None if x is None else x.flatten(0, 1) for x in (query, key, value))  # (B * N, D, H, W)
@@ -331,9 +331,9 @@ def _store(target: Tensor, tiles: Tensor, plan: Plan) -> None:
     target.copy_(from_tiles(tiles, target.shape[0], plan)[:, :, : target.shape[2], : target.shape[3]])
 
 
-def backward(grad_out, query, key, value, rel_row, rel_col, out, lse, options: AttentionOptions, into=None):
+def backward(grad_out, query, key, value, rel_row, rel_col, out, lse, *options, into=None):
     """Gradients of query, key, value, rel_row, rel_col (None where the input is None), without `out` and `lse`."""
-    kernel_size, border, scale = options
+    kernel_size, border, scale = AttentionOptions(*options)
     plan = make_plan(query, kernel_size, border, is_tame(query, key, value, rel_row, rel_col, scale, grad_out))
     rows, cols, acc = plan.rows, plan.cols, accumulate_dtype(query.dtype)
     inputs = (grad_out, query, key, value)

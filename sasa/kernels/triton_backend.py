@@ -198,9 +198,9 @@ def _kernels():
 # Passes --------------------------------------------------------------------------------------------------------------
 
 
-def forward(query, key, value, rel_row, rel_col, options: AttentionOptions) -> tuple[Tensor, Tensor]:
+def forward(query, key, value, rel_row, rel_col, *options) -> tuple[Tensor, Tensor]:
     """-> out (B, N, D, H, W) in the input's dtype, channels innermost; log-sum-exp of the logits (B, N, H, W), fp32."""
-    kernel_size, border, scale = options
+    kernel_size, border, scale = AttentionOptions(*options)
     query, key, value = (_inner(x) for x in (query, key, value))
     rel_row, rel_col = (None if x is None else x.contiguous() for x in (rel_row, rel_col))
     b, n, _, h, w = query.shape
@@ -216,9 +216,9 @@ def forward(query, key, value, rel_row, rel_col, options: AttentionOptions) -> t
     return out, lse
 
 
-def backward(grad_out, query, key, value, rel_row, rel_col, out, lse, options: AttentionOptions, into=None):
+def backward(grad_out, query, key, value, rel_row, rel_col, out, lse, *options, into=None):
     """Gradients of query, key, value, rel_row, rel_col (None where the input is None)."""
-    kernel_size, border, scale = options
+    kernel_size, border, scale = AttentionOptions(*options)
     grad_out, query, key, value, out = (_inner(x) for x in (grad_out, query, key, value, out))
     rel_row, rel_col = (None if x is None else x.contiguous() for x in (rel_row, rel_col))
     lse = lse.contiguous()
