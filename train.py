@@ -5,7 +5,7 @@ Exit codes: 0 done; 2 wrong usage or data; 75 stopped by a signal with its state
 
 import sys
 
-from config import USAGE_ERROR, Command, Config, ConfigError, parse_command_line, say_failure
+from sasa.training.cli import PROG, Command, parse_command_line
 
 if __name__ == "__main__":
     COMMAND = parse_command_line()  # before torch is imported: --help and a wrong flag answer at once
@@ -25,9 +25,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import preprocess
+from config import Config, ConfigError
 from preprocess import DataError
 from sasa.analysis.attention_maps import attention_layers, collect, lattice
 from sasa.analysis.flops import count_flops, count_parameters
+from sasa.console import USAGE_ERROR, print_error
 from sasa.training import checkpoint, distributed
 from sasa.training.checkpoint import BEST, CheckpointError
 from sasa.training.evaluation import Evaluation, evaluate
@@ -69,7 +71,7 @@ def main(command: Command) -> int:
         code = evaluate_checkpoint(command) if command.evaluate is not None else run_to_end(command)
     except (ConfigError, DataError, CheckpointError) as error:
         if distributed.is_main() or not distributed.known_to_all(error):
-            say_failure(error)
+            print_error(PROG, error)
         if not distributed.known_to_all(error):
             sys.exit(USAGE_ERROR)
         code = USAGE_ERROR
@@ -158,8 +160,9 @@ def ended(run: Run) -> bool:
 
 
 def augment_config(config: Config) -> preprocess.AugmentConfig:
-    base = preprocess.default_augment(config.dataset, config.recipe, config.img_size)
-    return dataclasses.replace(base, mixup=config.mixup, cutmix=config.cutmix, randaugment=config.randaugment)
+    return preprocess.AugmentConfig(
+        **{f.name: getattr(config, f.name) for f in dataclasses.fields(preprocess.AugmentConfig)}
+    )
 
 
 def batches(run: Run):

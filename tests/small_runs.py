@@ -10,8 +10,8 @@ import torch
 
 import preprocess
 import train
-from config import parse_command_line
 from sasa.data import datasets as sources
+from sasa.training.cli import parse_command_line
 from sasa.training.signals import STOP_SIGNALS
 
 # A run of 2 epochs of 4 steps: everything that has a state is on, in-memory digits cut down to 32 + 8 images.

@@ -13,7 +13,8 @@ import pytest
 import config
 import model
 import preprocess
-from config import Config, ConfigError, parse_command_line, recipe, resolve
+from config import FIELDS, IN_RECIPE, Config, ConfigError, recipe, resolve
+from sasa.training.cli import parse_command_line
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -24,7 +25,10 @@ TYPED = {
     "embedding_std": ("0.1", 0.1), "stem_window": ("Block", "block"), "stem_values": ("PLAIN", "plain"),
     "stem_mixtures": ("2", 2), "backend": ("reference", "reference"), "dataset": ("fashionmnist", "FashionMNIST"),
     "data_dir": ("some/Folder", "some/Folder"), "img_size": ("16", 16), "holdout": ("0.25", 0.25),
-    "train_images": ("10000", 10000),
+    "train_images": ("10000", 10000), "eval_size": ("20", 20), "eval_crop": ("0.9", 0.9),
+    "eval_interpolation": ("BICUBIC", "bicubic"), "pad": ("3", 3), "rotate": ("15", 15.0), "translate": ("0.2", 0.2),
+    "zoom": (".3", 0.3), "cutout": ("6", 6), "schedule": ("STEP", "step"), "lr_scaling": ("Linear", "linear"),
+    "lr_batch": ("100", 100), "bn_momentum": ("0.01", 0.01),
     "num_workers": ("0", 0), "recipe": ("Paper", "paper"), "epochs": ("7", 7), "batch_size": ("9", 9),
     "accumulate": ("2", 2), "optimizer": ("AdamW", "adamw"), "lr": ("1e-3", 0.001), "momentum": ("0.8", 0.8),
     "weight_decay": ("0", 0.0), "embedding_weight_decay": ("1e-2", 0.01), "warmup_epochs": ("0.5", 0.5),
@@ -34,9 +38,9 @@ TYPED = {
     "attention_every": ("3", 3), "max_steps": ("10", 10),
 }  # fmt: skip
 SWITCHES = {
-    "--stem": True, "--no-content": False, "--grouped": True, "--share-embeddings": True, "--zero-init-residual": True,
-    "--skip-bad-images": True, "--randaugment": True, "--compile": True, "--no-channels-last": False,
-    "--deterministic": True, "--no-progress": False, "--sync-bn": True,
+    "stem": True, "content": False, "grouped": True, "share_embeddings": True, "zero_init_residual": True,
+    "skip_bad_images": True, "randaugment": True, "compile": True, "channels_last": False, "deterministic": True,
+    "progress": False, "sync_bn": True, "flip": True, "reflect": True, "nesterov": False,
 }  # fmt: skip
 
 
@@ -63,22 +67,30 @@ def test_a_switch_of_the_recipe_may_be_turned_either_way():
         assert resolve(parse_command_line([flag]).given, "DIGITS").zero_init_residual is value
 
 
-@pytest.mark.parametrize("name", ["content", "channels_last", "progress"])
-def test_what_is_on_by_default_may_be_asked_for(name):
-    assert parse_command_line(["--" + name.replace("_", "-")]).given == {name: True}
-
-
-@pytest.mark.parametrize("flag", SWITCHES)
-def test_a_switch_turns_its_field_over(flag):
-    name = flag.removeprefix("--").removeprefix("no-").replace("-", "_")
-    assert parse_command_line([flag]).given == {name: SWITCHES[flag]}
-    default = next(f.default for f in fields(Config) if f.name == name)
-    assert default is not SWITCHES[flag]
+@pytest.mark.parametrize("name", SWITCHES)
+def test_a_switch_may_be_turned_either_way(name):
+    flag = name.replace("_", "-")
+    assert parse_command_line([f"--{flag}"]).given == {name: True}
+    assert parse_command_line([f"--no-{flag}"]).given == {name: False}
+    assert FIELDS[name].default is not SWITCHES[name]
 
 
 def test_every_field_is_tried_above():
-    switches = {flag.removeprefix("--").removeprefix("no-").replace("-", "_") for flag in SWITCHES}
-    assert TYPED.keys() | switches | {"attention_stages"} == {f.name for f in fields(Config)}
+    assert TYPED.keys() | SWITCHES.keys() | {"attention_stages"} == FIELDS.keys()
+
+
+def test_every_default_and_every_recipes_value_is_allowed_and_of_the_flags_own_type():
+    """Numbers as the command line would make them: 10.0, not 10, for a float."""
+    for name in config.RECIPES:
+        for dataset in config.DATASETS:
+            values = resolve({"recipe": name}, dataset).to_dict()
+            for field, value in values.items():
+                if value is not None and field != "attention_stages":
+                    assert type(value) is FIELDS[field].metadata["kind"], (name, dataset, field, value)
+
+
+def test_the_recipe_called_seed_is_the_ports():
+    assert parse_command_line(["--recipe", "Seed"]).given == {"recipe": "port"}
 
 
 @pytest.mark.parametrize(("text", "stages"), [("", ()), ("4 3 3", (3, 4)), ("1 2 3 4", (1, 2, 3, 4))])
@@ -111,7 +123,11 @@ def test_every_flag_of_the_contract_is_in_the_help(capsys):
         parse_command_line(["--help"])
     assert end.value.code == 0
     told = capsys.readouterr().out
-    assert [flag for flag in CONTRACT.split() if not any(f"  {flag}{end}" in told for end in " \n,")] == []
+    assert [
+        flag
+        for flag in CONTRACT.split()
+        if not any(f"{start}{flag}{end}" in told for start in ("  ", ", ") for end in " \n,")
+    ] == []
 
 
 @pytest.mark.parametrize(("flags", "words"), [
@@ -138,7 +154,7 @@ def test_every_flag_of_the_contract_is_in_the_help(capsys):
     ("--max-steps 0", "--max-steps 0 at least 1"),
     ("--model-name ResNet27", "--model-name ResNet27 ResNet26 ResNet38 ResNet50 NaiveResNet26 NaiveResNet38"),
     ("--dataset SVHN", "--dataset SVHN auto DIGITS CIFAR10 CIFAR100 MNIST FashionMNIST IMAGENET FOLDER WEBDATASET"),
-    ("--recipe mine", "--recipe mine default seed paper"),
+    ("--recipe mine", "--recipe mine default port paper"),
     ("--optimizer lion", "--optimizer lion sgd adamw"),
     ("--amp fp8", "--amp fp8 auto off bf16 fp16"),
     ("--attention-stages 0 1", "--attention-stages 0 1, 2, 3, 4"),
@@ -161,7 +177,7 @@ def test_a_wrong_command_line_is_one_line_that_says_what_is_allowed(capsys, flag
 @pytest.mark.parametrize(("given", "words"), [
     ({"warmup_epochs": 2.0, "epochs": 2}, "--warmup-epochs 2 below --epochs 2"),
     ({"warmup_epochs": 9999.0}, "--warmup-epochs 9999 below --epochs"),
-    ({"ema": 1.0}, "--ema 1 below 1"),
+    ({"ema": 1.0}, "--ema 1.0 below 1"),
     ({"holdout": 2.5}, "--holdout 2.5 whole number"),
     ({"save_every": 0, "save_minutes": 0.0}, "--save-every --save-minutes"),
     ({"position": "none", "content": False}, "--no-content --position none"),
@@ -179,16 +195,19 @@ def test_values_that_do_not_go_together(given, words):
 
 
 @pytest.mark.parametrize("dataset", config.DATASETS)
-@pytest.mark.parametrize("name", ["default", "seed", "paper"])
+@pytest.mark.parametrize("name", ["default", "port", "paper"])
 def test_a_recipe_fills_every_field_and_the_command_line_wins(dataset, name):
     values = resolve({"recipe": name}, dataset)
-    open_fields = [f.name for f in fields(Config) if "(default: the recipe's" in f.metadata["help"]]
-    assert len(open_fields) == 13
+    assert set(IN_RECIPE) == recipe(name, dataset).keys()
+    assert [f.name for f in fields(Config) if "(default: the recipe's" in f.metadata["help"]] == list(IN_RECIPE)
     average = ["ema"] if recipe(name, dataset)["ema"] else []  # the run's start fills it in (test_optim.py)
-    assert [key for key in open_fields if getattr(values, key) is None] == average
-    given = {key: TYPED[key][1] for key in open_fields if key in TYPED} | {"zero_init_residual": True}
+    assert [key for key in IN_RECIPE if getattr(values, key) is None] == average
+    alone = {"lr_scaling", "lr_batch"}  # which are for the recipe's rate
+    if config.SIDES[dataset] is None:
+        alone |= {"pad", "rotate", "translate", "zoom"}  # which are for stored images of one size
+    given = {key: (TYPED.get(key) or (None, SWITCHES.get(key)))[1] for key in IN_RECIPE if key not in alone}
     ours = resolve({"recipe": name, **given}, dataset)
-    assert {key: getattr(ours, key) for key in open_fields} == given
+    assert {key: getattr(ours, key) for key in given} == given
     assert ours.dataset == dataset and ours.recipe == name
 
 
@@ -196,12 +215,46 @@ def test_the_papers_and_the_ports_recipes():
     paper = resolve({"recipe": "paper"}, "IMAGENET")
     assert (paper.optimizer, paper.lr, paper.batch_size, paper.epochs) == ("sgd", 0.1, 256, 130)
     assert (paper.warmup_epochs, paper.momentum, recipe("paper", "IMAGENET")["ema"]) == (10, 0.9, 0.9999)
-    assert paper.recipe_value("schedule") == "cosine" and paper.recipe_value("nesterov") is True
-    assert paper.recipe_value("bn_momentum") == 1e-4
-    port = resolve({"recipe": "seed"}, "CIFAR10")
+    assert (paper.schedule, paper.nesterov, paper.bn_momentum) == ("cosine", True, 1e-4)
+    port = resolve({"recipe": "port"}, "CIFAR10")
     assert (port.optimizer, port.lr, port.batch_size, port.epochs) == ("sgd", 0.1, 25, 100)
     assert (port.weight_decay, port.momentum, port.warmup_epochs) == (1e-4, 0.9, 0)
-    assert port.recipe_value("schedule") == "step" and port.recipe_value("nesterov") is False
+    assert (port.schedule, port.nesterov, port.bn_momentum) == ("step", False, 0.1)
+
+
+def test_the_augmentation_of_the_recipes():
+    """Digits are turned and moved, not mirrored; port and paper take the CIFAR family's crop, an eighth of the side."""
+
+    def augment(dataset, name="default", **given):
+        values = resolve({"recipe": name, **given}, dataset)
+        return {key: getattr(values, key) for key in ("pad", "flip", "rotate", "translate", "zoom", "cutout")}
+
+    nothing = {"pad": 0, "flip": False, "rotate": 0.0, "translate": 0.0, "zoom": 0.0, "cutout": 0}
+    moves = nothing | {"rotate": 10.0, "translate": 0.1, "zoom": 0.1}
+    crop = nothing | {"pad": 4, "flip": True, "cutout": 8}
+    assert augment("DIGITS") == augment("MNIST") == moves
+    assert augment("FashionMNIST") == nothing | {"pad": 2, "flip": True}
+    assert augment("CIFAR10") == augment("CIFAR100") == crop
+    assert augment("CIFAR10", img_size=64) == crop | {"pad": 8, "cutout": 16}
+    assert augment("CIFAR10", img_size=64, pad=3) == crop | {"pad": 3, "cutout": 16}
+    assert augment("CIFAR10", flip=False) == crop | {"flip": False}
+    for name in ("port", "paper"):
+        assert augment("CIFAR10", name) == nothing | {"pad": 4, "flip": True}
+        assert augment("DIGITS", name) == nothing | {"pad": 1}
+        assert augment("DIGITS", name, img_size=32) == nothing | {"pad": 4}
+        assert augment("IMAGENET", name, img_size=160) == nothing | {"flip": True}
+    assert augment("IMAGENET") == augment("FOLDER") == augment("WEBDATASET") == nothing | {"flip": True}
+
+
+@pytest.mark.parametrize(("dataset", "given", "words"), [
+    ("FOLDER", {"pad": 4}, "--pad 4 FOLDER resized crops 0"),
+    ("IMAGENET", {"rotate": 3.0}, "--rotate 3 0"),
+    ("DIGITS", {"lr": 0.1, "lr_scaling": "sqrt"}, "--lr 0.1 --lr-scaling"),
+])  # fmt: skip
+def test_a_flag_that_would_do_nothing_is_refused(dataset, given, words):
+    with pytest.raises(ConfigError) as error:
+        resolve(given, dataset)
+    assert [word for word in words.split() if word not in str(error.value)] == []
 
 
 def test_a_recipes_own_warm_up_shrinks_for_a_short_run_and_an_explicit_one_does_not():
@@ -219,7 +272,8 @@ def test_the_rate_follows_the_global_batch_as_the_recipe_says():
     assert resolve({"recipe": "paper", **given}, "IMAGENET", world_size=8).lr == pytest.approx(0.8)
     base = resolve({}, "CIFAR10").lr
     assert resolve(given, "CIFAR10", world_size=8).lr == pytest.approx(base * math.sqrt(2048 / 128))
-    assert resolve({"recipe": "seed", **given}, "CIFAR10", world_size=8).lr == 0.1
+    assert resolve({"recipe": "port", **given}, "CIFAR10", world_size=8).lr == 0.1
+    assert resolve({"recipe": "port", "lr_scaling": "linear", "lr_batch": 512}, "CIFAR10").lr == 0.1 * 25 / 512
     assert resolve({"lr": 0.3, **given}, "CIFAR10", world_size=8).lr == 0.3
 
 
@@ -231,6 +285,18 @@ def test_a_config_comes_back_from_json_the_same(stages):
     ours = resolve({"attention_stages": stages, "stem": True, "holdout": 0.1, "max_steps": 5}, "DIGITS")
     back = Config.from_dict(json.loads(json.dumps(ours.to_dict())))
     assert back == ours and type(back.attention_stages) is type(ours.attention_stages)
+
+
+@pytest.mark.parametrize("values", [
+    {"lr": "fast"}, {"lr": float("nan")}, {"lr": True}, {"epochs": 0}, {"epochs": 2.0}, {"stem": 1}, {"stem": None},
+    {"dataset": "EVIL"}, {"model_name": None}, {"img_size": -1}, {"kernel_size": 10**9}, {"seed": 2**63},
+    {"attention_stages": [9]}, {"attention_stages": ["1"]}, {"data_dir": "a\0b"}, {"name": 3}, {"amp": None},
+])  # fmt: skip
+def test_a_config_from_a_file_is_checked_as_a_command_line_is(values):
+    ours = resolve({}, "DIGITS").to_dict()
+    with pytest.raises(ConfigError, match="--" + next(iter(values)).replace("_", "-")) as error:
+        Config.from_dict(ours | values)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 200
 
 
 def test_a_config_of_another_version_is_refused_by_the_keys_that_differ():
@@ -270,7 +336,8 @@ def test_every_layer_option_reaches_the_network():
 
 
 def test_reading_the_command_line_does_not_import_torch():
-    code = "import sys, config; config.parse_command_line(['--lr', '1']); print('torch' in sys.modules)"
+    code = "import sys; from sasa.training.cli import parse_command_line as parse; parse(['--lr', '1'])"
+    code += "; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"
 

@@ -245,7 +245,7 @@ def test_the_gradient_is_clipped_to_its_norm(tmp_path, tiny, seen, limit):
 
 
 @pytest.mark.parametrize("flags", ["--optimizer sgd", "--optimizer adamw", "--randaugment", "--mixup 0.2 --cutmix 1",
-                                   "--recipe seed", "--recipe paper"])  # fmt: skip
+                                   "--recipe port", "--recipe paper"])  # fmt: skip
 def test_these_flags_train_and_change_the_result(tmp_path, tiny, seen, flags):
     other = {"--optimizer sgd": "--optimizer adamw", "--optimizer adamw": "--optimizer sgd"}.get(flags, "")
     plain = f"--max-steps 2 {other}"

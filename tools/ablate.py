@@ -12,6 +12,7 @@ usage, or runs that make no table; 75 stopped by a signal: the same command cont
 """
 
 import argparse
+import contextlib
 import dataclasses
 import fcntl
 import json
@@ -25,9 +26,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from config import DATASETS, MODELS, Command, Config, ConfigError, parse_command_line
+from config import DATASETS, MODELS, Config, ConfigError
 from sasa import console
 from sasa.console import Parser, print_error
+from sasa.training import format2
+from sasa.training.cli import Command, parse_command_line
 from sasa.training.signals import StopRequest
 from tools.paper import DEPTHS, rows_for
 from tools.report import ReportError, markdown, read, remember, write_beside
@@ -38,7 +41,7 @@ HERE = Path(__file__).resolve().parents[1]
 STOPPED = 75  # train.py's, and this one's
 POLL_SECONDS = 0.1
 OWN = ("model_name", "dataset", "data_dir", "seed", "output_dir", "name")  # flags that this command sets
-SETTLED = ("form", "img_size", "amp", "ema")  # fields that a run fills in at its start where they are "auto" or None
+SETTLED = ("form", "img_size", "eval_size", "amp", "ema")  # what a run fills in at its start where it is "auto" or None
 OUTPUT = "output.txt"  # what a run has printed
 
 
@@ -56,8 +59,10 @@ def is_done(folder: Path, config: Config) -> bool:
 def differing(saved: dict[str, Any], config: Config) -> list[str]:
     """The fields in which a run's config.json differs from `config` and that can change its result.
 
-    A field that is younger than the run counts as its default.
+    A field that is younger than the run counts as what the run did, else as its default.
     """
+    with contextlib.suppress(KeyError, TypeError):  # else it is no configuration: its fields differ
+        saved = format2.complete(saved)
     ours = config.to_dict()
     names = []
     for f in dataclasses.fields(Config):

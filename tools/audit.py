@@ -13,9 +13,10 @@ from functools import cache
 import torch
 from torch.overrides import TorchFunctionMode
 
-from config import parse_command_line, resolve
+from config import resolve
 from sasa.analysis.flops import RULE, Flops, count_flops, count_parameters
 from sasa.console import Parser
+from sasa.training.cli import parse_command_line
 from sasa.training.network import build_network
 from tools.paper import CIFAR, TABLES, Figures, Row, Table, rows_for
 

@@ -13,7 +13,7 @@ import math
 import sys
 from pathlib import Path
 
-from config import USAGE_ERROR
+from sasa.console import USAGE_ERROR
 from tools.paper import CONVOLUTION, Row, rows_for
 from tools.report import Folder, ReportError, read, record, seeds_of
 from tools.trials import TABLES, run_name

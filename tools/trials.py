@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from config import Config, flag_of, parse_command_line, resolve
+from config import Config, flag_of, resolve
+from sasa.training.cli import parse_command_line
 from tools import paper
 from tools.paper import Row, Table
 
@@ -94,9 +95,9 @@ class Budget:
 
     def spelled(self, name: str) -> list[str]:
         """A field of `given` as its flag and values."""
-        f, value = next(f for f in dataclasses.fields(Config) if f.name == name), self.given()[name]
+        value = self.given()[name]
         values = value if isinstance(value, tuple) else () if isinstance(value, bool) else (value,)
-        flag = flag_of(f).replace("--", "--no-", 1) if f.default is None and value is False else flag_of(f)
+        flag = flag_of(name).replace("--", "--no-", 1) if value is False else flag_of(name)
         return [flag, *(str(v).removesuffix(".0") for v in values)]
 
 

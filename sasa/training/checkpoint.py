@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from config import Config, flag_of
+from config import FIELDS, Config, flag_of
 from sasa.training import distributed
 
 FORMAT = 2  # 2: generators of every rank, and the global batch
@@ -146,17 +146,16 @@ def weight_differences(wanted: dict[str, Tensor], got: dict[str, Tensor]) -> Ite
 def changed_keys(saved: dict[str, Any], config: Config) -> list[str]:
     """What differs between a checkpoint's configuration and this run's and could change the result, one line each."""
     ours = config.to_dict()
-    fields = {f.name: f for f in dataclasses.fields(Config)}
     lines = []
     for key in sorted(saved.keys() | ours.keys()):
-        if key in fields and fields[key].metadata["free"]:
+        if key in FIELDS and FIELDS[key].metadata["free"]:
             continue
-        if key == "epochs" and config.recipe_value("schedule") == "step" and ours[key] >= saved.get(key, 0):
+        if key == "epochs" and config.schedule == "step" and ours[key] >= saved.get(key, 0):
             continue  # the rate of the epochs already trained does not depend on how many follow
         if key not in saved or key not in ours:
             lines.append(f"{key} ({'only in the checkpoint' if key in saved else 'not in the checkpoint'})")
         elif saved[key] != ours[key]:
-            lines.append(f"{flag_of(fields[key])} was {saved[key]}, is {ours[key]}")
+            lines.append(f"{flag_of(key)} was {saved[key]}, is {ours[key]}")
     return lines
 
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 import model
-from config import Config, ConfigError, flag_of
+from config import FIELDS, Config, ConfigError, flag_of
 from preprocess import DataInfo, info_without_files
 from sasa.kernels import check_backend
 from sasa.training import checkpoint
@@ -64,5 +64,4 @@ def build_network(config: Config, num_classes: int) -> nn.Module:
 
 def as_flags(message: str) -> str:
     """A layer's "num_heads=7" as the flag that sets it."""
-    flags = {f.name: flag_of(f) for f in dataclasses.fields(Config)}
-    return re.sub(r"\b([a-z_]+)=", lambda m: f"{flags[m[1]]} " if m[1] in flags else m[0], message)
+    return re.sub(r"\b([a-z_]+)=", lambda m: f"{flag_of(m[1])} " if m[1] in FIELDS else m[0], message)

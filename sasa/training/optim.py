@@ -8,7 +8,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from config import Config, recipe
 
-# Rate / 10 every 30 epochs: the "step" schedule of the seed recipe.
+# Rate / 10 every 30 epochs: the "step" schedule of the port's recipe.
 STEP_EPOCHS, STEP_FACTOR = 30, 0.1
 EMBEDDINGS = ("rel_row", "rel_col", "emb_row", "emb_col", "emb_mix")
 
@@ -21,7 +21,7 @@ def learning_rate(config: Config, step: int, steps_per_epoch: int) -> float:
     epoch = (step + 1) / steps_per_epoch  # the end of this step, in epochs: the first rate is above 0
     if epoch < config.warmup_epochs:
         return config.lr * epoch / config.warmup_epochs
-    if config.recipe_value("schedule") == "step":
+    if config.schedule == "step":
         return config.lr * STEP_FACTOR ** (step // (STEP_EPOCHS * steps_per_epoch))
     progress = (step / steps_per_epoch - config.warmup_epochs) / (config.epochs - config.warmup_epochs)
     return config.lr * 0.5 * (1 + math.cos(math.pi * min(max(progress, 0.0), 1.0)))
@@ -50,7 +50,7 @@ def build_optimizer(model: nn.Module, config: Config, device: torch.device) -> t
     fused = device.type in ("cpu", "cuda")  # one pass over the weights instead of one for each operation
     if config.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=config.lr, fused=fused)
-    nesterov = config.recipe_value("nesterov") and config.momentum > 0
+    nesterov = config.nesterov and config.momentum > 0
     return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=nesterov, fused=fused)
 
 

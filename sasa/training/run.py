@@ -18,12 +18,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 import preprocess
 from attention import LocalAttention2d
-from config import Command, Config, ConfigError, rate_factor, resolve
+from config import Config, ConfigError, rate_factor, resolve
 from preprocess import DataInfo
 from sasa.analysis.flops import count_flops, count_parameters
 from sasa.training import checkpoint, distributed
 from sasa.training import device as memory
 from sasa.training.checkpoint import BEST, LAST, PREVIOUS, Progress
+from sasa.training.cli import Command
 from sasa.training.monitor import Monitor, write_json
 from sasa.training.network import build_network
 from sasa.training.optim import build_ema, build_optimizer, ema_decay, set_batch_norm_momentum
@@ -232,7 +233,8 @@ def load_data(config: Config, device: torch.device) -> Data:
     load = partial(
         preprocess.load, dataset=config.dataset, data_dir=config.data_dir, img_size=config.img_size,
         train_images=config.train_images, holdout=holdout, seed=config.seed, skip_bad_images=config.skip_bad_images,
-        num_workers=config.num_workers, device=device,
+        num_workers=config.num_workers, device=device, eval_size=config.eval_size, eval_crop=config.eval_crop,
+        eval_interpolation=config.eval_interpolation,
     )  # fmt: skip
     return Data(*distributed.main_first(load))
 
@@ -296,7 +298,7 @@ def make_network(config: Config, data: Data, device: torch.device) -> nn.Module:
     random.seed(config.seed)
     torch.manual_seed(config.seed)
     model = build_network(config, data.info.num_classes).to(device)
-    set_batch_norm_momentum(model, config.recipe_value("bn_momentum"))
+    set_batch_norm_momentum(model, config.bn_momentum)
     if config.sync_bn:
         model = sync_batch_norms(model, device)
     return model.to(memory_format=torch.channels_last) if config.channels_last else model
@@ -342,7 +344,7 @@ def describe(run: Run) -> None:
     val = f"{info.holdout_size} held out" if info.holdout_size else "none held out: val figures are the test split's"
     stages = sum(isinstance(module, LocalAttention2d) for module in run.model.modules())
     batch, ranks = run.progress.global_batch, distributed.world_size()
-    factor = rate_factor(config.recipe, config.dataset, batch)
+    factor = rate_factor(config, batch)
     scaling = f"a recipe's rate is scaled by {factor:g} here"
     average = f", moving average of the weights {config.ema:g}" if config.ema else ""
     flops = count_flops(run.model, info.image_size).total

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from config import parse_command_line
 from sasa.analysis.flops import count_parameters
+from sasa.training.cli import parse_command_line
 from sasa.training.network import build_network
 from sasa.training.signals import STOP_SIGNALS
 from tools import ablate, audit
@@ -137,7 +137,8 @@ STUB = """
 import json, signal, sys, time
 from pathlib import Path
 sys.path.insert(0, {root!r})
-from config import parse_command_line, resolve
+from config import resolve
+from sasa.training.cli import parse_command_line
 command = parse_command_line(sys.argv[1:])
 config = resolve(command.given, command.given["dataset"])
 folder, notes = Path(config.output_dir, config.name), Path({notes!r})

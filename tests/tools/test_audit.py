@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from attention import AttentionStem, LocalAttention2d
-from config import parse_command_line
 from model import BasicBlock, Bottleneck, build
 from sasa.analysis.flops import count_flops, count_parameters
+from sasa.training.cli import parse_command_line
 from tools import audit
 from tools.paper import CIFAR, TABLES, Figures, Table
 

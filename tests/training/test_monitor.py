@@ -18,6 +18,7 @@ import preprocess
 import small_runs
 import train
 from attention import LocalAttention2d
+from config import resolve
 from model import ResNet26
 from sasa.analysis import figures as sheets
 from sasa.analysis.attention_maps import LayerAttention, collect, entropy, lattice, mean_distance
@@ -99,7 +100,7 @@ def test_the_images_text_and_hparams_are_there(events):
 
 def test_the_pictures_show_the_first_batch_and_the_test_splits_mistakes(events):
     info, train_data, _, test = preprocess.load(dataset="DIGITS", holdout=8)
-    augment = preprocess.default_augment("DIGITS")
+    augment = train.augment_config(resolve({}, "DIGITS"))
     batch, _ = next(train_data.batches(0, batch_size=4, augment=augment))
     assert near(picture(events, "images/first_batch"), to_bytes(grid(preprocess.denormalise(batch, info))))
     best = torch.load(events.run / "best.pt", weights_only=True)["model"]

@@ -43,7 +43,7 @@ def test_no_warm_up_starts_at_the_peak():
 
 def test_the_step_schedule_at_five_steps():
     """A tenth every 30 epochs, here of 4 steps."""
-    config = resolve({"recipe": "seed", "lr": 0.1}, "CIFAR10")
+    config = resolve({"recipe": "port", "lr": 0.1}, "CIFAR10")
     by_hand = {0: 0.1, 119: 0.1, 120: 0.01, 239: 0.01, 240: 0.001, 399: 0.0001}
     assert {step: learning_rate(config, step, 4) for step in by_hand} == pytest.approx(by_hand)
 
@@ -84,7 +84,7 @@ def test_the_optimizer_and_its_settings(name):
 
 def test_nesterov_is_the_recipes_and_needs_momentum():
     net = nn.Conv2d(3, 4, 1)
-    seed = build_optimizer(net, resolve({"recipe": "seed"}, "DIGITS"), CPU)
+    seed = build_optimizer(net, resolve({"recipe": "port"}, "DIGITS"), CPU)
     assert seed.param_groups[0]["nesterov"] is False and seed.param_groups[0]["momentum"] == 0.9
     plain = build_optimizer(net, resolve({"optimizer": "sgd", "momentum": 0.0}, "DIGITS"), CPU)
     assert plain.param_groups[0]["nesterov"] is False
@@ -142,5 +142,5 @@ def test_a_recipes_moving_average_spans_at_most_a_fifth_of_the_run():
 def test_batch_norms_momentum_is_the_recipes():
     net = model.build("ResNet26", 10, small_images=True, attention_stages=())
     config = resolve({"recipe": "paper"}, "IMAGENET")
-    set_batch_norm_momentum(net, config.recipe_value("bn_momentum"))
+    set_batch_norm_momentum(net, config.bn_momentum)
     assert {m.momentum for m in net.modules() if isinstance(m, nn.BatchNorm2d)} == {1e-4}
