@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import preprocess
 from attention import LocalAttention2d
-from config import Config, ConfigError, rate_factor, resolve
+from config import SIDES, Config, ConfigError, rate_factor, resolve
 from preprocess import DataInfo
 from sasa.analysis.flops import count_flops, count_parameters
 from sasa.training import checkpoint, distributed
@@ -230,11 +230,14 @@ def pick_amp(name: str, device: torch.device) -> torch.dtype | None:
 def load_data(config: Config, device: torch.device) -> Data:
     """On the main rank first, which downloads what is missing."""
     holdout = config.holdout if config.holdout < 1 else int(config.holdout)
+    evaluation = {"eval_size": config.eval_size, "eval_interpolation": config.eval_interpolation}
+    evaluation["eval_crop"] = config.eval_crop
+    usual = {"eval_size": None, "eval_crop": 0.875 if SIDES[config.dataset] is None else 1.0}
+    usual["eval_interpolation"] = "bilinear"
     load = partial(
         preprocess.load, dataset=config.dataset, data_dir=config.data_dir, img_size=config.img_size,
         train_images=config.train_images, holdout=holdout, seed=config.seed, skip_bad_images=config.skip_bad_images,
-        num_workers=config.num_workers, device=device, eval_size=config.eval_size, eval_crop=config.eval_crop,
-        eval_interpolation=config.eval_interpolation,
+        num_workers=config.num_workers, device=device, **{key: value for key, value in evaluation.items() if value != usual[key]},
     )  # fmt: skip
     return Data(*distributed.main_first(load))
 
