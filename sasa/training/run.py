@@ -234,10 +234,11 @@ def load_data(config: Config, device: torch.device) -> Data:
     evaluation["eval_crop"] = config.eval_crop
     usual = {"eval_size": None, "eval_crop": 0.875 if SIDES[config.dataset] is None else 1.0}
     usual["eval_interpolation"] = "bilinear"
+    evaluation = {key: value for key, value in evaluation.items() if value != usual[key]}
     load = partial(
         preprocess.load, dataset=config.dataset, data_dir=config.data_dir, img_size=config.img_size,
         train_images=config.train_images, holdout=holdout, seed=config.seed, skip_bad_images=config.skip_bad_images,
-        num_workers=config.num_workers, device=device, **{key: value for key, value in evaluation.items() if value != usual[key]},
+        num_workers=config.num_workers, device=device, **evaluation,
     )  # fmt: skip
     return Data(*distributed.main_first(load))
 
