@@ -17,7 +17,7 @@ import torch
 from PIL.Image import Image
 from torch import Tensor, nn
 
-from config import DATASETS, Config, ConfigError
+from config import DATASETS, Config, ConfigError, resolve
 from preprocess import DataInfo, FolderData, denormalise
 from sasa.analysis import figures as sheets
 from sasa.analysis import page
@@ -121,7 +121,9 @@ def read_images(
         ((images, _),) = files.eval_batches(len(files))
         return known, [(Path(path).name, "", image) for path, image in zip(args.images, images, strict=True)]
     dataset, data_dir = args.dataset or config.dataset, args.data_dir or config.data_dir
-    data = load_data(dataclasses.replace(config, dataset=dataset, data_dir=data_dir, holdout=0.0, num_workers=0), "cpu")
+    if dataset != config.dataset:
+        config = resolve({"img_size": config.img_size}, dataset)
+    data = load_data(dataclasses.replace(config, data_dir=data_dir, holdout=0.0, num_workers=0), "cpu")
     size, chosen = len(data.test), []
     for index in args.index or [0]:
         if not 0 <= index < size:
