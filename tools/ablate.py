@@ -32,6 +32,7 @@ from sasa.console import Parser, print_error
 from sasa.training import format2
 from sasa.training.cli import Command, parse_command_line
 from sasa.training.signals import StopRequest
+from tools.arguments import positive
 from tools.paper import DEPTHS, rows_for
 from tools.report import ReportError, markdown, read, remember, write_beside
 from tools.trials import TABLES, Budget, Trial, read_json, table_name, unique, varied
@@ -190,11 +191,6 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, Budget]:
     if "--" in arguments:
         cut = arguments.index("--")
         own, shared = arguments[:cut], arguments[cut + 1 :]
-
-    def positive(text: str) -> int:
-        if not text.isdecimal() or int(text) < 1:
-            raise argparse.ArgumentTypeError(f"{text}: must be an integer of at least 1")
-        return int(text)
 
     def one_of(names: tuple[str, ...]):
         """Any case, as train.py takes it."""

@@ -5,7 +5,6 @@ The layers' shapes are those of a forward on the meta device: nothing is compute
 
 import argparse
 import sys
-from typing import NoReturn
 
 import torch
 from torch import nn
@@ -13,12 +12,9 @@ from torch import nn
 from attention import AttentionStem, LocalAttention2d
 from model import MIN_SIZE, VARIANTS, build
 from sasa import kernels
+from sasa.console import Parser
 from sasa.kernels import stem_operator
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}\n")  # one line, no usage
+from tools.arguments import positive, usable_device
 
 
 def layers(model: nn.Module, batch: int, size: int) -> list[tuple[str, LocalAttention2d | AttentionStem, torch.Size]]:
@@ -59,12 +55,12 @@ def choice(layer: LocalAttention2d | AttentionStem, shape: torch.Size, device: t
     return f"{line}  {kernels.choose_backend(query, size, layer.backend)}"
 
 
-def parse(argv: list[str] | None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
-    parser = _Parser(prog="python -m tools.backends", description=__doc__.splitlines()[0], allow_abbrev=False)
+def parse(argv: list[str] | None) -> tuple[Parser, argparse.Namespace]:
+    parser = Parser("python -m tools.backends", description=__doc__.splitlines()[0])
     parser.add_argument("--model-name", default="ResNet26", help=f"{', '.join(VARIANTS)} (any case)")
     parser.add_argument("--form", choices=("small", "imagenet"), default="imagenet")
-    parser.add_argument("--img-size", type=int, help="pixels; without it 32 (small) or 224 (imagenet)")
-    parser.add_argument("--batch-size", type=int, default=1)
+    parser.add_argument("--img-size", type=positive, help="pixels; without it 32 (small) or 224 (imagenet)")
+    parser.add_argument("--batch-size", type=positive, default=1)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=("float32", "float64", "bfloat16", "float16"), default="float32")
     parser.add_argument("--stem", action=argparse.BooleanOptionalAction, default=False)
@@ -74,13 +70,9 @@ def parse(argv: list[str] | None) -> tuple[argparse.ArgumentParser, argparse.Nam
 def main(argv: list[str] | None = None) -> int:
     parser, args = parse(argv)
     size = args.img_size or {"small": 32, "imagenet": 224}[args.form]
-    if size < MIN_SIZE or args.batch_size < 1:
-        parser.error(f"--img-size {size}, --batch-size {args.batch_size}: allowed are at least {MIN_SIZE} and 1")
-    try:
-        device = torch.device(args.device)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        parser.error(f"--device {args.device!r}: {str(error).splitlines()[0]}")
+    if size < MIN_SIZE:
+        parser.error(f"--img-size {size}: must be at least {MIN_SIZE}")
+    device = usable_device(parser, args.device)
     try:
         with torch.device("meta"):
             model = build(args.model_name, stem=args.stem, small_images=args.form == "small")

@@ -1,4 +1,4 @@
-"""benchmark.py and python -m tools.backends: the order and the arithmetic on a fake clock, tables, JSON, bad input."""
+"""tools.benchmark: the order and the arithmetic on a fake clock, tables, JSON, bad input."""
 
 import json
 import os
@@ -9,10 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from tools.backends import main as kernels_main
 from tools.benchmark import __main__ as benchmark
 from tools.benchmark import layers as benchmark_layers
-from tools.benchmark import measure
+from tools.benchmark import measure, memory_plan
 from tools.benchmark import network as benchmark_network
 
 ROOT = Path(benchmark.__file__).resolve().parents[2]
@@ -229,7 +228,7 @@ def test_a_plan_is_what_a_real_step_takes(capsys):
 
 
 def test_a_plan_adds_what_is_kept_and_the_largest_work(capsys, monkeypatch):
-    monkeypatch.setattr(benchmark_network, "peak_memory", lambda kind, arguments, device: float(arguments[1]))
+    monkeypatch.setattr(memory_plan, "peak_memory", lambda kind, arguments, device: float(arguments[1]))
     command = [
         "--plan",
         "--form",
@@ -252,40 +251,7 @@ def test_a_plan_adds_what_is_kept_and_the_largest_work(capsys, monkeypatch):
 
 def test_kept_bytes_by_hand():
     """A stem of the small form on 2 images of 8x8: input, convolution, ReLU, and batch norm's statistics."""
-    kept = benchmark_network.kept_by_stage("ResNet26", {}, "CIFAR", 2, 8, torch.float32)
+    kept = memory_plan.kept_by_stage("ResNet26", {}, "CIFAR", 2, 8, torch.float32)
     maps = 4 * (3 + 64 + 64) * 2 * 8 * 8
     assert 0 < kept["stem"] - maps <= 4 * 4 * 64
     assert all(size > 0 for size in kept.values())
-
-
-# ---- python -m tools.backends ---------------------------------------------------------------------------------------
-
-
-def test_the_choice_for_each_layer_is_printed(capsys, monkeypatch):
-    monkeypatch.setenv("SASA_BACKEND", "tiled")
-    assert kernels_main(["--model-name", "resnet26", "--form", "small", "--stem"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    chosen = [line.split() for line in lines if "layer" in line and " K 7" in line]
-    assert len(chosen) == 8
-    assert all(line[-1] == "tiled" for line in chosen)
-    assert "layer2.0.spatial B 1 N 8 D 16 H 32 W 32 K 7 tiled" in (" ".join(line) for line in chosen)
-    assert any("stem.0" in line and "K 4" in line and "PyTorch (sasa/kernels/stem.py)" in line for line in lines)
-
-
-def test_python_m_kernels():
-    code, out, _ = command("-m", "tools.backends", "--img-size", "64")
-    assert code == 0
-    assert "reference  usable" in out
-    code, out, err = command("-m", "tools.backends", "--model-name", "ResNet27")
-    assert (code, err.count("\n")) == (2, 1)
-    assert "ResNet27" in err
-
-
-@pytest.mark.parametrize("arguments", [["--img-size", "4"], ["--device", "magic"], ["--form", "large"]], ids=" ".join)
-def test_bad_words_to_python_m_kernels(arguments, capsys):
-    with pytest.raises(SystemExit) as stop:
-        kernels_main(arguments)
-    assert stop.value.code == 2
-    captured = capsys.readouterr()
-    assert (captured.out, captured.err.count("\n")) == ("", 1)
-    assert arguments[1] in captured.err

@@ -13,15 +13,17 @@ the backend "reference". Shapes: B batch, C channels, H x H map, K window side; 
 import argparse
 import json
 import sys
-from typing import NoReturn
 
 import torch
 
 from sasa import kernels
+from sasa.console import Parser
+from tools.arguments import positive, usable_device
 from tools.benchmark import layers as benchmark_layers
 from tools.benchmark import network as benchmark_network
 from tools.benchmark.layers import CIFAR, HEADS, PAPER, WINDOW
 from tools.benchmark.measure import Bench, machine
+from tools.benchmark.memory_plan import memory_plan
 
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 
@@ -39,23 +41,12 @@ def parse_shapes(text: str) -> tuple[tuple[int, int, int], ...]:
     return ((b, c, h),)
 
 
-def positive(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: must be an integer of at least 1")
-    return int(text)
-
-
 def batch_size(text: str) -> int | str:
     return text if text == "auto" else positive(text)
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}\n")  # one line, no usage
-
-
-def parse(argv: list[str] | None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
-    parser = _Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
+def parse(argv: list[str] | None) -> tuple[Parser, argparse.Namespace]:
+    parser = Parser("python -m tools.benchmark", description=__doc__.splitlines()[0])
     parser.add_argument("--shapes", type=parse_shapes, metavar="paper|cifar|all|B,C,H", help="only the layers of these")
     parser.add_argument("--network", action="store_true", help="only the networks: ResNet26, 38 and 50, with peaks")
     parser.add_argument("--plan", action="store_true", help="only the memory of a training step, by stage")
@@ -79,11 +70,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("--batch-size auto: --plan needs a number")
     if args.batch_size and not (args.plan or args.network):
         parser.error(f"--batch-size {args.batch_size}: goes with --network or --plan")
-    try:
-        device = torch.device(args.device)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        parser.error(f"--device {args.device!r}: {str(error).splitlines()[0]}")
+    device = usable_device(parser, args.device)
     usable = kernels.backends()
     backends = args.backends or [name for name, reason in usable.items() if reason is None]
     widest = max(c for _, c, _ in args.shapes or PAPER + CIFAR) // HEADS
@@ -109,7 +96,7 @@ def main(argv: list[str] | None = None) -> int:
             result["scaling"] = benchmark_layers.scaling(bench)
     if args.plan:
         names = args.models or ["ResNet50"]
-        result["plan"] = [benchmark_network.plan(bench, args.batch_size, args.form, name) for name in names]
+        result["plan"] = [memory_plan(bench, args.batch_size, args.form, name) for name in names]
     elif args.network or not args.shapes:
         names = tuple(args.models or (benchmark_network.DEPTHS if args.network else ("ResNet26",)))
         result["network"] = benchmark_network.network(bench, names, args.batch_size)

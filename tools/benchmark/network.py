@@ -1,13 +1,7 @@
-"""Training steps of whole networks: images/s and peak memory, attention beside its convolution twin; and memory plans.
+"""Training steps of whole networks, `python -m tools.benchmark --network`: images/s and peak memory.
 
-`python -m tools.benchmark --network` measures, `python -m tools.benchmark --plan` computes. A step is forward,
-backward and SGD's update; its peak is everything that the step adds to the process: weights, gradients, momentum and
-activations.
-
-A plan counts, stage by stage, the bytes that a step keeps for its backward: the sizes of the tensors that autograd
-saves in a forward on the meta device, which computes nothing. They are the same for every backend, as all keep query,
-key, value, output and log-sum-exp; what differs is the memory that a backend works in while one layer runs, which is
-measured, one layer of each stage.
+Attention is measured beside its convolution baseline. A step is forward, backward and SGD's update; its peak is
+everything that the step adds to the process: weights, gradients, momentum and activations.
 """
 
 import statistics
@@ -16,11 +10,9 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
-from model import VARIANTS, build
+from model import build
 from sasa.training import device as memory
-from tools.benchmark.layers import WINDOW, peak_memory
 from tools.benchmark.measure import Bench, growth, in_fresh_process, ratio
 
 FORMS = {"CIFAR": (64, 32), "ImageNet": (4, 224)}  # form -> batch, image side
@@ -31,7 +23,7 @@ PROBES = (2, 4)  # batches whose peaks say what an image costs
 
 
 def candidates(backend: str) -> dict[str, dict]:
-    """The networks of a row; the first is the twin that the others are held against."""
+    """The networks of a row; the first is the convolution baseline of the others."""
     nets = {"convolution": {"attention_stages": ()}, "attention": {"backend": backend}}
     return nets | {"attention + stem": {"backend": backend, "stem_backend": backend, "stem": True}}
 
@@ -135,8 +127,8 @@ def choose_batch(wanted: int | str | None, default: int, *arguments) -> int:
 
 def network(bench: Bench, names: tuple[str, ...], batch_size: int | str | None = None) -> list[dict]:
     """A row for each network; peaks, which take a process each, only with --network."""
-    bench.say("\nTraining step (SGD): / twin against the convolution twin, / conv stem against attention")
-    columns = f"{'form':<9} {'network':<34} {'batch':>5} {'images/s':>9} {'/ twin':>7} {'lowest .. highest':>18}"
+    bench.say("\nTraining step (SGD): / baseline: to the convolution baseline; / conv stem: to attention")
+    columns = f"{'form':<9} {'network':<34} {'batch':>5} {'images/s':>9} {'/ baseline':>10} {'lowest .. highest':>18}"
     columns += f" {'/ conv stem':>11} {'peak MiB':>9}"
     bench.say(columns + "\n" + "-" * len(columns))
     rows, backend = [], (bench.fast or bench.backends)[0]
@@ -159,98 +151,16 @@ def _rows(bench, name: str, form: str, batch: int, side: int, backend: str, batc
     steps.clear()  # before the peaks are taken
     rows = []
     for net, seconds in times.items():
-        twin, stem = (ratio(seconds, times[base]) for base in ("convolution", "attention"))
+        baseline, stem = (ratio(seconds, times[base]) for base in ("convolution", "attention"))
         peak = peak_of_step(name, nets[net], form, batch, *where) if bench.peaks else None
         rate = batch / statistics.median(seconds)
         label = f"{name} {net}" + ("" if net == "convolution" else f" ({backend})")
-        text = f"{form:<9} {label:<34} {batch:>5} {rate:>9.1f} {twin['median']:>7.3f}"
-        text += f" {twin['low']:>8.3f} ..{twin['high']:>7.3f} "
+        text = f"{form:<9} {label:<34} {batch:>5} {rate:>9.1f} {baseline['median']:>10.3f}"
+        text += f" {baseline['low']:>8.3f} ..{baseline['high']:>7.3f} "
         text += f"{stem['median']:>11.3f}" if "stem" in net else " " * 11
         bench.say(text + ("" if peak is None else f" {peak:>9.1f}"))
         rows.append(
             {"form": form, "batch": batch, "image": side, "model": name, "network": net, "backend": backend,
-             "images_per_s": rate, "ratio_to_twin": twin, "ratio_to_conv_stem": stem, "peak_mib": peak}
+             "images_per_s": rate, "ratio_to_baseline": baseline, "ratio_to_conv_stem": stem, "peak_mib": peak}
         )  # fmt: skip
     return rows
-
-
-def kept_by_stage(name: str, options: dict, form: str, batch: int, side: int, dtype) -> dict[str, int]:
-    """Bytes that a forward keeps for its backward, by stage; each storage once, weights not. On the meta device."""
-    small = form == "CIFAR"
-    with torch.device("meta"):
-        model = build(name, 10 if small else 1000, small_images=small, **options).to(dtype)
-        x = torch.randn(batch, 3, side, side, dtype=dtype)
-    weights = {x.untyped_storage()._cdata for x in (*model.parameters(), *model.buffers())}
-    stage, kept, seen, alive = (
-        ["stem"],
-        dict.fromkeys(("stem", "layer1", "layer2", "layer3", "layer4", "head"), 0),
-        set(),
-        [],
-    )
-
-    def keep(tensor):
-        storage = tensor.untyped_storage()
-        if storage._cdata not in weights | seen:
-            seen.add(storage._cdata)
-            kept[stage[0]] += storage.nbytes()
-        alive.append(tensor)  # its storage's address stays its own
-        return tensor
-
-    for child, module in model.named_children():
-        module.register_forward_pre_hook(
-            lambda *_, child=child: stage.__setitem__(0, child if child in kept else "head")
-        )
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        F.cross_entropy(model(x), torch.zeros(batch, dtype=torch.long, device="meta"))
-    return kept
-
-
-def largest_layers(name: str, form: str, side: int) -> dict[str, tuple[int, int]]:
-    """Channels and map of each stage's first layer of full size: the layer whose work takes most memory."""
-    side = side if form == "CIFAR" else -(-side // 4)
-    return {
-        f"layer{i}": (64 * 2 ** (i - 1), -(-side // 2 ** max(i - 2, 0))) for i in range(1, len(VARIANTS[name][1]) + 1)
-    }
-
-
-def plan(bench: Bench, batch_size: int | None = None, form: str = "ImageNet", name: str = "ResNet50") -> dict:
-    """Prints and returns MiB by stage of a training step; `total` is what a real step's peak is held against."""
-    batch, side = batch_size or FORMS[form][0], FORMS[form][1]
-    weights = 3 * sum(p.numel() for p in _meta(name, form).parameters())  # gradient and momentum, too
-    element, mib = torch.empty(0, dtype=bench.dtype).element_size(), 2**20
-    nets = {"convolution": {"attention_stages": ()}, "attention": {}}
-    kept = {
-        net: {stage: size / mib for stage, size in kept_by_stage(name, options, form, batch, side, bench.dtype).items()}
-        for net, options in nets.items()
-    }
-    layers = largest_layers(name, form, side)
-    work: dict[str, dict[str, float | None]] = {backend: {} for backend in bench.backends}
-    for backend in bench.backends:
-        for stage, (channels, height) in layers.items():
-            call = (batch, channels, height, WINDOW, backend, bench.device, bench.dtype)
-            work[backend][stage] = peak_memory("core", call, bench.device)
-    bench.say(f"\n{name}, {form} form, {batch} images of {side}x{side}, {bench.dtype}: MiB of a training step with SGD")
-    columns = f"{'stage':<10} {'kept, conv':>11} {'kept, attention':>16}" + "".join(
-        f" {'work, ' + backend:>16}" for backend in work
-    )
-    bench.say(columns + "\n" + "-" * len(columns))
-    for stage in kept["attention"]:
-        text = f"{stage:<10} {kept['convolution'][stage]:>11.1f} {kept['attention'][stage]:>16.1f}"
-        for backend in work:
-            found = work[backend].get(stage)
-            text += f" {'' if found is None else f'{found:.1f}':>16}"
-        bench.say(text)
-    state = weights * element / mib
-    total = {"convolution": state + sum(kept["convolution"].values())}
-    for backend, stages in work.items():
-        total[backend] = state + sum(kept["attention"].values()) + max(found or 0 for found in stages.values())
-    bench.say(
-        f"weights, gradients, momentum {state:.1f}; in all: " + ", ".join(f"{k} {v:.0f}" for k, v in total.items())
-    )
-    return {"model": name, "form": form, "batch": batch, "image": side, "state_mib": state, "kept_mib": kept,
-            "work_mib": work, "total_mib": total}  # fmt: skip
-
-
-def _meta(name: str, form: str) -> nn.Module:
-    with torch.device("meta"):
-        return build(name, 10 if form == "CIFAR" else 1000, small_images=form == "CIFAR")

@@ -1,0 +1,24 @@
+"""Types of arguments that several tools take. A wrong one ends the command with one line and exit code 2."""
+
+import argparse
+
+from sasa.console import Parser
+
+
+def positive(text: str) -> int:
+    """For `add_argument(type=...)`: an integer of at least 1."""
+    if not (text.isascii() and text.isdecimal()) or int(text[:10]) < 1 or len(text) > 9:
+        raise argparse.ArgumentTypeError(f"{text[:60]}: must be an integer of at least 1, of at most 9 digits")
+    return int(text)
+
+
+def usable_device(parser: Parser, name: str):
+    """The torch.device of this name; where there is none, the parser's error."""
+    import torch
+
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        parser.error(f"--device {name}: {error}")
+    return device
