@@ -1,17 +1,21 @@
-"""Pictures of attention, drawn with PIL: sheets of K x K maps, embeddings as heat maps, maps laid over their image.
+"""Pictures drawn with matplotlib: sheets of attention maps, maps over their image, measures, confusion matrices.
 
-PIL comes with torchvision and is all that cells, outlines and lines of text need; a plotting library would be one
-dependency more. Pictures are PIL images; `to_tensor` makes them (3, H, W) in [0, 1] for TensorBoard.
+Each function returns a `Figure` of its own; pyplot and its global state are never used. matplotlib is imported where
+something is drawn, so a command that draws nothing does not wait for it. A sheet is one array of pixels, which
+`Figure.figimage` puts in place unscaled, with lines of text over it: a pixel of a map is a whole number of the
+picture's, and a sheet takes some hundredths of a second.
 
-Shapes: N heads, K window side, H x W image or map.
+Shapes: N heads, K window side, H x W image or map. A picture is (height, width, 3) uint8.
 """
 
 from __future__ import annotations
 
-import math
+import unicodedata
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,88 +28,154 @@ from sasa.analysis.attention_maps import (
     mean_maps,
     similarity,
 )
+from sasa.console import printable
+from sasa.files import replacing
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
-TILE, LOOK_TILE, GAP, MARGIN = 72, 84, 6, 10  # pixels
-TEXT, LINE = 12, 16  # pixels: size of the letters, height of a line
-INK, MUTED, PAPER, BETWEEN = (30, 36, 44), (105, 113, 125), (255, 255, 255), (226, 230, 235)
-DEEP, WARM = (8, 48, 107), (178, 63, 10)  # the ends of the colour scales: much, or negative and positive
-GLOW = (255, 122, 0)  # of a map laid over an image
-
-
-# ---- colours: numbers -> (3, h, w) in [0, 1] ------------------------------------------------------------------------
-
-
-def heat(values: Tensor) -> Tensor:
-    """White for 0, deep blue for the largest value: (h, w), at least 0 -> (3, h, w)."""
-    return _blend(values / values.max().clamp(min=1e-12), PAPER, DEEP)
+DPI = 100
+TILE, OVERLAY_TILE, IMAGE_TILE = 72, 84, 96  # pixels: side of a map, of a map over its image, of an image
+GAP, MARGIN, LINE = 6, 10, 16  # pixels: between tiles, around a sheet, height of a line of text
+POINTS, CHARACTER = 9, 7.4  # size of the letters; pixels of a character of that size, on the safe side
+CARD_MAPS, CARD_IMAGES = 4, 3  # tiles beside each other on one of TensorBoard's cards, about 330 pixels wide
+INK, MUTED, WRONG = "#1e242c", "#69717d", "#b23f0a"
+GLOW, FRAME, WINDOW = (255, 122, 0), (255, 255, 255), (105, 113, 125)  # over an image: weights, the pixel, its window
+LABELLED_CLASSES = 20  # a larger confusion matrix has no names and no counts
 
 
-def signed_heat(values: Tensor, largest: float) -> Tensor:
-    """Blue for -largest, white for 0, orange for largest: (h, w) -> (3, h, w)."""
-    share = (values / max(largest, 1e-12)).clamp(-1, 1)
-    return torch.where(share < 0, _blend(-share, PAPER, DEEP), _blend(share, PAPER, WARM))
+def new_figure(width: float, height: float, **options) -> Figure:
+    """An empty figure of `width` x `height` pixels; `options` are of matplotlib's `Figure`."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width / DPI, height / DPI), dpi=DPI, **options)
+    FigureCanvasAgg(figure)  # becomes the figure's canvas
+    return figure
 
 
-def _blend(share: Tensor, empty: tuple[int, int, int], full: tuple[int, int, int]) -> Tensor:
-    empty, full = (torch.tensor(colour).view(3, 1, 1) / 255 for colour in (empty, full))
-    return empty + share * (full - empty)
+def to_tensor(figure: Figure) -> Tensor:
+    """The drawn figure, (3, height, width) in [0, 1]: what TensorBoard's writer takes."""
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph", UserWarning)  # a letter that the font lacks is drawn as a box
+        figure.canvas.draw()
+    pixels = np.asarray(figure.canvas.buffer_rgba())[..., :3]  # (height, width, 3) uint8
+    return torch.from_numpy(pixels.copy()).permute(2, 0, 1).float() / 255
 
 
-def to_picture(pixels: Tensor, width: int, height: int) -> Image:
-    """(3, h, w) in [0, 1] as a picture of that size, each value a sharp-edged cell."""
+def save(figure: Figure, path: Path) -> None:
+    """The drawn figure as a PNG file, written whole or not at all.
+
+    Raises:
+        OSError: the folder or the disk refuses.
+    """
     from PIL import Image
-    from torchvision.transforms.v2.functional import to_pil_image
 
-    return to_pil_image((pixels * 255).round().byte()).resize((width, height), Image.Resampling.NEAREST)
-
-
-def to_tensor(picture: Image) -> Tensor:
-    from torchvision.transforms.v2.functional import pil_to_tensor
-
-    return pil_to_tensor(picture).float() / 255
+    pixels = (to_tensor(figure) * 255).round().byte().permute(1, 2, 0).numpy()
+    with replacing(path) as file:
+        Image.fromarray(pixels).save(file, "PNG", optimize=True)
 
 
-# ---- tables of tiles ------------------------------------------------------------------------------------------------
-
-Tile = tuple["Image", str]  # and what stands below it
+# ---- sheets ---------------------------------------------------------------------------------------------------------
 
 
-def table(rows: Sequence[tuple[str, Sequence[Tile]]], heading: str = "") -> Image:
-    """Rows of tiles behind their names, each tile above its caption; a heading on top."""
-    from PIL import Image, ImageDraw, ImageFont
+class Tile(NamedTuple):
+    """A picture of a sheet and the lines of text below it; all lines but the first are in the colour of mistakes."""
 
-    font = ImageFont.load_default(TEXT)
-    left = MARGIN + round(max(font.getlength(name) for name, _ in rows)) + GAP
-    heights = [max(tile.height for tile, _ in tiles) + LINE + GAP for _, tiles in rows]
-    widths = [sum(max(tile.width, round(font.getlength(text))) + GAP for tile, text in tiles) for _, tiles in rows]
-    top = MARGIN + (LINE + GAP if heading else 0)
-    width = max(left + max(widths), 2 * MARGIN + round(font.getlength(heading)))
-    picture = Image.new("RGB", (width + MARGIN - GAP, top + sum(heights) + MARGIN - GAP), PAPER)
-    draw = ImageDraw.Draw(picture)
-    draw.text((MARGIN, MARGIN), heading, fill=MUTED, font=font)
-    for (name, tiles), height in zip(rows, heights, strict=True):
-        draw.text((MARGIN, top + (height - LINE - GAP) // 2 - LINE // 2), name, fill=INK, font=font)
-        x = left
-        for tile, text in tiles:
-            picture.paste(tile, (x, top))
-            draw.rectangle((x - 1, top - 1, x + tile.width, top + tile.height), outline=BETWEEN)
-            draw.text((x, top + tile.height + 2), text, fill=MUTED, font=font)
-            x += max(tile.width, round(font.getlength(text))) + GAP
-        top += height
-    return picture
+    picture: np.ndarray
+    caption: str
 
 
-def map_row(attention: LayerAttention) -> tuple[str, list[Tile]]:
+class Strip(NamedTuple):
+    """Tiles beside each other under a name; they go on below where a sheet has fewer columns."""
+
+    name: str
+    tiles: list[Tile]
+
+
+def sheet(strips: Sequence[Strip], heading: str = "", columns: int = 9) -> Figure:
+    """Strips one below the other, `columns` tiles wide at most."""
+    side = max(tile.picture.shape[1] for strip in strips for tile in strip.tiles)
+    columns = min(columns, max(len(strip.tiles) for strip in strips))
+    width = 2 * MARGIN + columns * (side + GAP) - GAP
+    pictures, texts = [], []  # (left, top, picture), (left, top, text, colour, width)
+    top = MARGIN
+    if heading:
+        texts.append((MARGIN, top, heading, MUTED, width - 2 * MARGIN))
+        top += LINE + GAP
+    for name, tiles in strips:
+        if name:
+            texts.append((MARGIN, top, name, INK, width - 2 * MARGIN))
+            top += LINE + 2
+        for first in range(0, len(tiles), columns):
+            part = tiles[first : first + columns]
+            height, lines = max(tile.picture.shape[0] for tile in part), 0
+            for i, (picture, caption) in enumerate(part):
+                left = MARGIN + i * (side + GAP)
+                pictures.append((left, top, picture))
+                for line, text in enumerate(caption.split("\n") if caption else ()):
+                    texts.append((left, top + height + 2 + line * LINE, text, WRONG if line else MUTED, side))
+                    lines = max(lines, line + 1)
+            top += height + lines * LINE + GAP
+    height = top + MARGIN - GAP
+    canvas = np.full((height, width, 3), 255, np.uint8)
+    for left, top, picture in pictures:
+        canvas[top : top + picture.shape[0], left : left + picture.shape[1]] = picture
+    figure = new_figure(width, height)
+    figure.figimage(canvas, origin="upper")
+    for left, top, text, colour, room in texts:
+        shown = fit(text, room)
+        figure.text(left / width, 1 - top / height, shown, color=colour, fontsize=POINTS, va="top", parse_math=False)
+    return figure
+
+
+def card(strips: Sequence[Strip]) -> Figure:
+    """A sheet of maps that fits one of TensorBoard's cards unscaled."""
+    return sheet(strips, columns=CARD_MAPS)
+
+
+def fit(text: str, width: float) -> str:
+    """`text` as one printable line, cut with an ellipsis where it is wider than `width` pixels."""
+    room, text = int(width / CHARACTER), printable(text)
+    wide = [2 if unicodedata.east_asian_width(character) in "WF" else 1 for character in text]
+    if sum(wide) <= room:
+        return text
+    kept = next(i for i in range(len(text) + 1) if sum(wide[: i + 1]) > room - 1)
+    return text[:kept] + "\u2026"
+
+
+def scaled(picture: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Nearest-neighbour scaling: (h, w, ...) -> (height, width, ...)."""
+    rows, cols = (np.arange(new) * old // new for new, old in zip((height, width), picture.shape, strict=False))
+    return picture[rows[:, None], cols]
+
+
+def heat(maps: Tensor, largest: float | None = None) -> list[np.ndarray]:
+    """Maps as pictures of tiles: (N, h, w) -> N times (TILE, TILE, 3) uint8.
+
+    White for 0 and deep blue for the largest value of each map; or, with `largest`, blue for -largest and red for it.
+    """
+    from matplotlib import colormaps
+
+    values = maps.float().numpy()
+    if largest is None:
+        colours = colormaps["Blues"](values / values.max((1, 2), keepdims=True).clip(1e-12), bytes=True)
+    else:
+        colours = colormaps["RdBu_r"](0.5 + 0.5 * values / max(largest, 1e-12), bytes=True)
+    return [scaled(picture, TILE, TILE) for picture in colours[..., :3]]
+
+
+def map_strip(attention: LayerAttention) -> Strip:
     """Each head's mean K x K map, dark where it looks most, above its mean entropy."""
     bits = entropy(attention.weights).mean((0, 2)).tolist()
-    tiles = [to_picture(heat(m), TILE, TILE) for m in mean_maps(attention)]
-    return attention.name, [(tile, f"{b:.2f} bit") for tile, b in zip(tiles, bits, strict=True)]
+    pictures = heat(mean_maps(attention))
+    return Strip(attention.name, [Tile(picture, f"{b:.2f} bit") for picture, b in zip(pictures, bits, strict=True)])
 
 
-def embedding_rows(attention: LayerAttention) -> list[tuple[str, list[Tile]]]:
+def embedding_strips(attention: LayerAttention) -> list[Strip]:
     """Row and column embeddings of each head (channels down, offsets across) and the cosine between offsets.
 
     Empty where the layer has none. One colour scale for the layer's tables.
@@ -113,52 +183,67 @@ def embedding_rows(attention: LayerAttention) -> list[tuple[str, list[Tile]]]:
     tables = embeddings(attention.layer)
     if tables is None:
         return []
-    rows = []
     largest = max(part.abs().max().item() for part in tables)
-    for what, part in zip(("row", "column"), tables, strict=True):
-        tiles = [(to_picture(signed_heat(head, largest), TILE, TILE), f"up to {head.abs().max():.2f}") for head in part]
-        rows.append((f"{attention.name} {what}s", tiles))
-    for what, part in zip(("row", "column"), tables, strict=True):
-        tiles = [(to_picture(signed_heat(head, 1.0), TILE, TILE), "cosine") for head in similarity(part)]
-        rows.append((f"{what}s, alike", tiles))
-    return rows
+    strips = []
+    for title, shown, most in (("", tables, largest), (", cosine", map(similarity, tables), 1.0)):
+        for axis, part in zip(("rows", "columns"), shown, strict=True):
+            name = f"{attention.name}, {axis}{title}, {most:.2f} at most"
+            strips.append(Strip(name, [Tile(picture, "") for picture in heat(part, most)]))
+    return strips
 
 
-# ---- over the image -------------------------------------------------------------------------------------------------
+# ---- images ---------------------------------------------------------------------------------------------------------
 
 
-def overlay(image: Tensor, values: Tensor, side: int, pixel: tuple[int, int], size: tuple[int, int]) -> Image:
-    """`values` laid over a grey `image` as a glow, full at the largest, and the pixel looked from as a frame.
+def to_bytes(image: Tensor) -> np.ndarray:
+    """(3, H, W) in [0, 1] -> (H, W, 3) uint8."""
+    return (image.float().clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
 
-    image (3, H, W) in [0, 1]; values (h, w), at least 0, of a map over the whole image; pixel: row and column on a map
-    of that `size`.
+
+def image_tile(image: Tensor, side: int = IMAGE_TILE) -> np.ndarray:
+    """An image (3, H, W) in [0, 1] as a picture `side` pixels wide."""
+    return scaled(to_bytes(image), max(1, round(side * image.shape[-2] / image.shape[-1])), side)
+
+
+def mistakes_figure(images: Sequence[Tensor], names: Sequence[tuple[str, str]]) -> Figure:
+    """Images (3, H, W) in [0, 1], below each its label and what it was taken for."""
+    captions = [f"{printable(label)}\n> {printable(guess)}" for label, guess in names]
+    tiles = [Tile(image_tile(image), text) for image, text in zip(images, captions, strict=True)]
+    return sheet([Strip("", tiles)], columns=CARD_IMAGES)
+
+
+def overlay(image: Tensor, values: Tensor, side: int) -> np.ndarray:
+    """`values` laid over a grey `image` as a glow, full at the largest: a picture `side` pixels wide.
+
+    image (3, H, W) in [0, 1]; values (h, w), at least 0, of a map over the whole image.
     """
-    from PIL import Image
-
-    height = round(side * image.shape[-2] / image.shape[-1])
-    grey = image.mean(0, keepdim=True).expand(3, -1, -1)
-    base = to_picture(0.15 + 0.55 * grey, side, height)
-    mask = to_picture((values / values.max().clamp(min=1e-12)).expand(3, -1, -1) * 0.92, side, height)
-    picture = Image.composite(Image.new("RGB", base.size, GLOW), base, mask.convert("L"))
-    frame(picture, pixel, 1, size, PAPER)
-    return picture
+    picture = image_tile(image.mean(0, keepdim=True).expand(3, -1, -1), side)  # (height, side, 3)
+    share = 0.92 * values.float().numpy() / max(values.max().item(), 1e-12)
+    share = scaled(share, *picture.shape[:2])[..., None]
+    base = 38 + 0.55 * picture  # darker, and never black, so that the glow shows
+    return (base + share * (np.array(GLOW) - base)).round().astype(np.uint8)
 
 
-def frame(
-    picture: Image, corner: Sequence[int], cells: int, size: tuple[int, int], colour: tuple[int, int, int]
-) -> None:
-    """Draws the outline of `cells` x `cells` cells of a map of that size, at least 3 pixels wide, over its picture."""
-    from PIL import ImageDraw
+def frame(picture: np.ndarray, corner: Sequence[int], cells: int, size: tuple[int, int], colour: Sequence[int]) -> None:
+    """Draws the outline of `cells` x `cells` cells of a map of that size over its picture, at least 3 pixels wide.
 
+    What lies outside the picture is left out.
+    """
     ends = []
-    for place, side, length in zip(corner, size, (picture.height, picture.width), strict=True):
+    for place, side, length in zip(corner, size, picture.shape, strict=False):
         first, last = (round(edge * length / side) for edge in (place, place + cells))
         ends.append((first, max(last - 1, first + 2)))
     (top, bottom), (left, right) = ends
-    ImageDraw.Draw(picture).rectangle((left, top, right, bottom), outline=colour)
+    rows, cols = slice(max(top, 0), max(bottom + 1, 0)), slice(max(left, 0), max(right + 1, 0))
+    for row in (top, bottom):
+        if 0 <= row < picture.shape[0]:
+            picture[row, cols] = colour
+    for col in (left, right):
+        if 0 <= col < picture.shape[1]:
+            picture[rows, col] = colour
 
 
-def on_map(weights: Tensor, origin: tuple[int, int], size: tuple[int, int]) -> Tensor:
+def on_map(weights: Tensor, origin: Sequence[int], size: tuple[int, int]) -> Tensor:
     """A window's weights at their place on the layer's map, zero elsewhere: (K, K) -> (H, W)."""
     (top, left), (height, width), side = origin, size, len(weights)
     placed = weights.new_zeros(size)
@@ -167,63 +252,76 @@ def on_map(weights: Tensor, origin: tuple[int, int], size: tuple[int, int]) -> T
     return placed
 
 
-def look_row(picture: Tensor, attention: LayerAttention, share: Tensor | None) -> tuple[str, list[Tile]]:
-    """What the first chosen pixel of the first image attends to, a tile a head, and its rollout where given."""
-    pixel, origin = attention.pixels[0].tolist(), attention.origins[0].tolist()
-    row = []
+def overlay_strip(image: Tensor, attention: LayerAttention, share: Tensor | None) -> Strip:
+    """What the first chosen pixel of the first image attends to, a tile a head, and its rollout where given.
+
+    image (3, H, W) in [0, 1]; share: a rollout's, on the map of the first layer.
+    """
+    pixel, origin, size = attention.pixels[0].tolist(), attention.origins[0].tolist(), attention.size
+    tiles = []
     for i, weights in enumerate(attention.weights[0, :, 0]):
-        tile = overlay(picture, on_map(weights, origin, attention.size), LOOK_TILE, pixel, attention.size)
-        frame(tile, origin, attention.kernel_size, attention.size, MUTED)
-        row.append((tile, f"head {i + 1}"))
+        picture = overlay(image, on_map(weights, origin, size), OVERLAY_TILE)
+        frame(picture, origin, attention.kernel_size, size, WINDOW)
+        frame(picture, pixel, 1, size, FRAME)
+        tiles.append(Tile(picture, f"head {i + 1}"))
     if share is not None:
-        # Its peak stays where the shortcuts leave it: the square root shows the rest.
-        row.append((overlay(picture, share.sqrt(), LOOK_TILE, pixel, attention.size), "rollout, root"))
-    return f"{attention.name}, {attention.size[0]}x{attention.size[1]}", row
+        picture = overlay(image, share.sqrt(), OVERLAY_TILE)  # its peak stays at the pixel: the root shows the rest
+        frame(picture, pixel, 1, size, FRAME)
+        tiles.append(Tile(picture, "rollout, root"))
+    return Strip(f"{attention.name}, {size[0]}x{size[1]}", tiles)
 
 
-# ---- measures -------------------------------------------------------------------------------------------------------
-
-PLOT, ROW, FINE = 200, 24, 4  # pixels: width of a plot, height of a layer's row; oversampling for round dots
+# ---- charts ---------------------------------------------------------------------------------------------------------
 
 
-def round_up(value: float) -> float:
-    """The next number that a person would end an axis with; 1 for 0."""
-    power = 10 ** math.floor(math.log10(value)) if value > 0 else 1.0
-    return next(step * power for step in (1, 2, 4, 6, 8, 10) if step * power >= value)
+def plain_axes(ax: Axes) -> None:
+    """Two spines and a light grid below what is drawn."""
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.grid(True, which="major", color="#e4e4e4", linewidth=0.6)
+    ax.set_axisbelow(True)
 
 
-def measures_picture(layers: Sequence[LayerAttention]) -> Image:
+def measures_figure(layers: Sequence[LayerAttention]) -> Figure:
     """Entropy, mean distance and share on the own pixel, a dot a head and a row a layer, averaged over pixels."""
-    from PIL import Image, ImageDraw, ImageFont
-
-    font = ImageFont.load_default(TEXT * FINE)
-    names = MARGIN + round(max(font.getlength(layer.name) for layer in layers) / FINE) + 2 * GAP
-    top = MARGIN + 2 * LINE
-    size = (names + 3 * (PLOT + 30), top + ROW * len(layers) + LINE + MARGIN)
-    picture = Image.new("RGB", tuple(FINE * side for side in size), PAPER)
-    draw = ImageDraw.Draw(picture)
-
-    def text(x: float, y: float, words: str, fill: tuple[int, int, int], anchor: str = "la") -> None:
-        draw.text((FINE * x, FINE * y), words, fill=fill, font=font, anchor=anchor)
-
+    figure = new_figure(900, 90 + 26 * len(layers), layout="constrained")
     measures = (
         ("entropy, bit", lambda layer: entropy(layer.weights)),
         ("mean distance, pixels of the map", mean_distance),
         ("share on the own pixel, %", lambda layer: 100 * centre_share(layer)),
     )
-    for i, layer in enumerate(layers):
-        text(MARGIN, top + ROW * (i + 0.5), layer.name, INK, "lm")
-    for column, (title, measure) in enumerate(measures):
-        left, values = names + column * (PLOT + 30), [measure(layer).mean((0, 2)) for layer in layers]
-        most = round_up(max(v.max().item() for v in values))
-        text(left, MARGIN, title, INK)
-        for share in (0, 0.5, 1):
-            x = left + share * PLOT
-            draw.line([FINE * c for c in (x, top, x, top + ROW * len(layers))], fill=BETWEEN, width=FINE)
-            text(x, top + ROW * len(layers) + 4, f"{share * most:.3g}", MUTED, "ma")
-        for i, heads in enumerate(values):
-            y = top + ROW * (i + 0.5)
-            for value in heads.tolist():
-                x = left + value / most * PLOT
-                draw.ellipse([FINE * c for c in (x - 4, y - 4, x + 4, y + 4)], fill=DEEP, outline=PAPER, width=FINE)
-    return picture.resize(size, Image.Resampling.LANCZOS)
+    for ax, (title, measure) in zip(figure.subplots(1, 3, sharey=True), measures, strict=True):
+        plain_axes(ax)
+        for row, layer in enumerate(layers):
+            heads = measure(layer).mean((0, 2)).tolist()
+            ax.scatter(heads, [row] * len(heads), s=34, color="#08306b", alpha=0.75, linewidth=0)
+        ax.set_title(title, fontsize=POINTS + 1, loc="left")
+        ax.set_xlim(left=0)
+    ax.set_yticks(range(len(layers)), [layer.name for layer in layers])
+    ax.set_ylim(len(layers) - 0.5, -0.5)  # the first layer on top
+    return figure
+
+
+def confusion_figure(confusion: Tensor, class_names: Sequence[str]) -> Figure:
+    """Rows the label, columns the prediction, coloured by the share of the row; names and counts up to 20 classes.
+
+    confusion (classes, classes), counts.
+    """
+    classes = len(confusion)
+    side = min(max(36 * classes, 200), 620)
+    figure = new_figure(side + 160, side + 100, layout="constrained")
+    ax = figure.subplots()
+    shares = confusion / confusion.sum(1, keepdim=True).clamp(min=1)
+    image = ax.imshow(100 * shares.numpy(), cmap="Blues", vmin=0, vmax=100)
+    figure.colorbar(image, ax=ax, shrink=0.7, label="of the label's images, %")
+    ax.set(xlabel="prediction", ylabel="label")
+    if classes > LABELLED_CLASSES:
+        return figure
+    names = [fit(name, 14 * CHARACTER) for name in class_names]
+    upright = max(map(len, names)) * CHARACTER <= 34
+    ax.set_xticks(range(classes), names, parse_math=False, rotation=0 if upright else 90)
+    ax.set_yticks(range(classes), names, parse_math=False)
+    for row, col in confusion.nonzero().tolist():
+        colour = "white" if shares[row, col] > 0.5 else INK
+        text = str(confusion[row, col].item())
+        ax.text(col, row, text, ha="center", va="center", color=colour, fontsize=POINTS - 1)
+    return figure
