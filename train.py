@@ -27,7 +27,7 @@ from torch import Tensor
 import preprocess
 from config import Config, ConfigError
 from preprocess import DataError
-from sasa.analysis.attention_maps import attention_layers, collect, lattice
+from sasa.analysis.attention_maps import attention_layers, lattice, record_attention
 from sasa.analysis.flops import count_flops, count_parameters
 from sasa.console import USAGE_ERROR, print_error
 from sasa.training import checkpoint, distributed
@@ -340,7 +340,7 @@ def show_attention(run: Run) -> None:
     images, _ = next(run.data.val.eval_batches(WATCHED_IMAGES))
     training = model.training
     model.eval()
-    with collect(model, pixels=lattice(WATCHED_PIXELS)) as layers, run.autocast():
+    with record_attention(model, pixels=lattice(WATCHED_PIXELS)) as layers, run.autocast():
         model(images)
     model.train(training)
     run.monitor.attention(run.progress.step, layers)

@@ -1,6 +1,6 @@
-"""What the heads of a network look at: attention weights collected while it runs, and what is measured of them.
+"""What the heads of a network attend to: weights recorded while it runs, and measures of them.
 
-    with collect(network, images=[0], pixels=lattice(64)) as layers:
+    with record_attention(network, images=[0], pixels=lattice(64)) as layers:
         network(batch)
     for layer in layers:
         print(layer.name, entropy(layer.weights).mean((0, 2)))  # bits, by head
@@ -34,7 +34,8 @@ class LayerAttention:
 
     name: the layer's path in the network, shortened ("stem", "layer2.0"); size: (H, W) of the map it attends over;
     pixels, origins (P, 2): rows and columns of the pixels and of their windows' first keys, which may lie outside the
-    map; weights (B, N, P, K, K), or (B, 1, P, K, K) as the mean over heads; largest_logit: the largest magnitude met.
+    map; weights (B, N, P, K, K), or (B, 1, P, K, K) as the mean over heads; largest_logit: the largest
+    magnitude of a logit.
     """
 
     name: str
@@ -81,16 +82,16 @@ def attention_layers(network: nn.Module) -> dict[str, nn.Module]:
 
 
 @contextmanager
-def collect(
+def record_attention(
     network: nn.Module, images: list[int] | None = None, pixels: Chooser = every_pixel, mean_heads: bool = False
 ) -> Iterator[list[LayerAttention]]:
     """While open, each forward of the network adds a `LayerAttention` for each of its attention layers, in order.
 
     images: positions in the batch, None for all. mean_heads: keep the mean over heads alone, an N-th of the memory.
     """
-    collected: list[LayerAttention] = []
+    recorded: list[LayerAttention] = []
 
-    def look(name: str, layer: nn.Module, inputs: tuple[Tensor]) -> None:
+    def record(name: str, layer: nn.Module, inputs: tuple[Tensor]) -> None:
         x = inputs[0] if images is None else inputs[0][images]
         chosen = pixels(*x.shape[-2:]).to(x.device)
         weights, largest = [], 0.0
@@ -104,14 +105,14 @@ def collect(
         attention = LayerAttention(
             name, layer, tuple(x.shape[-2:]), chosen.cpu(), origins.cpu(), torch.cat(weights, 2), largest
         )
-        collected.append(attention)
+        recorded.append(attention)
 
     hooks = [
-        layer.register_forward_pre_hook(lambda module, inputs, name=name: look(name, module, inputs))
+        layer.register_forward_pre_hook(lambda module, inputs, name=name: record(name, module, inputs))
         for name, layer in attention_layers(network).items()
     ]
     try:
-        yield collected
+        yield recorded
     finally:
         for hook in hooks:
             hook.remove()
@@ -135,7 +136,7 @@ def distances(attention: LayerAttention) -> Tensor:
 
 
 def mean_distance(attention: LayerAttention) -> Tensor:
-    """How far a pixel looks on average, in pixels of the layer's map: -> (B, N, P)."""
+    """How far away a pixel attends on average, in pixels of the layer's map: -> (B, N, P)."""
     return (attention.weights * distances(attention)).sum((-2, -1))
 
 
@@ -184,17 +185,17 @@ def rollout(layers: list[LayerAttention], image: int, row: int, col: int) -> Ten
 
     Each layer passes on half of a pixel's share by its attention, the mean over heads, and half by the shortcut
     (Abnar and Zuidema 2020, arXiv 2005.00928); a pool shares evenly, a shortcut of stride s takes each s-th pixel.
-    Convolutions between attention layers count as if they looked at their own pixel. -> (H, W), sum 1; less with
-    border="zero", whose weight outside the map is left out. `layers`: of `collect` at every pixel.
+    Convolutions between attention layers count as if they read their own pixel alone. -> (H, W), sum 1; less with
+    border="zero", whose weight outside the map is left out. `layers`: of `record_attention` at every pixel.
     """
     share = torch.zeros(layers[-1].size)
     share[row, col] = 1
-    stay = spread = share
+    stay = pooled = share
     for attention, below in zip(reversed(layers), [*layers[-2::-1], None], strict=True):
         weights = attention.weights[image].mean(0)  # (P, K, K)
-        share = 0.5 * stay + 0.5 * _attend(spread, weights, attention.origins)
+        share = 0.5 * stay + 0.5 * _attend(pooled, weights, attention.origins)
         if below is not None:
-            spread, stay = spread_evenly(share, below.size), take_back(share, below)
+            pooled, stay = spread_evenly(share, below.size), take_back(share, below)
     return share
 
 

@@ -169,7 +169,7 @@ def heat(maps: Tensor, largest: float | None = None) -> list[np.ndarray]:
 
 
 def map_strip(attention: LayerAttention) -> Strip:
-    """Each head's mean K x K map, dark where it looks most, above its mean entropy."""
+    """Each head's mean K x K map, dark where most weight lies, above its mean entropy."""
     bits = entropy(attention.weights).mean((0, 2)).tolist()
     pictures = heat(mean_maps(attention))
     return Strip(attention.name, [Tile(picture, f"{b:.2f} bit") for picture, b in zip(pictures, bits, strict=True)])
@@ -203,6 +203,18 @@ def to_bytes(image: Tensor) -> np.ndarray:
 def image_tile(image: Tensor, side: int = IMAGE_TILE) -> np.ndarray:
     """An image (3, H, W) in [0, 1] as a picture `side` pixels wide."""
     return scaled(to_bytes(image), max(1, round(side * image.shape[-2] / image.shape[-1])), side)
+
+
+def image_grid(images: Tensor, side: int = 64) -> Tensor:
+    """Images (B, 3, H, W) in [0, 1] in rows of 8, small ones enlarged: (3, height, width) in [0, 1].
+
+    Without matplotlib, as there is no text: it is drawn at the start of a run, which need not wait for the import.
+    """
+    from torchvision.utils import make_grid
+
+    factor = max(1, -(-side // images.shape[-1]))
+    images = images.float().cpu().repeat_interleave(factor, -1).repeat_interleave(factor, -2)
+    return make_grid(images, nrow=8, padding=2, pad_value=0.5)
 
 
 def mistakes_figure(images: Sequence[Tensor], names: Sequence[tuple[str, str]]) -> Figure:

@@ -1,4 +1,4 @@
-"""The page of visualize.py: numbers into one self-contained HTML file, `viewer.html` with its data filled in.
+"""The page of tools.visualize: numbers into one self-contained HTML file, `viewer.html` with its data filled in.
 
 Maps are stored as bytes, each divided by its largest weight; the page makes their sum 1 again, so a weight is off by at
 most 1/510 of its map's largest. All heads are stored for a lattice of pixels, as dense as the budget allows; the mean
@@ -32,8 +32,8 @@ _TEMPLATE = Path(__file__).with_name("viewer.html")
 
 
 @dataclass(frozen=True)
-class Looked:
-    """One image and what was looked at in it.
+class ImageAttention:
+    """One image and the network's attention in it.
 
     picture (3, H, W) in [0, 1]; layers: each head at a lattice of pixels; everywhere: the mean over heads at every
     pixel; guess: classes with their probabilities, the best first.
@@ -60,7 +60,7 @@ def lattice_limit(everywhere: list[LayerAttention]) -> int:
     return next((limit for limit in LIMITS if 4 * (means + heads(limit)) / 3 <= BUDGET), LIMITS[-1])
 
 
-def render(title: str, about: str, images: list[Looked]) -> str:
+def render(title: str, about: str, images: list[ImageAttention]) -> str:
     """The page as text."""
     layers, everywhere = images[0].layers, images[0].everywhere
     data = {
@@ -116,7 +116,7 @@ def _tables(layer: torch.nn.Module) -> dict[str, Any] | None:
     return {"count": count, "channels": channels, "largest": round(largest, 4), "rows": rows, "columns": columns}
 
 
-def _image(image: Looked) -> dict[str, Any]:
+def _image(image: ImageAttention) -> dict[str, Any]:
     first = len(image.everywhere) - len(rollout_layers(image.everywhere))
     layers = []
     for i, (attention, everywhere) in enumerate(zip(image.layers, image.everywhere, strict=True)):

@@ -12,7 +12,7 @@ import oracle
 from attention import AttentionStem, LocalAttention2d
 from model import ResNet26
 from sasa.analysis import attention_maps as heads
-from sasa.analysis.attention_maps import LayerAttention, attention_layers, collect, every_pixel, lattice
+from sasa.analysis.attention_maps import LayerAttention, attention_layers, every_pixel, lattice, record_attention
 from sasa.kernels import reference
 from sasa.kernels.interface import AttentionOptions
 
@@ -139,7 +139,7 @@ def test_a_network_is_collected_layer_by_layer(network):
         for name, module in attention_layers(network).items()
     ]
     before = {name: value.clone() for name, value in network.state_dict().items()}
-    with torch.no_grad(), collect(network, images=[2, 0], pixels=lattice(6)) as layers:
+    with torch.no_grad(), record_attention(network, images=[2, 0], pixels=lattice(6)) as layers:
         network(x)
     for hook in hooks:
         hook.remove()
@@ -160,17 +160,17 @@ def test_a_network_is_collected_layer_by_layer(network):
 
 def test_the_mean_over_heads_in_pieces_is_the_mean(network, monkeypatch):
     x = torch.randn(1, 3, 9, 9)
-    with torch.no_grad(), collect(network) as each:
+    with torch.no_grad(), record_attention(network) as each:
         network(x)
     monkeypatch.setattr(heads, "PIXELS_AT_ONCE", 10)
-    with torch.no_grad(), collect(network, mean_heads=True) as mean:
+    with torch.no_grad(), record_attention(network, mean_heads=True) as mean:
         network(x)
     for a, b in zip(each, mean, strict=True):
         assert b.weights.shape[1] == 1 and (a.weights.mean(1, keepdim=True) - b.weights).abs().max() < 1e-6
 
 
 def test_hooks_go_when_the_forward_fails(network):
-    with pytest.raises(ValueError, match="at least 8x8"), collect(network):
+    with pytest.raises(ValueError, match="at least 8x8"), record_attention(network):
         network(torch.randn(1, 3, 4, 4))
     assert not any(module._forward_pre_hooks for module in network.modules())
 
@@ -182,7 +182,7 @@ def test_memory_is_that_of_the_chosen_pixels():
     padded = 64 * 46 * 46 * 4
     largest = {}
     for name, pixels in (("three", lattice(4)), ("all", every_pixel)):
-        with torch.no_grad(), collect(network, pixels=pixels), LargestTensor() as mode:
+        with torch.no_grad(), record_attention(network, pixels=pixels), LargestTensor() as mode:
             network(x)
         largest[name] = mode.bytes
     with torch.no_grad(), LargestTensor() as alone:
@@ -256,7 +256,7 @@ def transfer(layer, image):
 def test_a_rollout_is_the_product_of_the_layers(network):
     """17 x 14, so that the pools are ragged; the matrices by loops."""
     x = torch.randn(2, 3, 17, 14)
-    with torch.no_grad(), collect(network) as layers:
+    with torch.no_grad(), record_attention(network) as layers:
         network(x)
     layers = heads.rollout_layers(layers)
     assert layers[0].name == "stem"
@@ -281,7 +281,7 @@ def test_a_rollout_is_the_product_of_the_layers(network):
 
 def test_a_rollout_ends_above_a_pooled_stem_and_crosses_convolutions():
     network = ResNet26(10, stem=True, attention_stages=(1, 3)).eval()
-    with torch.no_grad(), collect(network, mean_heads=True) as layers:
+    with torch.no_grad(), record_attention(network, mean_heads=True) as layers:
         network(torch.randn(1, 3, 40, 36))
     layers = heads.rollout_layers(layers)
     assert layers[0].name == "layer1.0" and layers[0].size == (10, 9)

@@ -1,16 +1,14 @@
-"""tools.report and tools.plot: the arithmetic of a table, and that results/ is what its runs say."""
+"""tools.report: the arithmetic of a table, and that results/ is what its runs say."""
 
 import csv
 import json
 import shutil
 import statistics
-import sys
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
-from tools import ablate, plot, report
+from tools import ablate, report
 from tools.paper import rows_for
 from tools.trials import TABLES, Budget, Trial, run_name, table_name
 
@@ -226,57 +224,3 @@ def test_each_run_is_of_the_configuration_that_its_name_says(folder):
         else:
             assert summary["test_top1_pct"] == pytest.approx(log[-1]["val_top1_pct"])
         assert not set(report.PATHS) & config.keys()
-
-
-# ---- pictures -------------------------------------------------------------------------------------------------------
-
-
-def test_the_pictures_are_drawn(made):
-    pytest.importorskip("matplotlib")
-    from PIL import Image
-
-    assert plot.main([str(made)]) == 0
-    for name in report.PICTURES:
-        with Image.open(made / name) as picture:
-            assert picture.width > 1000 and len(picture.convert("RGB").getcolors(1 << 20)) > 20
-    report.remember(made, Budget("DIGITS"), [(table, "ResNet26") for table in ("3", "recipe")])
-    assert plot.main([str(made)]) == 0
-
-
-def test_a_folder_of_the_recipe_alone_has_curves_and_says_so(made, capsys):
-    pytest.importorskip("matplotlib")
-    (made / "ablation.json").unlink()
-    report.remember(made, Budget("DIGITS", ("--holdout", "9")), [("recipe", "ResNet26")])
-    (made / "accuracy.png").touch()
-    assert plot.main([str(made)]) == 0
-    assert capsys.readouterr().out == f"wrote {made / 'curves.png'}\n" and not (made / "accuracy.png").exists()
-
-
-def test_the_learning_curve_is_the_logs(made):
-    folder = report.read(made)
-    assert plot.errors(folder, rows_for(TABLES["5"], "ResNet26")[2]) == [(1, [10.0, 8.0, 3.0])]
-
-
-def test_labels_stand_apart_in_their_order_and_near_their_lines():
-    placed = plot.apart([0.5, 0.1, 0.51, 0.5], 0.1, 0.0, 1.0)
-    assert placed[1] == pytest.approx(0.1)
-    ordered = [placed[0], placed[3], placed[2]]
-    assert [b - a for a, b in pairwise(ordered)] == pytest.approx([0.1, 0.1])
-    assert sum(ordered) / 3 == pytest.approx(0.505, abs=0.006)
-    assert plot.apart([0.99, 1.0], 0.1, 0.0, 1.0) == pytest.approx([0.9, 1.0])
-
-
-def test_without_matplotlib_one_line_says_what_to_install(made, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert plot.main([str(made)]) == 1
-    error = capsys.readouterr().err
-    assert error == "plot.py: error: matplotlib is missing: pip install -r requirements-plot.txt\n"
-    assert not list(made.glob("*.png"))
-
-
-def test_a_folder_without_a_done_run_has_no_picture(made, capsys):
-    pytest.importorskip("matplotlib")
-    for path in made.iterdir():
-        if path.is_dir():
-            shutil.rmtree(path)
-    assert plot.main([str(made)]) == 2 and "no run in it is done" in capsys.readouterr().err

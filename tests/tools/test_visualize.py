@@ -6,7 +6,8 @@ import re
 
 import pytest
 import torch
-from PIL import Image, ImageChops
+from PIL import Image
+from torchvision.transforms.v2.functional import pil_to_tensor
 
 import browser
 import preprocess
@@ -14,11 +15,12 @@ import small_runs
 from config import resolve
 from model import ResNet26, ResNet50, build
 from sasa.analysis import attention_maps as heads
-from sasa.analysis import page
-from sasa.analysis.attention_maps import collect, lattice
-from sasa.analysis.page import Looked
+from sasa.analysis import figures, page
+from sasa.analysis.attention_maps import lattice, record_attention
+from sasa.analysis.page import ImageAttention
 from sasa.training import checkpoint
 from tools import visualize
+from tools.visualize import NamedImage
 
 SIDE = 12  # pixels: the maps are then 12, 6, 3 and 2 wide
 
@@ -73,7 +75,7 @@ def test_the_pages_numbers_are_the_networks(written, network):
     _, _, _, test = preprocess.load(dataset="DIGITS", img_size=SIDE)
     images = torch.cat([image for image, _ in test.eval_batches(100)])[[7, 2]]
     labels = torch.cat([label for _, label in test.eval_batches(100)])[[7, 2]]
-    with torch.no_grad(), collect(network) as layers:
+    with torch.no_grad(), record_attention(network) as layers:
         probabilities = network(images).softmax(1)
     data = data_of(written)
     assert data["title"] == "ResNet26, attention stem, DIGITS" and "step 77" in data["about"]
@@ -94,21 +96,35 @@ def test_the_pages_numbers_are_the_networks(written, network):
             assert (entropy - heads.entropy(layer.weights[i]).mean(1)).abs().max() < 1e-3
 
 
-def test_a_pictures_rows_look_from_the_chosen_pixel(written, network, monkeypatch):
+def test_a_pictures_strips_are_of_the_chosen_pixel(written, network, monkeypatch):
     seen = []
-    original = visualize.sheets.look_row
-    monkeypatch.setattr(visualize.sheets, "look_row", lambda *args: seen.append(args) or original(*args))
+    original = figures.overlay_strip
+    monkeypatch.setattr(figures, "overlay_strip", lambda *args: seen.append(args) or original(*args))
     info, _, _, test = preprocess.load(dataset="DIGITS", img_size=SIDE)
     images, labels = next(test.eval_batches(8))
-    image = images[7]
-    looked = visualize.look(network, image, info, "DIGITS test 7", info.class_names[labels[7]])
-    picture = visualize.draw_look(network, image, looked, (9, 4))
+    image = NamedImage("DIGITS test 7", info.class_names[labels[7]], images[7])
+    shown = visualize.attention_of(network, image, info)
+    figure = visualize.draw_pixel(network, image, shown, (9, 4))
     with Image.open(written / "image-0.png") as first:
-        assert first.size == picture.size and ImageChops.difference(first, picture).getbbox() is None
+        found = pil_to_tensor(first)
+    assert torch.equal(found, (figures.to_tensor(figure) * 255).round().byte())
     assert [attention.pixels.tolist() for _, attention, _ in seen[:4]] == [[[9, 4]], [[9, 4]], [[9, 4]], [[4, 2]]]
-    with torch.no_grad(), collect(network, mean_heads=True) as everywhere:
-        network(image[None])
+    with torch.no_grad(), record_attention(network, mean_heads=True) as everywhere:
+        network(images[7:8])
     assert torch.equal(seen[3][2], heads.rollout(everywhere[:4], 0, 4, 2))
+
+
+def test_files_are_replaced_and_links_not_written_through(best, tmp_path):
+    """Each of its files lies there as a link to someone else's: the links go, what they point at stays."""
+    other, folder = tmp_path / "other", tmp_path / "out"
+    folder.mkdir()
+    other.write_text("kept")
+    names = ("maps.png", "measures.png", "embeddings.png", "image-0.png", "attention.html")
+    for name in names:
+        (folder / name).symlink_to(other)
+    assert visualize.main([str(best), "--output-dir", str(folder)]) == 0
+    assert other.read_text() == "kept"
+    assert {path.name for path in folder.iterdir() if not path.is_symlink()} == set(names)
 
 
 def test_nothing_is_fetched(written):
@@ -121,21 +137,21 @@ def test_nothing_is_fetched(written):
 
 
 def test_names_cannot_end_the_data(network):
-    looked = Looked("</script><b>", "<!--", torch.rand(3, 12, 12), [], [], [("</script>", 1.0)])
-    with torch.no_grad(), collect(network) as layers:
+    with torch.no_grad(), record_attention(network) as layers:
         network(torch.randn(1, 3, 12, 12))
-    text = page.render(
-        "</script>", "about", [Looked(looked.name, looked.label, looked.picture, layers, layers, looked.guess)]
-    )
+    guess = [("</script>", 1.0)]
+    shown = ImageAttention("</script><b>", "<!--", torch.rand(3, 12, 12), layers, layers, guess)
+    text = page.render("</script>", "about", [shown])
     assert text.count("</script>") == 2 and "<!--" not in text.split("<body>")[1]
 
 
 def test_a_lattice_is_said_and_keeps_to_the_budget(network, monkeypatch):
     image = torch.randn(3, 24, 24)
     info = preprocess.info_without_files("DIGITS", 10, 24)
-    whole = visualize.look(network, image, info, "a", "")
+    image = NamedImage("a", "", image)
+    whole = visualize.attention_of(network, image, info)
     monkeypatch.setattr(page, "BUDGET", 250_000)
-    sparse = visualize.look(network, image, info, "a", "")
+    sparse = visualize.attention_of(network, image, info)
     assert [len(layer.pixels) for layer in whole.layers] == [24 * 24] * 3 + [12 * 12] * 2 + [36] * 4
     means = sum(layer.weights.numel() for layer in sparse.everywhere)
     kept = sum(layer.weights.numel() for layer in sparse.layers)
@@ -147,10 +163,11 @@ def test_the_page_of_a_resnet50_is_below_3_mb():
     """One photograph-like image at 224, in the ImageNet form with the attention stem."""
     network = ResNet50(10, stem=True).eval()
     image = torch.nn.functional.interpolate(torch.randn(1, 3, 28, 28), size=224, mode="bicubic")[0]
-    looked = visualize.look(network, image, preprocess.info_without_files("IMAGENET", 10, 224), "photo.jpg", "")
-    assert [layer.size for layer in looked.layers[:2]] == [(224, 224), (56, 56)] and len(looked.layers) == 17
-    assert min(len(layer.pixels) for layer in looked.layers[1:]) == 49 and len(looked.layers[1].pixels) == 196
-    assert 2_000_000 < len(page.render("title", "about", [looked]).encode()) < 3_000_000
+    info = preprocess.info_without_files("IMAGENET", 10, 224)
+    shown = visualize.attention_of(network, NamedImage("photo.jpg", "", image), info)
+    assert [layer.size for layer in shown.layers[:2]] == [(224, 224), (56, 56)] and len(shown.layers) == 17
+    assert min(len(layer.pixels) for layer in shown.layers[1:]) == 49 and len(shown.layers[1].pixels) == 196
+    assert 2_000_000 < len(page.render("title", "about", [shown]).encode()) < 3_000_000
 
 
 def test_own_images_are_resized_and_named(best, tmp_path):
@@ -187,13 +204,13 @@ def test_a_wrong_value_ends_with_one_line(best, tmp_path, capsys, flags, words):
     with pytest.raises(SystemExit) as end:
         visualize.main([str(best), *flags.format(file=tmp_path / "file").split()])
     error = capsys.readouterr().err
-    assert end.value.code == 2 and error.startswith("visualize.py: error: ") and error.count("\n") == 1, error
+    assert end.value.code == 2 and error.startswith("tools.visualize: error: ") and error.count("\n") == 1, error
     assert [word for word in words if word not in error] == [], error
 
 
 def test_checkpoints_without_anything_to_see_are_refused(tmp_path, capsys):
-    twin = save(tmp_path, build("ResNet26", 10, small_images=True, attention_stages=()), attention_stages=())
-    for path, words in ((twin, "without attention layers"), (tmp_path / "none.pt", "no such file")):
+    convolutions = save(tmp_path, build("ResNet26", 10, small_images=True, attention_stages=()), attention_stages=())
+    for path, words in ((convolutions, "no attention layers"), (tmp_path / "none.pt", "no such file")):
         with pytest.raises(SystemExit) as end:
             visualize.main([str(path)])
         error = capsys.readouterr().err
@@ -240,7 +257,7 @@ def test_the_page_in_chromium(written, network, tmp_path):
             "document.querySelector('#label').textContent"
         )
         _, _, _, test = preprocess.load(dataset="DIGITS", img_size=SIDE)
-        with torch.no_grad(), collect(network, pixels=lattice(10**9), mean_heads=True) as layers:
+        with torch.no_grad(), record_attention(network, pixels=lattice(10**9), mean_heads=True) as layers:
             network(next(test.eval_batches(8))[0][[2]])
         for last, row, col in ((0, 5, 5), (3, 2, 4), (8, 1, 0)):
             wanted = heads.rollout(layers[: last + 1], 0, row, col)
