@@ -151,7 +151,7 @@ def test_an_overlay_glows_where_the_weight_is_and_frames_the_window():
     image, weights = torch.full((3, 8, 8), 0.5), torch.zeros(1, 1, 1, 3, 3)
     weights[..., 0, 1] = 1.0
     place = torch.tensor([[4, 4]])
-    attention = LayerAttention("x", LocalAttention2d(4, 4, 3), (8, 8), place, place - 1, weights, 0.0)
+    attention = LayerAttention("x", LocalAttention2d(4, 4, 3, num_heads=1), (8, 8), place, place - 1, weights, 0.0)
     (tile,) = figures.overlay_strip(image, attention, None).tiles
     cell = figures.OVERLAY_TILE / 8
     at = lambda row, col: tile.picture[int((row + 0.5) * cell), int((col + 0.5) * cell)].astype(int)  # noqa: E731
