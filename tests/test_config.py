@@ -89,6 +89,20 @@ def test_every_default_and_every_recipes_value_is_allowed_and_of_the_flags_own_t
                     assert type(value) is FIELDS[field].metadata["kind"], (name, dataset, field, value)
 
 
+def test_docs_list_what_each_recipe_sets():
+    """docs/recipes.md, row by row; CIFAR100 is as CIFAR10, WEBDATASET as IMAGENET."""
+    default, named = config.RECIPES["default"], ("DIGITS", "MNIST", "FashionMNIST", "CIFAR10", "IMAGENET", "FOLDER")
+    assert default["CIFAR100"] == default["CIFAR10"] and default["WEBDATASET"] == default["IMAGENET"]
+    columns = [default[name] for name in named]
+    columns += [config.RECIPES["port"]["CIFAR10"], config.RECIPES["paper"]["IMAGENET"]]
+
+    def shown(value) -> str:
+        return ("off", "on")[value] if isinstance(value, bool) else value if isinstance(value, str) else f"{value:g}"
+
+    rows = [" | ".join([f"| `{config.flag_of(key)}`", *(shown(of[key]) for of in columns)]) + " |" for key in IN_RECIPE]
+    assert "\n".join(rows) in (ROOT / "docs" / "recipes.md").read_text()
+
+
 def test_the_recipe_called_seed_is_the_ports():
     assert parse_command_line(["--recipe", "Seed"]).given == {"recipe": "port"}
 
