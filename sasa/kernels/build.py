@@ -4,15 +4,19 @@ The library has a plain C interface and is loaded with ctypes, so it needs a C++
 one build serves every torch version. fp64 has a library of its own, built at the first call that needs it.
 
 $CXX names the compiler, $SASA_CXXFLAGS adds flags for it. Cache: $SASA_CACHE_DIR, else $XDG_CACHE_HOME/sasa or
-~/.cache/sasa, else a private folder for temporary files.
+~/.cache/sasa; where that cannot be used, $TMPDIR/sasa-UID. Only a folder that no other user can change is used
+(`private_folder`); the message about the build says why another one was not.
 """
 
+import contextlib
 import ctypes
 import errno
 import functools
 import hashlib
+import itertools
 import os
 import platform
+import secrets
 import shlex
 import shutil
 import signal
@@ -24,6 +28,11 @@ from pathlib import Path
 
 import torch
 
+from sasa.console import one_line
+from sasa.files import replacing
+from sasa.kernels import private_folder
+from sasa.kernels.stop_signals import StopSignals
+
 SOURCES = [Path(__file__).parent / "csrc" / name for name in ("cpu.cpp", "stem.cpp")]
 HEADER = Path(__file__).parent / "csrc" / "cpu.h"
 BUILD_SECONDS = {torch.float32: 9, torch.float64: 3}  # measured with g++ 12; only for the message
@@ -33,6 +42,7 @@ _LEAVE_OUT = ["-fno-tree-vectorize", "-fno-unswitch-loops", "-fno-split-loops", 
 BUILD_LIMIT = 300  # seconds until a compiler, or the process that holds the lock, is given up
 _FILE_SIZE_SIGNAL = getattr(signal, "SIGXFSZ", 0) or -1  # ends a program that writes past the limit on file sizes
 _DIGEST = hashlib.sha256().digest_size
+_loads = itertools.count(1)
 
 
 class _BuildError(Exception):
@@ -41,15 +51,27 @@ class _BuildError(Exception):
 
 @functools.cache
 def library(dtype: torch.dtype) -> ctypes.CDLL | str:
-    """The library for fp32 or fp64, or the reason why there is none; said once on stderr, with how to get it."""
+    """The library for fp32 or fp64, or the reason why there is none; printed once on stderr, with how to get it.
+
+    Raises:
+        BuildStopped: a signal ended the build, and the process's own handler for it returned.
+    """
     try:
-        return _load_or_build(dtype)
+        with StopSignals() as signals:
+            return _load_or_build(dtype, signals)
     except _BuildError as error:
-        print(f"sasa: no fast attention on the CPU, a slower backend serves: {error}", file=sys.stderr, flush=True)
-        return str(error)
+        reason = one_line(error)
+        print(f"sasa: no fast attention on the CPU, a slower backend serves: {reason}", file=sys.stderr, flush=True)
+        return reason
 
 
-def _load_or_build(dtype: torch.dtype) -> ctypes.CDLL:
+def _load_or_build(dtype: torch.dtype, signals: StopSignals) -> ctypes.CDLL:
+    try:
+        source = b"".join(path.read_bytes() for path in (HEADER, *SOURCES))
+    except OSError as error:  # inside a zip or pex, or a package without its data files
+        raise _BuildError(f"its sources cannot be read: {error}") from None
+    if not private_folder.SUPPORTED:
+        raise _BuildError("it is built on systems with POSIX file permissions only")
     compiler = _compiler()
     version = _version(compiler)
     real = "double" if dtype == torch.float64 else "float"
@@ -57,20 +79,19 @@ def _load_or_build(dtype: torch.dtype) -> ctypes.CDLL:
     flags += _LEAVE_OUT if "Free Software Foundation" in version else []  # clang refuses what it does not know
     flags += shlex.split(os.environ.get("SASA_CXXFLAGS", ""))
     identity = [version, *compiler, *flags, _cpu()]
-    source = b"".join(path.read_bytes() for path in (HEADER, *SOURCES))
     name = hashlib.sha256("\0".join(identity).encode() + source).hexdigest()[:24] + ".so"
-    folders = _cache_folders()
-    for folder in folders:
-        library = _load(folder / name)
-        if library is not None:
-            return library
+    paths = _cache_folders()
+    for path in paths:
+        with contextlib.suppress(OSError), private_folder.opened(path) as folder:
+            return _load(folder, name)
     problems = []
-    for folder in folders:
+    for path in paths:
         try:
-            return _build(folder / name, compiler + flags, BUILD_SECONDS[dtype])
+            with private_folder.opened(path, create=True) as folder:
+                return _build(folder, name, compiler + flags, BUILD_SECONDS[dtype], signals, problems)
         except OSError as error:
-            problems.append(f"{folder}: {error.strerror or error}")
-    raise _BuildError(f"no folder to build it in ({'; '.join(problems)}); set SASA_CACHE_DIR to a writable folder")
+            problems.append(f"{path}: {error.strerror or error}")
+    raise _BuildError(f"no folder to build it in ({'; '.join(problems)}); set SASA_CACHE_DIR to a folder of yours")
 
 
 def _compiler() -> list[str]:
@@ -107,63 +128,76 @@ def _cpu() -> str:
     return "".join(sorted({x for x in lines if x.startswith(("model name", "flags", "Features", "CPU part"))}))
 
 
-def _cache_folders() -> list[Path]:
+def _cache_folders() -> list[str]:
     """Where the library may lie, most wanted first."""
-    if os.environ.get("SASA_CACHE_DIR"):
-        first = Path(os.environ["SASA_CACHE_DIR"])
-    else:
-        first = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "sasa"
-    second = Path(tempfile.gettempdir()) / f"sasa-{os.getuid() if hasattr(os, 'getuid') else 'user'}"
-    return [first, second]
+    first = os.environ.get("SASA_CACHE_DIR") or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "sasa")
+    folders = [os.path.expanduser(first)]  # without HOME and an entry for the user it stays relative: not used
+    with contextlib.suppress(OSError):
+        folders.append(os.path.join(tempfile.gettempdir(), f"sasa-{os.geteuid()}"))
+    return folders
 
 
-def _load(path: Path) -> ctypes.CDLL | None:
-    """The library at `path`, or None where it is absent, not whole or not loadable: then it is built again."""
-    try:
-        if hasattr(os, "getuid") and not {path.stat().st_uid, path.parent.stat().st_uid} <= {0, os.getuid()}:
-            return None  # folders for temporary files are shared: load nothing that another user can change
-        content = path.read_bytes()
-        # The digest at its end is checked first: loading half a library can kill the process.
-        if hashlib.sha256(content[:-_DIGEST]).digest() != content[-_DIGEST:]:
-            return None
-        return ctypes.CDLL(str(path))
-    except OSError:
-        return None
-
-
-def _build(path: Path, command: list[str], seconds: int) -> ctypes.CDLL:
-    """Builds the library at `path`, once however many processes ask.
+def _load(folder: private_folder.Folder, name: str) -> ctypes.CDLL:
+    """The library `name`, loaded from the descriptor on which it was checked.
 
     Raises:
-        OSError: the folder cannot be written, or its disk is full.
-        _BuildError: the compiler failed.
+        OSError: it is absent, others can change it, it is not whole, or the system does not load it.
     """
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    if hasattr(os, "getuid") and path.parent.stat().st_uid not in (0, os.getuid()):
-        raise PermissionError(errno.EPERM, "belongs to another user")
-    with open(path.with_suffix(".lock"), "w") as lock:
-        _wait_for(lock)
-        library = _load(path)  # another process may have built it meanwhile
-        if library is not None:
-            return library
-        handle, part = tempfile.mkstemp(dir=path.parent, suffix=".part")
-        os.close(handle)
-        try:
-            print(f"sasa: building the CPU kernel once (about {seconds} s) ...", file=sys.stderr, flush=True)
-            _compile([*command, *map(str, SOURCES), "-o", part])
-            content = Path(part).read_bytes()
-            with open(part, "ab") as f:
-                f.write(hashlib.sha256(content).digest())
-            os.replace(part, path)
-        finally:
-            Path(part).unlink(missing_ok=True)
-    library = _load(path)
-    if library is None:
-        raise _BuildError(f"the library built by {command[0]} does not load")
+    descriptor = private_folder.open_file(folder, name)
+    with open(descriptor, "rb") as file:
+        content = file.read()
+        # The digest at its end is checked first: loading half a library can kill the process.
+        if hashlib.sha256(content[:-_DIGEST]).digest() != content[-_DIGEST:]:
+            raise OSError(errno.EINVAL, f"{name} is not whole")
+        path = str(folder.path / name)
+        if folder.place != folder.path:
+            # Spelled differently each time: a path that was loaded before would give that library again, and numbers
+            # of descriptors come back.
+            path = f"/proc/self/{'./' * next(_loads)}fd/{descriptor}"
+        library = ctypes.CDLL(path)
+    library._name = str(folder.path / name)  # for people: the descriptor is closed
     return library
 
 
-def _wait_for(lock) -> None:
+def _build(
+    folder: private_folder.Folder,
+    name: str,
+    command: list[str],
+    seconds: int,
+    signals: StopSignals,
+    problems: list[str],
+) -> ctypes.CDLL:
+    """Builds the library in `folder`, once however many processes ask. `problems`: why not in a more wanted folder.
+
+    Raises:
+        OSError: the folder cannot be written, its disk is full, or what was built there does not load.
+        _BuildError: the compiler failed.
+        BuildStopped: a signal came.
+    """
+    with open(private_folder.open_lock(folder, name.removesuffix(".so") + ".lock"), "w") as lock:
+        _wait_for(lock, signals)
+        with contextlib.suppress(OSError):
+            return _load(folder, name)  # another process has built it meanwhile
+        part = f"{secrets.token_hex(8)}.part"
+        instead = f" in {folder.path} ({'; '.join(problems)})" if problems else ""
+        message = one_line(f"sasa: building the CPU kernel once (about {seconds} s){instead} ...")
+        print(message, file=sys.stderr, flush=True)
+        try:
+            # By its path: a compiler's own processes do not share descriptors, and others cannot change the path.
+            _compile([*command, *map(str, SOURCES), "-o", str(folder.path / part)], signals)
+            content = (folder.place / part).read_bytes()
+        finally:
+            (folder.place / part).unlink(missing_ok=True)
+        with replacing(folder.place / name) as file:
+            os.fchmod(file.fileno(), 0o600)
+            file.write(content + hashlib.sha256(content).digest())
+    try:
+        return _load(folder, name)
+    except OSError as error:
+        raise OSError(errno.ENOEXEC, f"the library built by {command[0]} does not load: {error}") from None
+
+
+def _wait_for(lock, signals: StopSignals) -> None:
     """Takes the lock; gives up waiting after BUILD_LIMIT, or where files cannot be locked: two builds do no harm."""
     try:
         import fcntl
@@ -171,6 +205,7 @@ def _wait_for(lock) -> None:
         return
     until = time.monotonic() + BUILD_LIMIT
     while time.monotonic() < until:
+        signals.check()
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return
@@ -180,13 +215,43 @@ def _wait_for(lock) -> None:
             return
 
 
-def _compile(command: list[str]) -> None:
+def _compile(command: list[str], signals: StopSignals) -> None:
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=BUILD_LIMIT)
+        status, errors = _run(command, signals)
     except (OSError, subprocess.SubprocessError) as error:
         raise _BuildError(f"{command[0]} did not finish: {error}") from None
-    if "No space left" in done.stderr or "File size limit" in done.stderr or done.returncode == -_FILE_SIZE_SIGNAL:
+    if "No space left" in errors or "File size limit" in errors or status == -_FILE_SIZE_SIGNAL:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    if done.returncode:
-        message = " ".join(done.stderr.split())[:2000] or f"exit status {done.returncode}"
-        raise _BuildError(f"{command[0]} failed: {message}")
+    if status:
+        raise _BuildError(f"{command[0]} failed: {' '.join(errors.split()) or f'exit status {status}'}")
+
+
+def _run(command: list[str], signals: StopSignals) -> tuple[int, str]:
+    """Exit status and stderr of the compiler; it has a process group of its own, which a signal to us ends whole."""
+    until = time.monotonic() + BUILD_LIMIT
+    process = subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        errors="replace", start_new_session=True,
+    )  # fmt: skip
+    with process:
+        try:
+            while True:
+                signals.check()
+                try:
+                    errors = process.communicate(timeout=0.1)[1]
+                    return process.returncode, errors
+                except subprocess.TimeoutExpired:
+                    if time.monotonic() > until:
+                        raise subprocess.TimeoutExpired(command[0], BUILD_LIMIT) from None
+        except BaseException:
+            _end_group(process)
+            raise
+
+
+def _end_group(process: subprocess.Popen) -> None:
+    """Ends the process and those it started: SIGTERM lets a compiler remove its temporary files, SIGKILL is sure."""
+    for number, patience in ((signal.SIGTERM, 2), (signal.SIGKILL, None)):
+        with contextlib.suppress(ProcessLookupError, PermissionError):  # macOS has the second for a group that ended
+            os.killpg(process.pid, number)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(patience)

@@ -1,5 +1,4 @@
-"""The C++ kernel: the definition in fp64 is its yardstick; every thread count gives the same bits; building it never
-costs a user more than the speed."""
+"""The C++ kernel: the definition in fp64 is its yardstick; every thread count gives the same bits."""
 
 import ctypes
 import itertools
@@ -16,8 +15,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fresh_process import run_python
 from sasa import kernels
-from sasa.kernels import build, cpu, reference
+from sasa.kernels import cpu, reference
 from sasa.kernels.interface import AttentionOptions, CallKind, empty_like_map
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -394,170 +394,7 @@ print(peak() - before)
     assert float(done.stdout) < 4 * map_mib + 2 * 12 + 4  # out and three gradients; two threads' scratch; slack
 
 
-# ---- the build -----------------------------------------------------------------------------------------------------
-
-
-def run_python(code, env=None, timeout=120, prelude=""):
-    header = f"{prelude}\nimport os, sys\nsys.path.insert(0, {str(ROOT)!r})\nimport torch\n"
-    clean = {k: v for k, v in os.environ.items() if k not in ("CXX", "SASA_BACKEND")}
-    command, env = [sys.executable, "-c", header + code], {**clean, **(env or {})}
-    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=env)
-
-
-USE = """
-from sasa.kernels import choose_backend, cpu
-from sasa.kernels.interface import AttentionOptions
-x = torch.randn(1, 2, 4, 5, 5)
-def use():
-    backend = choose_backend(x, 3)
-    if backend == "cpu":
-        cpu.forward(x, x, x, None, None, *AttentionOptions(3))
-    os.write(1, f"{backend}\\n".encode())  # one write: children share the pipe
-"""
-# Fresh processes that need not import torch again.
-FORK = (
-    USE
-    + """
-def fork(prepare=lambda: None):
-    child = os.fork()
-    if child == 0:
-        try:
-            prepare()
-            use()
-        except BaseException as error:
-            os.write(2, f"child failed: {error!r}\\n".encode())
-        os._exit(0)
-    return child
-"""
-)
-
-
-@pytest.fixture
-def compiler(tmp_path):
-    """A compiler that counts its calls and delivers the library already built, so that no test waits for a real one."""
-    library = build.library(torch.float32)
-    if isinstance(library, str):
-        pytest.skip(f"no CPU kernel: {library}")
-    script = tmp_path / "c++"
-    script.write_text(
-        f"""#!/bin/sh
-[ "$1" = --version ] && echo "a compiler" && exit
-echo called >> {tmp_path}/calls
-sleep 0.5
-while [ "$1" != -o ]; do shift; done
-exec cat {library._name} > "$2"
-"""
-    )
-    script.chmod(0o755)
-
-    def calls():
-        path = tmp_path / "calls"
-        return len(path.read_text().splitlines()) if path.exists() else 0
-
-    return {"CXX": str(script), "SASA_CACHE_DIR": str(tmp_path / "cache"), "TMPDIR": str(tmp_path)}, calls
-
-
-def test_importing_builds_nothing_and_many_processes_build_once(compiler):
-    env, calls = compiler
-    code = """
-assert not os.path.exists(os.environ["SASA_CACHE_DIR"])
-for child in [fork() for _ in range(8)]:
-    os.waitpid(child, 0)
-"""
-    done = run_python(FORK + code, env)
-    assert done.stdout.split() == ["cpu"] * 8, done.stderr
-    assert calls() == 1
-    assert len(done.stderr.splitlines()) == 1
-    assert "building the CPU kernel once" in done.stderr
-
-
-def test_a_damaged_library_is_built_again(compiler):
-    env, calls = compiler
-    code = """
-from pathlib import Path
-os.waitpid(fork(), 0)
-(library,) = Path(os.environ["SASA_CACHE_DIR"]).glob("*.so")
-whole = library.read_bytes()
-for damaged in (whole[: len(whole) // 2], whole[:100], b"", whole[:5000] + bytes([whole[5000] ^ 1]) + whole[5001:]):
-    library.write_bytes(damaged)
-    os.waitpid(fork(), 0)
-os.waitpid(fork(), 0)
-"""
-    done = run_python(FORK + code, env)
-    assert done.stdout.split() == ["cpu"] * 6, done.stderr
-    assert calls() == 5
-    assert sorted(p.suffix for p in Path(env["SASA_CACHE_DIR"]).iterdir()) == [".lock", ".so"]
-
-
-def test_another_folder_serves_where_the_cache_cannot_be_written(compiler, tmp_path):
-    """A file in the way, a read-only folder, a full disk there; and a full disk everywhere."""
-    env, calls = compiler
-    script = Path(env["CXX"])
-    full = tmp_path / "full"
-    script.write_text(
-        script.read_text().replace(
-            "exec cat", f'case "$2" in {full}*) echo "error: No space left on device" >&2; exit 1;; esac\nexec cat'
-        )
-    )
-    (tmp_path / "a file").write_text("")
-    (tmp_path / "read-only").mkdir()
-    code = """
-import builtins, errno, resource
-opened = builtins.open
-root = os.environ["TMPDIR"]
-def refuse(path, mode="r", *rest, **named):  # permissions do not stop root
-    if str(path).startswith(root + "/read-only") and "r" not in mode:
-        raise OSError(errno.EROFS, "Read-only file system")
-    return opened(path, mode, *rest, **named)
-def prepare(folder):
-    os.environ["SASA_CACHE_DIR"] = f"{root}/{folder}"
-    os.environ["TMPDIR"] = f"{root}/second folder of {folder}"
-    os.mkdir(os.environ["TMPDIR"])
-    builtins.open = refuse
-    if folder == "nowhere":
-        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
-for folder in ("a file", "read-only", "full", "nowhere"):
-    os.write(2, b"=\\n")
-    os.waitpid(fork(lambda: prepare(folder)), 0)
-"""
-    done = run_python(FORK + code, env)
-    backends = done.stdout.split()
-    assert backends[:3] == ["cpu"] * 3, done.stderr
-    assert backends[3] != "cpu"
-    said = done.stderr.split("=\n")[1:]
-    assert all("slower backend" not in text for text in said[:3])
-    assert "SASA_CACHE_DIR" in said[3]
-    assert calls() == 6  # the full disk and the last case try both folders
-    assert not list(tmp_path.rglob("*.part"))
-    assert not list(tmp_path.glob("*nowhere/**/*.so"))
-
-
-def test_without_a_working_compiler_the_next_backend_serves(tmp_path):
-    """None, one that fails, one whose library does not load: one line each, with the reason."""
-    for name, script in (
-        ("fails", 'echo "cc1plus: a strange error" >&2\nexit 1\n'),
-        ("junk", 'while [ "$1" != -o ]; do shift; done\necho junk > "$2"\n'),
-    ):
-        (tmp_path / name).write_text('#!/bin/sh\n[ "$1" = --version ] && exit\n' + script)
-        (tmp_path / name).chmod(0o755)
-    code = """
-root = os.environ["SASA_CACHE_DIR"]
-def prepare(name):
-    os.environ["CXX" if name else "PATH"] = f"{root}/{name}"
-    use()
-for name in ("", "fails", "junk"):
-    os.write(2, b"=\\n")
-    os.waitpid(fork(lambda: prepare(name)), 0)
-"""
-    done = run_python(FORK + code, {"SASA_CACHE_DIR": str(tmp_path)})
-    assert len(done.stdout.split()) == 6, done.stderr
-    assert "cpu" not in done.stdout.split()
-    for text, expected in zip(
-        done.stderr.split("=\n")[1:], ("install g++", "a strange error", "does not load"), strict=True
-    ):
-        lines = [line for line in text.splitlines() if "building" not in line]
-        assert len(lines) == 1, done.stderr
-        assert expected in lines[0]
+# ---- the whole file with other flags, and a cheap answer ------------------------------------------------------------
 
 
 @needs_kernel
