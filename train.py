@@ -30,6 +30,7 @@ from preprocess import DataError
 from sasa.analysis.attention_maps import attention_layers, lattice, record_attention
 from sasa.analysis.flops import count_flops, count_parameters
 from sasa.console import USAGE_ERROR, print_error
+from sasa.kernels.stop_signals import BuildStopped
 from sasa.training import checkpoint, distributed
 from sasa.training.checkpoint import BEST, CheckpointError
 from sasa.training.evaluation import Evaluation, evaluate
@@ -75,6 +76,9 @@ def main(command: Command) -> int:
         if not distributed.known_to_all(error):
             sys.exit(USAGE_ERROR)
         code = USAGE_ERROR
+    except BuildStopped as error:  # in the middle of a step, so there is nothing to save
+        print_error(PROG, f"{error}: nothing saved; --resume goes on from the last checkpoint")
+        code = STOPPED
     distributed.stop()
     return code
 

@@ -1,12 +1,14 @@
 """Building the C++ kernel never costs a user more than the speed, and only a library that is ours is ever loaded."""
 
 import ctypes
+import errno
 import os
 import pwd
 import shutil
 import signal
 import stat
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -304,16 +306,12 @@ def test_two_libraries_are_never_taken_for_each_other(cached):
 
 def test_a_lock_that_is_a_link_is_not_followed(cached):
     folder, _ = cached
-    victim = folder.parent / "victim"
-    victim.write_text("precious")
-    (folder / "b.lock").symlink_to(victim)
-    with (
-        private_folder.opened(str(folder)) as opened,
-        StopSignals() as signals,
-        pytest.raises(OSError),
-    ):
-        build._build(opened, "b.so", ["true"], 1, signals, [])
-    assert victim.read_text() == "precious"
+    (folder / "b.lock").symlink_to(folder.parent / "victim")
+    with private_folder.opened(str(folder)) as opened, StopSignals() as signals:
+        with pytest.raises(OSError) as error:
+            build._build(opened, "b.so", ["true"], 1, signals, [])
+        assert error.value.errno == errno.ELOOP
+    assert not (folder.parent / "victim").exists()
 
 
 def test_a_folder_mounted_noexec_falls_through(cached, monkeypatch):
@@ -478,3 +476,32 @@ def test_ignored_signals_stay_ignored():
             assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads /proc")
+def test_a_run_that_is_stopped_while_it_builds_ends_in_one_line(slow_compiler, tmp_path):
+    command = [sys.executable, str(ROOT / "train.py"), "--dataset", "DIGITS", "--train-images", "32", "--epochs", "1"]
+    command += [
+        "--batch-size",
+        "16",
+        "--attention-every",
+        "0",
+        "--output-dir",
+        str(tmp_path / "runs"),
+        "--device",
+        "cpu",
+    ]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(slow_compiler), cwd=tmp_path
+    )
+    with process:
+        try:
+            await_file(tmp_path / "child")
+            process.send_signal(signal.SIGTERM)
+            _, errors = process.communicate(timeout=10)
+        finally:
+            process.kill()
+    assert process.returncode == 75, errors
+    assert "SIGTERM ended the build of the CPU kernel" in errors
+    assert "Traceback" not in errors
+    assert not list(tmp_path.glob("runs/*/*.pt"))
