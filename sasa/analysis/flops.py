@@ -49,22 +49,26 @@ def count_parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def count_flops(model: nn.Module, image_size: int | tuple[int, int], in_channels: int = 3) -> Flops:
+def count_flops(
+    model: nn.Module, image_size: int | tuple[int, int], in_channels: int = 3, rules: dict | None = None
+) -> Flops:
     """FLOPs of the model's forward of one image of image_size (H = W, or (H, W)) pixels, by the convention of `RULE`.
 
     `model` lives on any device and stays as it is: a copy of its modules on the meta device, without its data and
-    hooks, takes the forward, in evaluation mode. Wrappers (DDP, torch.compile) must be taken off before.
+    hooks, takes the forward, in evaluation mode. Wrappers (DDP, torch.compile) must be taken off before. `rules` are
+    those of further types of modules, in the form of `FLOPS`.
 
     Raises:
-        TypeError: a module of a type that `FLOPS` has no rule for.
+        TypeError: a module of a type that neither `FLOPS` nor `rules` has a rule for.
         ValueError: an image size that the model does not take.
     """
     height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
     model = _skeleton(model).eval()
     kinds: Counter[str] = Counter()
+    rules = FLOPS | (rules or {})
 
     def count(module: nn.Module, inputs: tuple, out: Tensor) -> None:
-        kinds.update(_rule(module)(module, inputs[0], out))
+        kinds.update(_rule(module, rules)(module, inputs[0], out))
 
     attention = [m for m in model.modules() if isinstance(m, LocalAttention2d | AttentionStem)]
     projections = {child for layer in attention for child in layer.children() if isinstance(child, nn.Conv2d)}
@@ -138,8 +142,8 @@ FLOPS = {
 }
 
 
-def _rule(module: nn.Module):
+def _rule(module: nn.Module, rules: dict):
     for kind in type(module).__mro__:
-        if kind in FLOPS:
-            return FLOPS[kind]
+        if kind in rules:
+            return rules[kind]
     raise TypeError(f"no FLOPs rule for {type(module).__name__}: it must be in sasa.analysis.flops.FLOPS")
