@@ -35,7 +35,6 @@ KINDS = ("conv", "attention")
 NORMS = ("plain", "frozen", "sync")
 LEVELS = 5  # P3 to P7
 RATIOS = (0.5, 1.0, 2.0)  # height / width of the anchors
-HEAD_VALUE_STD = 0.01  # of the value weights in attention heads (paper, appendix)
 PRIOR = 0.01  # every anchor's score of every class at the start (Lin et al. 2017)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -89,6 +88,7 @@ def retinanet(
     std: tuple[float, float, float] = IMAGENET_STD,
     batch_norm: str = "plain",
     frozen_parts: int = 0,
+    head_value_std: float | None = 0.01,
     **backbone_options,
 ) -> RetinaNet:
     """A detector: torchvision's `RetinaNet` interface, with labels from 0 to num_classes - 1 (no background class).
@@ -105,6 +105,8 @@ def retinanet(
         mean, std: of images in [0, 1], three channels.
         batch_norm: "plain", "frozen" (constants: no parameter, statistics of the checkpoint) or "sync" (over ranks).
         frozen_parts: how many of stem, layer1, ..., layer4 are not trained.
+        head_value_std: spread of the value weights of attention in the heads at the start (0.01: the paper's appendix);
+            None leaves them as the layer starts them.
         **backbone_options: of `model.ResNet`; `kernel_size`, `num_heads`, `border`, `backend` and the other options of
             `attention.LocalAttention2d` hold for attention in pyramid and heads too.
 
@@ -120,8 +122,9 @@ def retinanet(
             raise ValueError(f"{name}={value!r}: must be an integer of at least 1")
     if frozen_parts not in range(6):
         raise ValueError(f"frozen_parts={frozen_parts!r}: must be 0 to 5, parts of stem, layer1, ..., layer4")
-    if not (anchor_size > 0 and math.isfinite(anchor_size)):
-        raise ValueError(f"anchor_size={anchor_size}: must be a finite number above 0")
+    for name, value in (("anchor_size", anchor_size), ("head_value_std", head_value_std)):
+        if value is not None and not (value > 0 and math.isfinite(value)):
+            raise ValueError(f"{name}={value}: must be a finite number above 0")
     if backbone_options.get("small_images"):
         raise ValueError("small_images=True: a detector's backbone is in the ImageNet form, of strides 4 to 32")
 
@@ -143,7 +146,7 @@ def retinanet(
         anchor_generator=anchors(scales, anchor_size),
     )
     if heads == "attention":
-        _attention_heads(detector.head, fpn_channels, attention)
+        _attention_heads(detector.head, fpn_channels, attention, head_value_std)
     if batch_norm == "sync":
         detector = nn.SyncBatchNorm.convert_sync_batchnorm(detector)
     if batch_norm == "frozen":
@@ -183,18 +186,18 @@ def _pyramid(body: model.ResNet, channels: int, attention) -> FeaturePyramidNetw
     return pyramid
 
 
-def _attention_heads(head: RetinaNetHead, channels: int, attention) -> None:
-    """Put attention in place of each 3x3 convolution of the two heads; the predictor gets a 1x1 convolution behind it."""
+def _attention_heads(head: RetinaNetHead, channels: int, attention, value_std: float | None) -> None:
+    """Put attention in place of each 3x3 convolution of both heads; a 1x1 convolution follows the predictor's."""
     for part, predictor in ((head.classification_head, "cls_logits"), (head.regression_head, "bbox_reg")):
         old = getattr(part, predictor)
         layers = [attention() for _ in range(len(part.conv) + 1)]
-        for layer in layers:
-            nn.init.normal_(layer.value.weight, std=HEAD_VALUE_STD)
+        for layer in layers if value_std is not None else ():
+            nn.init.normal_(layer.value.weight, std=value_std)
         new = nn.Conv2d(channels, old.out_channels, 1)
         nn.init.normal_(new.weight, std=0.01)
         with torch.no_grad():
             new.bias.copy_(old.bias)
-        part.conv = nn.Sequential(*(nn.Sequential(layer, nn.ReLU(inplace=True)) for layer in layers[:-1]))
+        part.conv = nn.Sequential(*(nn.Sequential(layer, nn.ReLU()) for layer in layers[:-1]))
         setattr(part, predictor, nn.Sequential(layers[-1], new))
 
 
