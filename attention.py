@@ -327,15 +327,14 @@ class AttentionStem(nn.Module):
         served = stem_operator.kernel_serves(x.device.type, x.dtype, self.in_channels, self.backend)
         return served and x.dtype == accumulate_dtype(x.dtype)
 
-    def pooled(self, x: Tensor, sign: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The largest value of each block of sign * forward(x), and that map's mean and variance, without the map.
+    def pooled(self, x: Tensor, norm: nn.BatchNorm2d) -> Tensor:
+        """The largest value of each block of norm(forward(x)), without that map; only where `can_pool(x)`.
 
-        x (B, in_channels, H, W), sign (out_channels) of +-1 -> (B, out_channels, ceil(H / S), ceil(W / S)), and
-        (out_channels) each in fp64; the variance is the biased one. Only where `can_pool(x)`.
+        (B, in_channels, H, W) -> (B, out_channels, ceil(H / S), ceil(W / S)).
         """
         _check_input(x, self.in_channels)
-        value_weight = self._value_weight() * sign[:, None]
-        return stem_operator.attend_and_pool(x, self._forms(), self._mixture(), value_weight, self.border)
+        weights = (self._forms(), self._mixture(), self._value_weight())
+        return stem_operator.attend_normalise_pool(x, *weights, self.border, norm)
 
     def _forms(self) -> Tensor:
         return stem_kernels.logit_forms(self.query.weight.flatten(1), self.key.weight.flatten(1), self.num_heads)

@@ -1,4 +1,5 @@
-"""ResNets whose 3x3 convolutions are local attention (Ramachandran et al. 2019, section 3.2), and their twins.
+"""ResNets whose 3x3 convolutions are local attention (Ramachandran et al. 2019, section 3.2), and their
+convolution baselines.
 
 image -> stem -> layer1..4, each a row of blocks -> global average pool -> fc. A `Bottleneck` is 1x1 -> batch norm ->
 ReLU -> local attention or 3x3 convolution -> batch norm -> ReLU -> 1x1 -> batch norm, plus the shortcut. Any stage can
@@ -8,6 +9,7 @@ Two forms: ImageNet (7x7 stride-2 convolution and 3x3 max pool, or block attenti
 (3x3 stride-1 convolution, or sliding attention, no pool).
 """
 
+import contextlib
 import inspect
 from collections.abc import Collection, Iterable
 from functools import partial
@@ -18,6 +20,7 @@ from torch import Tensor, nn
 from attention import AttentionStem, LocalAttention2d
 
 STAGES = (1, 2, 3, 4)
+PLANES = (64, 128, 256, 512)  # channels of each stage's spatial layers
 MIN_SIZE = 8  # pixels: the smallest image side that the networks are built for and tested with
 
 
@@ -93,7 +96,8 @@ class ResNet(nn.Module):
         num_classes: classes of the classifier; 0 for none, the output is then the pooled features.
         stem: the attention stem instead of the convolution; its options are passed as `stem_*`.
         small_images: the CIFAR form instead of the ImageNet form.
-        attention_stages: the stages (of 1 to 4) whose spatial layers are attention; () is the convolution twin.
+        attention_stages: the stages (of 1 to 4) whose spatial layers are attention; () is the
+            convolution baseline.
         zero_init_residual: each residual branch starts at zero (the last batch norm's weight).
         **layer_options: of `LocalAttention2d`, for every attention stage, and with the prefix `stem_` of
             `AttentionStem`.
@@ -125,19 +129,22 @@ class ResNet(nn.Module):
         _check_options(LocalAttention2d, layer_options, "")
         _check_options(AttentionStem, stem_options, "stem_")
 
-        with torch.device("meta"):  # wrong values are said even where no layer of that kind is built
-            LocalAttention2d(64, 64, **layer_options)
-            AttentionStem(**stem_options)
+        with torch.device("meta"):  # wrong values are refused even where no layer of that kind is built
+            if not attention_stages:
+                _check_fits_a_stage(layer_options)
+            with _error_prefix("stem_"):
+                AttentionStem(3, 64, **stem_options)
 
         self.small_images, self.zero_init_residual = small_images, zero_init_residual
         self.stem = make_stem(64, stem, small_images, stem_options)
         attention = partial(LocalAttention2d, **layer_options)
         inplanes = 64
-        for stage, (planes, depth) in enumerate(zip((64, 128, 256, 512), layers, strict=True), start=1):
+        for stage, (planes, depth) in enumerate(zip(PLANES, layers, strict=True), start=1):
             blocks = []
             for i in range(depth):
                 stride = 2 if i == 0 and stage > 1 else 1
-                blocks.append(block(inplanes, planes, stride, attention if stage in attention_stages else None))
+                with _error_prefix(f"stage {stage}: "):
+                    blocks.append(block(inplanes, planes, stride, attention if stage in attention_stages else None))
                 inplanes = planes * block.expansion
             self.add_module(f"layer{stage}", nn.Sequential(*blocks))
         self.num_features = inplanes
@@ -205,19 +212,7 @@ class PooledAttentionStem(nn.Sequential):
         hooked = any(layer._forward_hooks or layer._forward_pre_hooks for layer in self)
         if not plain or hooked or pool.kernel_size != attention.block_size or not attention.can_pool(x):
             return super().forward(x)
-        sign = torch.where(norm.weight.detach() < 0, -1.0, 1.0).to(x.dtype)
-        largest, mean, variance = attention.pooled(x, sign)
-        if norm.training:
-            with torch.no_grad():
-                count = x.numel() // x.shape[1]
-                norm.num_batches_tracked += 1
-                norm.running_mean.lerp_((mean * sign).to(x.dtype), norm.momentum)
-                norm.running_var.lerp_((variance * count / (count - 1)).to(x.dtype), norm.momentum)
-        else:
-            mean, variance = norm.running_mean * sign, norm.running_var
-        scale = norm.weight * sign / (variance + norm.eps).sqrt()
-        shift = norm.bias - mean * scale
-        return relu(largest * scale.to(x.dtype)[:, None, None] + shift.to(x.dtype)[:, None, None])
+        return relu(attention.pooled(x, norm))
 
 
 def make_stem(out_channels: int, attention: bool, small_images: bool, options: dict) -> nn.Sequential:
@@ -244,8 +239,29 @@ def shortcut(inplanes: int, width: int, stride: int) -> nn.Sequential | None:
     return nn.Sequential(nn.Conv2d(inplanes, width, 1, stride, bias=False), nn.BatchNorm2d(width))
 
 
+@contextlib.contextmanager
+def _error_prefix(prefix: str):
+    """A ValueError of the block's begins with `prefix`."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{prefix}{error}") from None
+
+
+def _check_fits_a_stage(options: dict) -> None:
+    """Raises the ValueError of `LocalAttention2d` where no stage could be attention with these options."""
+    errors = []
+    for planes in PLANES:
+        try:
+            LocalAttention2d(planes, planes, **options)
+            return
+        except ValueError as error:
+            errors.append(error)
+    raise errors[-1]
+
+
 def _check_options(layer: type[nn.Module], options: dict, prefix: str) -> None:
-    """Python would say so too, but only where a layer is really built: a convolution twin would swallow a typo."""
+    """Python refuses an unknown option only where a layer is built: a convolution baseline would swallow a typo."""
     parameters = set(inspect.signature(layer).parameters) - {"in_channels", "out_channels", "stride"}
     for name in options:
         if name not in parameters:

@@ -352,7 +352,15 @@ BAD = {
     "stem values": (ValueError, {"stem": True, "stem_values": "dense"}, ("values", "'dense'", "mixture")),
     "stem window": (ValueError, {"stem": True, "stem_window": "round"}, ("window", "'round'", "block")),
     "option": (TypeError, {"kernel": 3}, ("kernel", "kernel_size", "border")),
-    "option of a twin": (TypeError, {"attention_stages": (), "kernel": 3}, ("kernel", "kernel_size")),
+    "heads of a stage": (
+        ValueError,
+        {"attention_stages": (2, 4), "num_heads": 256},
+        ("stage 2", "num_heads=256", "128"),
+    ),
+    "baseline, option": (TypeError, {"attention_stages": (), "kernel": 3}, ("kernel", "kernel_size")),
+    "baseline, value": (ValueError, {"attention_stages": (), "border": "wrap"}, ("border='wrap'", "mask")),
+    "baseline, heads": (ValueError, {"attention_stages": (), "num_heads": 7}, ("num_heads=7", "512")),
+    "baseline, no stem": (ValueError, {"attention_stages": (), "stem_border": "wrap"}, ("stem_border='wrap'", "mask")),
     "stem option": (TypeError, {"stem_size": 3}, ("stem_size", "stem_block_size", "stem_values")),
     "stride": (TypeError, {"stride": 2}, ("stride", "allowed")),
 }
@@ -365,6 +373,12 @@ def test_bad_options(which):
         on_meta(ResNet26, **options)
     missing = [word for word in words if word not in str(error.value)]
     assert not missing, f"{error.value} does not say {missing}"
+
+
+def test_options_need_to_fit_the_attention_stages_alone():
+    """128 heads divide the 512 channels of stage 4, and not the 64 of stage 1."""
+    assert on_meta(ResNet26, attention_stages=(4,), num_heads=128).layer4[0].spatial.num_heads == 128
+    on_meta(ResNet26, attention_stages=(), num_heads=128)
 
 
 def test_naive_networks_have_no_attention():

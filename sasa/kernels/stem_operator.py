@@ -9,7 +9,7 @@ a window. Source: Ramachandran et al. 2019, section 3.3; the mathematics is in k
 import math
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sasa.kernels import cpu
 from sasa.kernels.dispatch import choose_backend
@@ -35,16 +35,37 @@ def attend(
     return block_attention(x, forms, mixed_block_values(x, mixture, value_weight), size, border)
 
 
-def attend_and_pool(
-    x: Tensor, forms: Tensor, mixture: Tensor, value_weight: Tensor, border: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Block attention of which only the largest value of each block and channel leaves the kernel (`kernel_serves`).
+def attend_normalise_pool(
+    x: Tensor, forms: Tensor, mixture: Tensor, value_weight: Tensor, border: str, norm: nn.BatchNorm2d
+) -> Tensor:
+    """Block attention, batch norm and the largest value of each block, where `kernel_serves` this image.
 
-    Arguments as for `attend`, fp32 or fp64 -> largest values (B, N * D, ceil(H / S), ceil(W / S)), mean and biased
-    variance of each channel over the whole (B, H, W) map, (N * D) each in fp64.
+    The norm is a rising or falling line for each channel, so the largest value of a block after it is that of the
+    largest, or of the smallest, before it: the kernel finds it, and the map of H x W never exists. In training the
+    running statistics of `norm` are updated as its own forward does.
+
+    Args:
+        x, forms, mixture, value_weight, border: as for `attend`; fp32 or fp64.
+        norm: affine, with running statistics and a momentum.
+
+    Returns:
+        (B, N * D, ceil(H / S), ceil(W / S)).
     """
-    pooled, _, moments = _stem_attention(x, forms, mixture, value_weight, "block", border, x.requires_grad, True)
-    return pooled, *moments.unbind()
+    sign = torch.where(norm.weight.detach() < 0, -1.0, 1.0).to(x.dtype)  # the smallest is the largest of -value
+    value_weight = value_weight * sign[:, None]
+    largest, _, moments = _stem_attention(x, forms, mixture, value_weight, "block", border, x.requires_grad, True)
+    mean, variance = moments.unbind()  # (N * D) in fp64, the biased variance, over the whole (B, H, W) map
+    if norm.training:
+        with torch.no_grad():
+            count = x.numel() // x.shape[1]
+            norm.num_batches_tracked += 1
+            norm.running_mean.lerp_((mean * sign).to(x.dtype), norm.momentum)
+            norm.running_var.lerp_((variance * count / (count - 1)).to(x.dtype), norm.momentum)
+    else:
+        mean, variance = norm.running_mean * sign, norm.running_var
+    scale = norm.weight * sign / (variance + norm.eps).sqrt()
+    shift = norm.bias - mean * scale
+    return largest * scale.to(x.dtype)[:, None, None] + shift.to(x.dtype)[:, None, None]
 
 
 @torch.compiler.assume_constant_result  # a compiler does not trace what it needs to ask: whether there is a kernel
