@@ -8,9 +8,9 @@ nothing larger than the inputs is kept and nothing larger than a chunk is made: 
 Relative logits and masks are separable: q.r = R[key row - query row] + C[key column - query column], K + K numbers a
 pixel, and a pair that a row or a column excludes gets MASKED there.
 
-Inputs that are not finite, or so large that logits could reach MASKED, take the same way with every pair outside a
-window cut out of every product (0 * inf is NaN): slow, and NaN and inf come out where the definition has them. On CUDA
-nobody looks at the numbers, since that takes a synchronisation: there they make their whole tile NaN.
+Where inputs are not finite, or so large that logits could reach MASKED, every product leaves out the pairs outside a
+window (0 * inf is NaN): slow, and NaN and inf come out where the definition has them. On CUDA, where inspecting the
+numbers would wait for the GPU, they make their whole tile NaN instead.
 
 Shapes: B batch, N heads, D head width, H x W map, K window side; G = part of the B * N maps, T tiles of a chunk, Q
 queries of a tile, P keys of a patch. Source: Ramachandran et al. 2019, equation 3.
@@ -88,7 +88,7 @@ def cut(length: int, kernel_size: int, halo: bool) -> Axis:
     return Axis(length, kernel_size, tile, count, 0, tile + kernel_size - 1)
 
 
-class Plan(NamedTuple):
+class Tiling(NamedTuple):
     """How a call is cut, and what is the same in all of its chunks."""
 
     rows: Axis
@@ -116,7 +116,7 @@ def both(by_row: Tensor, by_col: Tensor) -> Tensor:
     return pairs.flatten(4, 5).flatten(2, 3)
 
 
-def make_plan(query: Tensor, kernel_size: int, border: str, tame: bool) -> Plan:
+def make_tiling(query: Tensor, kernel_size: int, border: str, tame: bool) -> Tiling:
     halo = border == "zero" or not tame
     rows, cols = (cut(length, kernel_size, halo) for length in query.shape[-2:])
     row_mask, col_mask = (
@@ -139,7 +139,7 @@ def make_plan(query: Tensor, kernel_size: int, border: str, tame: bool) -> Plan:
         room //= query.shape[2]  # its products are spelled out
     group = max(1, room // (logits * rows.count))
     band = rows.count if logits * rows.count <= room else max(1, room // logits)
-    return Plan(rows, cols, row_mask, col_mask, pairs, visible, group, band)
+    return Tiling(rows, cols, row_mask, col_mask, pairs, visible, group, band)
 
 
 def is_tame(query, key, value, rel_row, rel_col, scale: float, grad_out=None) -> bool:
@@ -160,43 +160,43 @@ def is_tame(query, key, value, rel_row, rel_col, scale: float, grad_out=None) ->
 # Layout --------------------------------------------------------------------------------------------------------------
 
 
-def to_tiles(x: Tensor, plan: Plan) -> Tensor:
+def to_tiles(x: Tensor, tiling: Tiling) -> Tensor:
     """(G, C, rows, W) -> (T, C, Q), whole rows of tiles."""
-    rows, cols = plan.rows, plan.cols
+    rows, cols = tiling.rows, tiling.cols
     x = x.unflatten(3, (cols.count, cols.tile)).unflatten(2, (-1, rows.tile))  # (G, C, band, tile, count, tile)
     return x.permute(0, 2, 4, 1, 3, 5).reshape(-1, x.shape[1], rows.tile * cols.tile)
 
 
-def from_tiles(x: Tensor, maps: int, plan: Plan) -> Tensor:
+def from_tiles(x: Tensor, maps: int, tiling: Tiling) -> Tensor:
     """The inverse: (T, C, Q) -> (G, C, rows, W)."""
-    rows, cols = plan.rows, plan.cols
+    rows, cols = tiling.rows, tiling.cols
     x = x.view(maps, -1, cols.count, x.shape[1], rows.tile, cols.tile)
     return x.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
 
 
-def pad_queries(x: Tensor, plan: Plan, dtype: torch.dtype) -> Tensor:
+def pad_queries(x: Tensor, tiling: Tiling, dtype: torch.dtype) -> Tensor:
     """Zeros after the map up to whole tiles: (G, C, H, W) -> (G, C, rows.count * tile, cols.count * tile)."""
-    rows, cols = plan.rows, plan.cols
+    rows, cols = tiling.rows, tiling.cols
     right, below = cols.count * cols.tile - cols.length, rows.count * rows.tile - rows.length
     return F.pad(x.to(dtype), (0, right, 0, below)) if right or below else x.to(dtype)
 
 
-def pad_keys(x: Tensor, plan: Plan, dtype: torch.dtype) -> Tensor:
-    padding = (*plan.cols.padding, *plan.rows.padding)
+def pad_keys(x: Tensor, tiling: Tiling, dtype: torch.dtype) -> Tensor:
+    padding = (*tiling.cols.padding, *tiling.rows.padding)
     return F.pad(x.to(dtype), padding) if any(padding) else x.to(dtype)
 
 
-def patches(x: Tensor, band: slice, plan: Plan) -> Tensor:
+def patches(x: Tensor, band: slice, tiling: Tiling) -> Tensor:
     """Each tile's keys: padded maps (G, C, ..) -> (T, C, P)."""
-    rows, cols = plan.rows, plan.cols
+    rows, cols = tiling.rows, tiling.cols
     x = x[:, :, band.start * rows.tile : (band.stop - 1) * rows.tile + rows.span]
     x = x.unfold(2, rows.span, rows.tile).unfold(3, cols.span, cols.tile)  # (G, C, band, count, span, span)
     return x.permute(0, 2, 3, 1, 4, 5).reshape(-1, x.shape[1], rows.span * cols.span)
 
 
-def add_patches(total: Tensor, x: Tensor, band: slice, plan: Plan) -> None:
+def add_patches(total: Tensor, x: Tensor, band: slice, tiling: Tiling) -> None:
     """The transpose of `patches`: adds (T, C, P) onto padded maps (G, C, ..)."""
-    rows, cols = plan.rows, plan.cols
+    rows, cols = tiling.rows, tiling.cols
     maps, channels = total.shape[:2]
     total = total[:, :, band.start * rows.tile : (band.stop - 1) * rows.tile + rows.span]
     x = x.view(maps, -1, cols.count, channels, rows.span, cols.span).permute(0, 3, 1, 2, 4, 5)
@@ -210,7 +210,7 @@ def add_patches(total: Tensor, x: Tensor, band: slice, plan: Plan) -> None:
             target[:, :, : part.shape[2], : part.shape[3]].add_(part)
 
 
-def spread(x: Tensor, axis: Axis, dim: int) -> Tensor:
+def offsets_to_keys(x: Tensor, axis: Axis, dim: int) -> Tensor:
     """A number per offset in the window -> per key of the patch, MASKED outside the window: (.., K) -> (.., span).
 
     `dim`: the axis of x that runs over the tile. A view of one padded copy: the next query starts one key later.
@@ -221,8 +221,8 @@ def spread(x: Tensor, axis: Axis, dim: int) -> Tensor:
     return x.as_strided((*x.shape[:-1], axis.span), strides, x.storage_offset() + axis.tile - 1 + axis.first)
 
 
-def collect(x: Tensor, axis: Axis, dim: int) -> Tensor:
-    """The transpose of `spread`, without what is outside the windows: (.., span) -> (.., K)."""
+def keys_to_offsets(x: Tensor, axis: Axis, dim: int) -> Tensor:
+    """The transpose of `offsets_to_keys`, without what is outside the windows: (.., span) -> (.., K)."""
     last = axis.kernel_size + axis.tile - 1 - axis.first
     x = F.pad(x, (axis.first, max(0, last - axis.span))).contiguous()
     strides = list(x.stride())
@@ -241,9 +241,9 @@ def product(a: Tensor, b: Tensor, pairs: Tensor | None) -> Tensor:
     return terms.masked_fill_(~pairs[:, None], 0).sum(-2).flatten(0, 1)
 
 
-def relative_logits(query: Tensor, relative: tuple[Tensor, Tensor] | None, plan: Plan) -> tuple[Tensor, Tensor]:
+def relative_logits(query: Tensor, relative: tuple[Tensor, Tensor] | None, tiling: Tiling) -> tuple[Tensor, Tensor]:
     """Row and column logits of each query: (G, D, rows, W) -> 2 x (G, tiles, tiles, tile, tile, K)."""
-    rows, cols = plan.rows, plan.cols
+    rows, cols = tiling.rows, tiling.cols
     shape = (query.shape[0], query.shape[2] // rows.tile, rows.tile, cols.count, cols.tile, rows.kernel_size)
     if relative is None:
         zeros = query.new_zeros(()).expand(shape).transpose(2, 3)
@@ -253,21 +253,24 @@ def relative_logits(query: Tensor, relative: tuple[Tensor, Tensor] | None, plan:
     return by_row.view(shape).transpose(2, 3), by_col.view(shape).transpose(2, 3)
 
 
-def logits(query: Tensor, tiles: Tensor, keys: Tensor | None, relative, band: slice, plan: Plan) -> Tensor:
+def logits(query: Tensor, tiles: Tensor, keys: Tensor | None, relative, band: slice, tiling: Tiling) -> Tensor:
     """Masked logits of a chunk: query (G, D, rows, W), the same as tiles (T, D, Q), keys (T, D, P) -> (T, Q, P)."""
-    rows, cols = plan.rows, plan.cols
-    by_row, by_col = relative_logits(query, relative, plan)
-    by_row, by_col = spread(by_row, rows, 3), spread(by_col, cols, 4)  # (G, tiles, tiles, tile, tile, span)
-    if plan.row_mask is not None:
-        by_row = by_row + plan.row_mask[band]
-    if plan.col_mask is not None:
-        by_col = by_col + plan.col_mask
+    rows, cols = tiling.rows, tiling.cols
+    by_row, by_col = relative_logits(query, relative, tiling)
+    by_row, by_col = (
+        offsets_to_keys(by_row, rows, 3),
+        offsets_to_keys(by_col, cols, 4),
+    )  # (G, tiles, tiles, tile, tile, span)
+    if tiling.row_mask is not None:
+        by_row = by_row + tiling.row_mask[band]
+    if tiling.col_mask is not None:
+        by_col = by_col + tiling.col_mask
     total = by_row[..., :, None] + by_col[..., None, :]
     total = total.view(-1, rows.tile * cols.tile, rows.span * cols.span)  # (T, Q, P)
     if keys is not None:
         total.baddbmm_(tiles.transpose(1, 2), keys)
-    if plan.visible is not None:
-        visible = plan.visible[band].flatten(0, 1)  # (tiles, Q, P)
+    if tiling.visible is not None:
+        visible = tiling.visible[band].flatten(0, 1)  # (tiles, Q, P)
         total = total.unflatten(0, (-1, visible.shape[0])).masked_fill(~visible, float("-inf")).flatten(0, 1)
     return total
 
@@ -296,29 +299,29 @@ def tables(relative: tuple[Tensor, Tensor] | None, maps: slice, dtype: torch.dty
 def forward(query, key, value, rel_row, rel_col, *options) -> tuple[Tensor, Tensor]:
     """-> out (B, N, D, H, W) in the input's dtype, log-sum-exp of the logits (B, N, H, W) in the accumulation dtype."""
     kernel_size, border, scale = AttentionOptions(*options)
-    plan = make_plan(query, kernel_size, border, is_tame(query, key, value, rel_row, rel_col, scale))
+    tiling = make_tiling(query, kernel_size, border, is_tame(query, key, value, rel_row, rel_col, scale))
     acc = accumulate_dtype(query.dtype)
     q, k, v = (None if x is None else x.flatten(0, 1) for x in (query, key, value))  # (B * N, D, H, W)
     out = query.new_empty(q.shape)
     lse = query.new_empty((q.shape[0], 1, *q.shape[2:]), dtype=acc)
-    for maps in plan.chunks(q.shape[0]):
+    for maps in tiling.chunks(q.shape[0]):
         relative = tables((rel_row, rel_col), maps, acc)
-        queries = pad_queries(q[maps], plan, acc) * scale
-        keys = None if k is None else pad_keys(k[maps], plan, acc)
-        values = pad_keys(v[maps], plan, acc)
-        for band in plan.bands():
-            lines = slice(band.start * plan.rows.tile, band.stop * plan.rows.tile)
-            pairs = None if plan.pairs is None else plan.pairs[band].flatten(0, 1)
+        queries = pad_queries(q[maps], tiling, acc) * scale
+        keys = None if k is None else pad_keys(k[maps], tiling, acc)
+        values = pad_keys(v[maps], tiling, acc)
+        for band in tiling.bands():
+            lines = slice(band.start * tiling.rows.tile, band.stop * tiling.rows.tile)
+            pairs = None if tiling.pairs is None else tiling.pairs[band].flatten(0, 1)
             part = queries[:, :, lines]
-            near = None if keys is None else patches(keys, band, plan)  # (T, D, P)
-            scores = logits(part, to_tiles(part, plan), near, relative, band, plan)
+            near = None if keys is None else patches(keys, band, tiling)  # (T, D, P)
+            scores = logits(part, to_tiles(part, tiling), near, relative, band, tiling)
             top = scores.amax(-1)  # (T, Q)
             attn = softmax(scores, pairs)
             # The largest weight is exp(top - lse); a top of inf or -inf is its own lse.
             total = torch.where(top.isinf(), top, top - attn.amax(-1).log())
-            mixed = product(patches(values, band, plan), attn.transpose(1, 2), _turned(pairs))  # (T, D, Q)
-            _store(out[maps, :, lines], mixed, plan)
-            _store(lse[maps, :, lines], total[:, None], plan)
+            mixed = product(patches(values, band, tiling), attn.transpose(1, 2), _turned(pairs))  # (T, D, Q)
+            _store(out[maps, :, lines], mixed, tiling)
+            _store(lse[maps, :, lines], total[:, None], tiling)
     return out.unflatten(0, query.shape[:2]), lse[:, 0].unflatten(0, query.shape[:2])
 
 
@@ -326,16 +329,16 @@ def _turned(pairs: Tensor | None) -> Tensor | None:
     return None if pairs is None else pairs.transpose(1, 2)
 
 
-def _store(target: Tensor, tiles: Tensor, plan: Plan) -> None:
+def _store(target: Tensor, tiles: Tensor, tiling: Tiling) -> None:
     """Whole tiles (T, C, Q) onto rows of the map (G, C, rows, W), without what is beyond it."""
-    target.copy_(from_tiles(tiles, target.shape[0], plan)[:, :, : target.shape[2], : target.shape[3]])
+    target.copy_(from_tiles(tiles, target.shape[0], tiling)[:, :, : target.shape[2], : target.shape[3]])
 
 
 def backward(grad_out, query, key, value, rel_row, rel_col, out, lse, *options, into=None):
     """Gradients of query, key, value, rel_row, rel_col (None where the input is None), without `out` and `lse`."""
     kernel_size, border, scale = AttentionOptions(*options)
-    plan = make_plan(query, kernel_size, border, is_tame(query, key, value, rel_row, rel_col, scale, grad_out))
-    rows, cols, acc = plan.rows, plan.cols, accumulate_dtype(query.dtype)
+    tiling = make_tiling(query, kernel_size, border, is_tame(query, key, value, rel_row, rel_col, scale, grad_out))
+    rows, cols, acc = tiling.rows, tiling.cols, accumulate_dtype(query.dtype)
     inputs = (grad_out, query, key, value)
     g, q, k, v = (None if x is None else x.flatten(0, 1) for x in inputs)  # (B * N, D, H, W)
     grad_query, grad_value = query.new_empty(q.shape), query.new_empty(q.shape)
@@ -343,28 +346,28 @@ def backward(grad_out, query, key, value, rel_row, rel_col, out, lse, *options, 
     grad_relative = None
     if rel_row is not None:
         grad_relative = query.new_zeros((2, q.shape[0], *rel_row.shape[1:]), dtype=acc)  # a map each, then summed
-    for maps in plan.chunks(q.shape[0]):
+    for maps in tiling.chunks(q.shape[0]):
         relative = tables((rel_row, rel_col), maps, acc)
-        queries, grads = pad_queries(q[maps], plan, acc) * scale, pad_queries(g[maps], plan, acc)
-        keys = None if k is None else pad_keys(k[maps], plan, acc)
-        values = pad_keys(v[maps], plan, acc)
+        queries, grads = pad_queries(q[maps], tiling, acc) * scale, pad_queries(g[maps], tiling, acc)
+        keys = None if k is None else pad_keys(k[maps], tiling, acc)
+        values = pad_keys(v[maps], tiling, acc)
         grad_keys, grad_values = None if k is None else torch.zeros_like(keys), torch.zeros_like(values)
-        for band in plan.bands():
+        for band in tiling.bands():
             lines = slice(band.start * rows.tile, band.stop * rows.tile)
-            pairs = None if plan.pairs is None else plan.pairs[band].flatten(0, 1)
+            pairs = None if tiling.pairs is None else tiling.pairs[band].flatten(0, 1)
             part = queries[:, :, lines]
-            tiles, grad_tiles = to_tiles(part, plan), to_tiles(grads[:, :, lines], plan)  # (T, D, Q)
-            near = None if keys is None else patches(keys, band, plan)  # (T, D, P)
-            attn = softmax(logits(part, tiles, near, relative, band, plan), pairs)  # (T, Q, P)
-            add_patches(grad_values, product(grad_tiles, attn, pairs), band, plan)
-            grad = torch.bmm(grad_tiles.transpose(1, 2), patches(values, band, plan))
+            tiles, grad_tiles = to_tiles(part, tiling), to_tiles(grads[:, :, lines], tiling)  # (T, D, Q)
+            near = None if keys is None else patches(keys, band, tiling)  # (T, D, P)
+            attn = softmax(logits(part, tiles, near, relative, band, tiling), pairs)  # (T, Q, P)
+            add_patches(grad_values, product(grad_tiles, attn, pairs), band, tiling)
+            grad = torch.bmm(grad_tiles.transpose(1, 2), patches(values, band, tiling))
             grad = softmax_backward(grad, attn, pairs)  # of the logits
             grad_part = torch.zeros_like(part)
             if keys is not None:
-                add_patches(grad_keys, product(tiles, grad, pairs), band, plan)
-                grad_part = from_tiles(product(near, grad.transpose(1, 2), _turned(pairs)), part.shape[0], plan)
+                add_patches(grad_keys, product(tiles, grad, pairs), band, tiling)
+                grad_part = from_tiles(product(near, grad.transpose(1, 2), _turned(pairs)), part.shape[0], tiling)
             if relative is not None:
-                _relative_backward(grad, part, relative, grad_part, grad_relative[:, maps], plan)
+                _relative_backward(grad, part, relative, grad_part, grad_relative[:, maps], tiling)
             height = grad_query[maps, :, lines].shape[2]
             grad_query[maps, :, lines] = grad_part[:, :, :height, : cols.length] * scale
         for target, total in ((grad_key, grad_keys), (grad_value, grad_values)):
@@ -379,12 +382,15 @@ def backward(grad_out, query, key, value, rel_row, rel_col, out, lse, *options, 
     return *deliver(grads, into), None if rel_row is None else grad_row, None if rel_col is None else grad_col
 
 
-def _relative_backward(grad, query, relative, grad_query, grad_relative, plan: Plan) -> None:
+def _relative_backward(grad, query, relative, grad_query, grad_relative, tiling: Tiling) -> None:
     """Adds the embeddings' part of `grad`, the gradient of the logits (T, Q, P), to grad_query and grad_relative."""
-    rows, cols = plan.rows, plan.cols
+    rows, cols = tiling.rows, tiling.cols
     count = query.shape[0]
     grad = grad.view(count, -1, cols.count, rows.tile, cols.tile, rows.span, cols.span)
-    by_row, by_col = collect(grad.sum(-1), rows, 3), collect(grad.sum(-2), cols, 4)  # (G, tiles, tiles, tile, tile, K)
+    by_row, by_col = (
+        keys_to_offsets(grad.sum(-1), rows, 3),
+        keys_to_offsets(grad.sum(-2), cols, 4),
+    )  # (G, tiles, tiles, tile, tile, K)
     halves = zip(
         query.flatten(2).chunk(2, 1), grad_query.chunk(2, 1), relative, (by_row, by_col), grad_relative, strict=True
     )
