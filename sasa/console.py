@@ -1,6 +1,7 @@
 """What every command prints the same way: messages of one line, and a parser whose errors are such a line. No torch."""
 
 import argparse
+import contextlib
 import sys
 import unicodedata
 from typing import NoReturn
@@ -37,6 +38,13 @@ def one_line(message: object, limit: int = _LINE_LIMIT) -> str:
     return text if len(text) <= limit else text[:limit] + "..."
 
 
+def show_every_character() -> None:
+    """From now on stdout and stderr escape what their encoding lacks (an e with an accent on an ASCII terminal)."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError, ValueError):  # None, closed, or not a stream of text
+            stream.reconfigure(errors="backslashreplace")
+
+
 def print_error(prog: str, message: object) -> None:
     """`prog: error: message` on stderr, in one line."""
     print(f"{prog}: error: {one_line(message)}", file=sys.stderr, flush=True)
@@ -56,6 +64,10 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, prog: str, **options) -> None:
         super().__init__(prog=prog, allow_abbrev=False, **options)
+
+    def parse_known_args(self, *arguments):
+        show_every_character()  # every command parses before it prints
+        return super().parse_known_args(*arguments)
 
     def error(self, message: str) -> NoReturn:
         fail(self.prog.removeprefix("python -m "), message.removeprefix("argument "))

@@ -2,11 +2,14 @@
 
 import contextlib
 import errno
+import json
+import math
 import os
 import secrets
+import stat
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 # A file system without fsync of folders (some network and FUSE mounts) has done what it can.
 _NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EBADF, errno.EACCES, errno.EISDIR)
@@ -46,6 +49,36 @@ def write_text(path: Path, content: str) -> None:
     """`replacing` with this content."""
     with replacing(path, text=True) as file:
         file.write(content)
+
+
+def open_regular(path: Path, flags: int) -> int:
+    """A descriptor of the regular file at `path`: no link is followed, no pipe or device is opened, nothing is cut.
+
+    Args:
+        flags: os.O_RDONLY, or os.O_RDWR or os.O_WRONLY with os.O_CREAT and os.O_APPEND as wanted.
+
+    Raises:
+        OSError: the file cannot be opened, or something else than a file has that name.
+    """
+    guards = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0)
+    descriptor = os.open(path, flags | guards, 0o666)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    return descriptor
+
+
+def json_text(value: Any, indent: int | None = None) -> str:
+    """`value` as JSON, ASCII only; a number that is not finite is null, as JSON knows neither NaN nor Infinity."""
+    return json.dumps(_finite(value), indent=indent, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def sync_folder(folder: Path) -> None:

@@ -52,6 +52,13 @@ def test_wrong_usage_is_one_line_and_exit_code_2(arguments, capsys):
     assert end.value.code == 2 and error.startswith("tools.name: error: ") and error.count("\n") == 1
 
 
+def test_a_command_on_an_ascii_terminal_loses_no_line():
+    program = "from sasa.console import Parser; Parser('x').parse_args([]); print('caf\\xe9 \\udcff'); print('end')"
+    environment = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, timeout=120)
+    assert done.stdout.splitlines() == [b"caf\\xe9 \\udcff", b"end"], done.stderr
+
+
 @pytest.mark.parametrize("module", ["sasa.console", "sasa.files", "config"])
 def test_does_not_import_torch(module):
     program = f"import sys, {module}; sys.exit('torch' in sys.modules)"

@@ -6,7 +6,7 @@ import os
 import pytest
 
 from sasa import files
-from sasa.files import replacing, sync_folder, write_text
+from sasa.files import json_text, open_regular, replacing, sync_folder, write_text
 
 
 def test_the_new_content_takes_the_old_ones_place(tmp_path):
@@ -62,3 +62,21 @@ def test_a_failed_sync_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises(OSError, match="input/output"):
         sync_folder(tmp_path)
+
+
+def test_only_regular_files_are_opened_and_nothing_is_cut(tmp_path):
+    (tmp_path / "file").write_text("old")
+    (tmp_path / "link").symlink_to("file")
+    os.mkfifo(tmp_path / "pipe")
+    for name in ("link", "pipe", "."):
+        with pytest.raises(OSError):
+            os.close(open_regular(tmp_path / name, os.O_RDWR | os.O_CREAT))
+    with os.fdopen(open_regular(tmp_path / "file", os.O_WRONLY | os.O_CREAT | os.O_APPEND), "a") as file:
+        file.write(", new")
+    assert (tmp_path / "file").read_text() == "old, new"
+
+
+def test_json_never_holds_what_it_does_not_know():
+    assert json_text({"a": [float("nan"), 1.5], "b": (float("inf"), -0.0), "c": True}) == (
+        '{"a": [null, 1.5], "b": [null, -0.0], "c": true}'
+    )

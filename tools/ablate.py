@@ -28,14 +28,16 @@ from typing import Any, NoReturn
 
 from config import DATASETS, MODELS, Config, ConfigError
 from sasa import console
-from sasa.console import Parser, print_error
+from sasa.console import Parser, one_line, print_error, printable
+from sasa.files import open_regular
 from sasa.training import format2
 from sasa.training.cli import Command, parse_command_line
 from sasa.training.signals import StopRequest
 from tools.arguments import positive
 from tools.paper import DEPTHS, rows_for
-from tools.report import ReportError, markdown, read, remember, write_beside
-from tools.trials import TABLES, Budget, Trial, read_json, table_name, unique, varied
+from tools.report import markdown, write_beside
+from tools.runs import RunsError, read, read_json, remember
+from tools.trials import TABLES, Budget, Trial, table_name, unique, varied
 
 PROG = "tools.ablate"
 HERE = Path(__file__).resolve().parents[1]
@@ -43,7 +45,8 @@ STOPPED = 75  # train.py's, and this one's
 POLL_SECONDS = 0.1
 OWN = ("model_name", "dataset", "data_dir", "seed", "output_dir", "name")  # flags that this command sets
 SETTLED = ("form", "img_size", "eval_size", "amp", "ema")  # what a run fills in at its start where it is "auto" or None
-OUTPUT = "output.txt"  # what a run has printed
+WEIGHTS = ("last.pt", "previous.pt", "best.pt")  # what train.py writes; other weights in a run's folder are not ours
+OUTPUT, LOCK = "output.txt", ".ablate-lock"  # in a run's folder: what it has printed, and who is running it
 
 
 # ---- what is there --------------------------------------------------------------------------------------------------
@@ -110,7 +113,8 @@ class Work:
 
     def say(self, trial: Trial, text: str) -> None:
         place = list(self.trials).index(trial) + 1
-        print(f"[{place:{len(str(len(self.trials)))}}/{len(self.trials)}] {trial.name}: {text}", flush=True)
+        line = f"[{place:{len(str(len(self.trials)))}}/{len(self.trials)}] {trial.name}: {text}"
+        print(one_line(line), flush=True)
 
     def fail(self, trial: Trial, why: str) -> None:
         self.failures[trial.name] = why
@@ -143,7 +147,14 @@ def start(work: Work, trial: Trial) -> subprocess.Popen | None:
     """
     folder = work.folder / trial.name
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as lock, open(folder / OUTPUT, "a") as output:
+    with contextlib.ExitStack() as opened:
+        try:
+            lock = opened.enter_context(os.fdopen(open_regular(folder / LOCK, os.O_RDWR | os.O_CREAT), "r+b"))
+            output = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+            output = opened.enter_context(os.fdopen(open_regular(folder / OUTPUT, output), "ab"))
+        except OSError as error:
+            work.fail(trial, f"{error.filename}: {error.strerror}")
+            return None
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -172,14 +183,20 @@ def finish(work: Work, trial: Trial, code: int) -> None:
         summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
         work.say(trial, f"test top-1 {summary['test_top1_pct']:.2f}%, trained {summary['seconds']:.0f} s")
         if not work.keep_weights:
-            for path in folder.glob("*.pt"):
-                path.unlink()
+            for name in WEIGHTS:
+                (folder / name).unlink(missing_ok=True)
     elif work.stop.received is not None:
         work.say(trial, "stopped, the same command continues")
     else:
-        lines = (folder / OUTPUT).read_text(encoding="utf-8", errors="replace").split("\n")
-        last = next((line.strip() for line in reversed(lines) if line.strip()), "it printed nothing")
-        work.fail(trial, f"exit code {code}: {last}")
+        work.fail(trial, f"exit code {code}: {last_line(folder / OUTPUT)}")
+
+
+def last_line(path: Path) -> str:
+    """The last line that a run has printed."""
+    with os.fdopen(open_regular(path, os.O_RDONLY), "rb") as file:
+        file.seek(max(file.seek(0, os.SEEK_END) - 10_000, 0))
+        lines = file.read().decode(errors="backslashreplace").split("\n")
+    return next((line.strip() for line in reversed(lines) if line.strip()), "it printed nothing")
 
 
 # ---- the command line -----------------------------------------------------------------------------------------------
@@ -253,13 +270,14 @@ def main(arguments: list[str] | None = None) -> int:
             elif not is_done(folder / trial.name, config):
                 print(shlex.join(["python", *work.command(trial)]))
         return 0
-    remember(folder, budget, tables)
     try:
+        remember(folder, budget, tables)
         read(folder)  # runs that make no table are an error before hours are spent
         run_all(work)
         done = write_beside(folder)
-        print("", *(markdown(done, *table) for table in tables), f"Tables and CSV: {folder}", sep="\n")
-    except ReportError as error:
+        print("", *(markdown(done, *table) for table in tables), sep="\n")
+        print(f"Tables and CSV: {printable(folder)}")
+    except (RunsError, OSError) as error:
         if not work.failures and work.stop.received is None:
             fail(error)
         print_error(PROG, error)

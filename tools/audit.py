@@ -6,7 +6,6 @@
 The paper's figures are those of tools/paper.py; how FLOPs are counted stands in sasa/analysis/flops.py.
 """
 
-import json
 import sys
 from functools import cache
 
@@ -16,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 from config import resolve
 from sasa.analysis.flops import RULE, Flops, count_flops, count_parameters
 from sasa.console import Parser
+from sasa.files import json_text
 from sasa.training.cli import parse_command_line
 from sasa.training.network import build_network
 from tools.paper import CIFAR, TABLES, Figures, Row, Table, rows_for
@@ -143,7 +143,7 @@ def main(arguments: list[str] | None = None) -> int:
     ]
     agrees = [record["agrees"] for document in documents for record in document["rows"]]
     if args.json:
-        print(json.dumps({"ok": all(agrees), "rule": (*RULE, *AGREEMENT), "tables": documents}, indent=2))
+        print(json_text({"ok": all(agrees), "rule": (*RULE, *AGREEMENT), "tables": documents}, indent=2))
     else:
         print(*RULE, *AGREEMENT, sep="\n")
         for document in documents:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from sasa.analysis import figures
 from sasa.console import USAGE_ERROR, Parser, print_error, printable
 from tools.paper import CONVOLUTION, Row, rows_for
-from tools.report import Folder, ReportError, read, record, seeds_of
+from tools.runs import Folder, RunsError, read, record, seeds_of
 from tools.trials import TABLES, run_name
 
 if TYPE_CHECKING:
@@ -166,14 +166,14 @@ def main(arguments: list[str] | None = None) -> int:
         try:
             folder = read(path)
             if not folder.summaries:
-                raise ReportError(f"{path}: no run in it is done")
+                raise RunsError(f"{path}: no run in it is done")
             for name, figure in (("curves.png", curves_figure(folder)), ("accuracy.png", accuracy_figure(folder))):
                 if figure is None:
                     (path / name).unlink(missing_ok=True)  # of rows that are not there any more
                     continue
                 figures.save(figure, path / name)
                 print(f"wrote {printable(path / name)}")
-        except (ReportError, OSError) as error:
+        except (RunsError, OSError) as error:
             print_error("tools.plot", error)
             return USAGE_ERROR
     return 0

@@ -4,145 +4,33 @@
     python -m tools.report                             write the tables of results/ and docs/results.md anew
     python -m tools.report --check                     exit 1 where one of them is not what the runs say
 
-A folder of runs holds ablation.json (data set, shared flags, the tables that were asked for) and a folder a run with
-config.json, log.jsonl and summary.json. The tables are written beside them; notes.md, where a person wrote one, is
-shown below them in docs/results.md, and results/notes.md at its head. Read without torch: every figure comes from the
-summaries.
-
-Spread: mean and standard deviation (n - 1) over the seeds that are there. Difference: the mean over the seeds of row
-minus base, paired by seed, with Student's 95% interval.
+The tables are written beside the runs; notes.md, where a person wrote one, is shown below them in docs/results.md, and
+results/notes.md at its head.
 """
 
 import csv
 import io
 import json
-import math
 import os
 import re
 import shlex
-import shutil
-import statistics
 import sys
 from pathlib import Path
-from typing import Any, NamedTuple
+from urllib.parse import quote
 
-from sasa.console import USAGE_ERROR, Parser, print_error
-from sasa.files import write_text
-from tools.paper import Row, rows_for
-from tools.trials import TABLES, Budget, read_json, run_name, table_name
+from sasa.console import USAGE_ERROR, Parser, print_error, printable
+from sasa.files import json_text, write_text
+from tools.runs import ABOUT, Folder, RunsError, read, read_bytes, records, remember
+from tools.trials import TABLES, Budget
 
 PROG = "tools.report"
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "results"
-ABOUT, TABLES_FILE, NOTES = "ablation.json", "tables.md", "notes.md"
-PICTURES = {"curves.png": "learning curves", "accuracy.png": "accuracy against FLOPs and parameters"}  # by plot.py
+TABLES_FILE, NOTES = "tables.md", "notes.md"
+PICTURES = {"curves.png": "learning curves", "accuracy.png": "accuracy against FLOPs and parameters"}  # by tools.plot
 PATHS = ("data_dir", "output_dir", "name")  # fields of a configuration that say where, not what
 PAGE = ROOT / "docs" / "results.md"
 MARK = "<!-- Written by python -m tools.report; edit results/notes.md and results/*/notes.md instead. -->"
-# Student's t, 0.975, for n = 2 to 10 seeds; for more the last serves, a little too wide.
-STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
-
-
-class ReportError(Exception):
-    """Runs that make no table; one line."""
-
-
-def deviation(values: list[float]) -> float | None:
-    """Standard deviation (n - 1); None for fewer than two values."""
-    return statistics.stdev(values) if len(values) > 1 else None
-
-
-def interval(values: list[float]) -> float | None:
-    """Half of the 95% interval of the mean; None for one value."""
-    if len(values) < 2:
-        return None
-    return STUDENT[min(len(values) - 2, len(STUDENT) - 1)] * statistics.stdev(values) / math.sqrt(len(values))
-
-
-# ---- a folder of runs -----------------------------------------------------------------------------------------------
-
-
-class Folder(NamedTuple):
-    """The finished runs of one folder: `summaries` by run name, `configs` likewise; `tables` as (table, network)."""
-
-    path: Path
-    budget: Budget
-    tables: list[tuple[str, str | None]]
-    summaries: dict[str, dict[str, Any]]
-    configs: dict[str, dict[str, Any]]
-
-
-def remember(path: Path, budget: Budget, tables: list[tuple[str, str | None]]) -> None:
-    """Write ablation.json: the tables asked for now beside those of before."""
-    before = [[table_name(name), model] for name, model in (read_json(path / ABOUT) or {}).get("tables", [])]
-    asked = before + [list(table) for table in tables if list(table) not in before]
-    about = {"dataset": budget.dataset, "flags": budget.words(), "tables": asked}
-    path.mkdir(parents=True, exist_ok=True)
-    write_text(path / ABOUT, json.dumps(about, indent=2) + "\n")
-
-
-def read(path: Path) -> Folder:
-    """Raises ReportError: not a folder of runs, or its runs were not of one length, average and test set."""
-    about = read_json(path / ABOUT)
-    if about is None:
-        raise ReportError(f"{path}: no {ABOUT} in it: not a folder that tools.ablate has written")
-    summaries, configs = {}, {}
-    for folder in sorted(p for p in path.iterdir() if p.is_dir()):
-        summary, config = read_json(folder / "summary.json"), read_json(folder / "config.json")
-        if summary is not None and config is not None:
-            summaries[folder.name], configs[folder.name] = summary, config
-    for key, of in (("epochs", summaries), ("test_images", summaries), ("ema", configs)):
-        kinds = {record.get(key): name for name, record in of.items()}
-        if len(kinds) > 1:
-            what = ", ".join(f"{value} in {name}" for value, name in kinds.items())
-            raise ReportError(f"{path}: runs that cannot be compared, {key}: {what}")
-    budget = Budget(about["dataset"], tuple(about["flags"]))
-    return Folder(path, budget, [(table_name(name), model) for name, model in about["tables"]], summaries, configs)
-
-
-def seeds_of(folder: Folder, row: Row) -> list[int]:
-    """The seeds that the row was run with."""
-    found = (re.fullmatch(re.escape(run_name(row, 0)[:-1]) + r"(\d+)", name) for name in folder.summaries)
-    return sorted(int(match[1]) for match in found if match)
-
-
-def record(folder: Folder, table: str, row: Row) -> dict[str, Any]:
-    """A row's figures, with their units in the keys; None where there is no run or no figure."""
-    seeds = seeds_of(folder, row)
-    of = [folder.summaries[run_name(row, seed)] for seed in seeds]
-    base = row._replace(model=row.depth, flags=row.base)
-    shared = sorted({*seeds} & {*seeds_of(folder, base)}) if base != row else []
-
-    def top1(which: Row, seed: int) -> float:
-        return folder.summaries[run_name(which, seed)]["test_top1_pct"]
-
-    differences = [top1(row, seed) - top1(base, seed) for seed in shared]
-    scores = [summary["test_top1_pct"] for summary in of]
-    return {
-        "table": table,
-        "row": row.label,
-        "model": row.model,
-        "flags": row.flags,
-        "base": "" if base == row else run_name(base, 0).removesuffix("-seed0"),
-        "n": len(of),
-        "seeds": " ".join(map(str, seeds)),
-        "parameters": of[0]["parameters"] if of else None,
-        "flops_per_image": of[0]["flops_per_image"] if of else None,
-        "test_top1_pct_mean": statistics.fmean(scores) if scores else None,
-        "test_top1_pct_std": deviation(scores),
-        "difference_points": statistics.fmean(differences) if differences else None,
-        "difference_interval_points": interval(differences),
-        "difference_n": len(differences),
-        "seconds_mean": statistics.fmean(summary["seconds"] for summary in of) if of else None,
-        "paper_top1_pct": row.printed.top1_pct,
-        "paper_gflops": row.printed.gflops,
-        "paper_mparams": row.printed.mparams,
-        "runs": " ".join(run_name(row, seed) for seed in seeds),
-    }
-
-
-def records(folder: Folder, table: str, model: str | None) -> list[dict[str, Any]]:
-    return [record(folder, table, row) for row in rows_for(TABLES[table], model)]
 
 
 # ---- as text --------------------------------------------------------------------------------------------------------
@@ -180,6 +68,11 @@ def markdown(folder: Folder, table: str, model: str | None) -> str:
     return "\n".join(lines) + "\n"
 
 
+def escaped(text: str) -> str:
+    """Text of a file as it stands, inside a line of Markdown: no markup, no tag, no line break."""
+    return re.sub(r"([\\`*_\[\]<>|&~])", r"\\\1", printable(text))
+
+
 def show(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
 
@@ -211,8 +104,8 @@ def caption(folder: Folder) -> str:
         return "No run is done yet.\n"
     images, epochs = summaries[0]["test_images"], summaries[0]["epochs"]
     selected = re.sub(r"best top-1 .* on (.*), epoch .*", r"the epoch that was best on \1", summaries[0]["selected"])
-    selected = selected.partition(" (")[0]
-    machine = ", ".join(sorted({f"{s['device']} with torch {s['torch']}" for s in summaries}))
+    selected = escaped(selected.partition(" (")[0])
+    machine = ", ".join(sorted({escaped(f"{s['device']} with torch {s['torch']}") for s in summaries}))
     flags = " ".join(folder.budget.words())
     return (
         f"{len(summaries)} runs of {folder.budget.dataset}{f', `{flags}`' if flags else ''}, {epochs} epochs each, on "
@@ -241,35 +134,58 @@ def page(folders: list[Folder], results: Path, path: Path) -> str:
     """docs/results.md at `path`: every folder's tables, notes and pictures."""
     parts = [f"# Results\n\n{MARK}\n"]
     if (results / NOTES).exists():
-        parts.append((results / NOTES).read_text(encoding="utf-8"))
+        parts.append(text_of(results / NOTES))
     for folder in folders:
-        where = Path(os.path.relpath(folder.path, path.parent)).as_posix()
+        where = quote(os.fsencode(Path(os.path.relpath(folder.path, path.parent)).as_posix()))
         parts.append(f"## {' '.join([folder.budget.dataset, *folder.budget.words()])}\n")
         parts.append(texts(folder)[TABLES_FILE])
         if (folder.path / NOTES).exists():
-            parts.append((folder.path / NOTES).read_text(encoding="utf-8"))
+            parts.append(text_of(folder.path / NOTES))
         for name, what in PICTURES.items():
             if (folder.path / name).exists():
                 parts.append(f"![{folder.budget.dataset}: {what}]({where}/{name})\n")
-        parts.append(f"Runs, logs and the tables as CSV: [`results/{folder.path.name}/`]({where}/).\n")
+        parts.append(f"Runs, logs and the tables as CSV: [results/{escaped(folder.path.name)}/]({where}/).\n")
     return "\n".join(parts)
+
+
+def text_of(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise RunsError(f"{printable(path)}: not UTF-8 ({error.reason} at byte {error.start})") from None
 
 
 # ---- results/ -------------------------------------------------------------------------------------------------------
 
 
 def add(source: Path, results: Path) -> Path:
-    """Copy the small files of the folder's finished runs to results/<the same name>, without where they were made."""
+    """Copy the small files of the folder's finished runs to results/<the same name>, without where they were made.
+
+    Raises:
+        RunsError: the source is no folder of runs, a log is none, or the target holds something else.
+        OSError: a file cannot be read, or is a link or no file.
+    """
     folder, target = read(source), results / source.resolve().name
-    target.mkdir(parents=True, exist_ok=True)
+    logs = {name: log_of(source / name / "log.jsonl") for name in folder.configs}
     remember(target, folder.budget, folder.tables)
     for name, config in folder.configs.items():
         (target / name).mkdir(exist_ok=True)
         kept = {key: value for key, value in config.items() if key not in PATHS}
-        (target / name / "config.json").write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
-        for file in ("log.jsonl", "summary.json"):
-            shutil.copyfile(source / name / file, target / name / file)
+        write_text(target / name / "config.json", json_text(kept, indent=2) + "\n")
+        write_text(target / name / "summary.json", json_text(folder.summaries[name], indent=2) + "\n")
+        write_text(target / name / "log.jsonl", logs[name])
     return target
+
+
+def log_of(path: Path) -> str:
+    """A run's log, line by line. Raises RunsError where a line is no dictionary."""
+    try:
+        lines = [json.loads(line) for line in read_bytes(path).splitlines()]
+    except (ValueError, RecursionError):
+        lines = [None]
+    if not all(isinstance(line, dict) for line in lines):
+        raise RunsError(f"{printable(path)}: not a log, whose lines are JSON")
+    return "".join(json_text(line) + "\n" for line in lines)
 
 
 def generated(results: Path, path: Path) -> dict[Path, str]:
@@ -285,7 +201,7 @@ def stale(results: Path, path: Path) -> list[str]:
     lines = [
         f"{file}: not up to date"
         for file, text in files.items()
-        if not file.exists() or file.read_text(encoding="utf-8") != text
+        if not file.exists() or file.read_bytes() != text.encode()
     ]
     return lines + [f"{file}: no table" for file in sorted(results.glob("*/table*.*")) if file not in files]
 
@@ -314,16 +230,17 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if args.check:
             lines = stale(args.results, args.page)
-            print("\n".join([*lines, "python -m tools.report writes them"] if lines else ["results are up to date"]))
+            lines = [*map(printable, lines), "python -m tools.report writes them"] if lines else []
+            print("\n".join(lines or ["results are up to date"]))
             return 1 if lines else 0
-        if args.page.exists() and MARK not in args.page.read_text(encoding="utf-8"):
-            raise ReportError(f"{args.page}: was not written by {PROG}, so it is not replaced")
+        if args.page.exists() and MARK.encode() not in args.page.read_bytes():
+            raise RunsError(f"{printable(args.page)}: {PROG} has not written it, and does not replace it")
         for source in args.add:
             add(Path(source), args.results)
         for path, text in generated(args.results, args.page).items():
             write_text(path, text)
-            print(f"wrote {path}")
-    except ReportError as error:
+            print(f"wrote {printable(path)}")
+    except (RunsError, OSError) as error:
         print_error(PROG, error)
         return USAGE_ERROR
     return 0

@@ -5,11 +5,9 @@ without torch.
 """
 
 import dataclasses
-import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from config import Config, flag_of, resolve
@@ -118,12 +116,3 @@ class Trial(NamedTuple):
 
     def config(self, budget: Budget) -> Config:
         return resolve(parse_command_line(self.flags(budget)).given, budget.dataset)
-
-
-def read_json(path: Path) -> dict[str, Any] | None:
-    """None where the file is missing or not whole."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return values if isinstance(values, dict) else None

@@ -157,6 +157,26 @@ def test_a_run_older_than_a_field_is_done_where_the_field_has_its_default(stubbe
     assert stubbed("--table", "6") == 0 and stubbed.calls == []
 
 
+def test_only_the_runs_own_weights_are_deleted_and_no_link_is_written_through(stubbed, tmp_path, capsys):
+    folders = [stubbed.run_folder(name) for name in TABLE_6]
+    (tmp_path / "precious").write_text("mine")
+    for folder, name in zip(folders, (ablate.LOCK, "my-pretrained.pt"), strict=True):
+        folder.mkdir(parents=True)
+        (folder / name).symlink_to(tmp_path / "precious")
+    assert stubbed("--table", "6") == 1 and stubbed.calls == TABLE_6[1:]
+    assert f"tools.ablate: error: {TABLE_6[0]} failed, {folders[0] / ablate.LOCK}: " in capsys.readouterr().err
+    assert (tmp_path / "precious").read_text() == "mine"
+    assert (folders[1] / "my-pretrained.pt").is_symlink() and not (folders[1] / "last.pt").exists()
+
+
+def test_a_folder_that_cannot_be_made_is_one_line_and_exit_2(stubbed, capsys):
+    (stubbed.folder / "out").write_text("a file")
+    with pytest.raises(SystemExit) as end:
+        stubbed("--table", "6")
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and error.startswith("tools.ablate: error: ") and error.count("\n") == 1
+
+
 def test_a_failed_run_is_said_the_others_are_made_and_it_is_tried_again(stubbed, capsys):
     (stubbed.folder / f"fail-{TABLE_6[0]}").touch()
     assert stubbed("--table", "6") == 1 and stubbed.calls == TABLE_6
@@ -179,7 +199,7 @@ def test_a_signal_ends_the_open_runs_with_75_and_the_same_command_goes_on(stubbe
         while not (stubbed.folder / "waiting").exists():
             time.sleep(0.01)
         time.sleep(0.3)
-        with open(stubbed.run_folder(TABLE_6[0]) / ".lock") as lock:  # by train.py: tools.ablate has closed its own
+        with open(stubbed.run_folder(TABLE_6[0]) / ablate.LOCK) as lock:  # by train.py: tools.ablate has closed its own
             try:
                 fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -200,7 +220,7 @@ def test_a_signal_ends_the_open_runs_with_75_and_the_same_command_goes_on(stubbe
 def test_a_run_that_another_process_is_at_is_left_to_it(stubbed, capsys):
     folder = stubbed.run_folder("resnet26-seed0")
     folder.mkdir(parents=True)
-    with open(folder / ".lock", "w") as lock:
+    with open(folder / ablate.LOCK, "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         assert stubbed("--table", "6") == 0 and stubbed.calls == TABLE_6[:1]
     assert "resnet26-seed0: another process has it" in capsys.readouterr().out

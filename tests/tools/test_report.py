@@ -2,52 +2,21 @@
 
 import csv
 import json
+import os
 import shutil
-import statistics
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from tools import ablate, report
+from finished_runs import make_run
+from tools import ablate, report, runs
 from tools.paper import rows_for
 from tools.trials import TABLES, Budget, Trial, run_name, table_name
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = sorted(path.parent for path in (ROOT / "results").glob("*/ablation.json"))
-
-
-def make_run(folder: Path, row, seed: int, top1: float, **changes) -> None:
-    """A finished run of one epoch that scored top1."""
-    path = folder / run_name(row, seed)
-    path.mkdir(parents=True)
-    config = Trial(row, seed).config(Budget("DIGITS")).to_dict()
-    summary = {
-        "test_top1_pct": top1,
-        "test_images": 400,
-        "epochs": 1,
-        "seconds": 10.0 + seed,
-        "parameters": 1234567,
-        "flops_per_image": 2500000,
-        "selected": "the last epoch (none held out)",
-        "device": "cpu",
-        "torch": "2",
-    }
-    (path / "config.json").write_text(json.dumps(config | {"data_dir": "/secret/data", "output_dir": "/secret/runs"}))
-    (path / "summary.json").write_text(json.dumps(summary | changes))
-    (path / "log.jsonl").write_text(json.dumps({"epoch": 1, "val_top1_pct": top1}) + "\n")
-
-
-@pytest.fixture
-def made(tmp_path):
-    """Table 5 on ResNet26: three seeds of "relative", two of "none", no "absolute"."""
-    none, _, relative = rows_for(TABLES["5"], "ResNet26")
-    folder = tmp_path / "runs" / "digits"
-    for seed, top1 in enumerate((90.0, 92.0, 97.0)):
-        make_run(folder, relative, seed, top1)
-    for seed, top1 in enumerate((80.0, 83.0)):
-        make_run(folder, none, seed, top1)
-    report.remember(folder, Budget("DIGITS"), [("5", "ResNet26")])
-    return folder
 
 
 def test_a_table_in_markdown_and_csv_by_hand(made):
@@ -81,8 +50,8 @@ def test_a_table_in_markdown_and_csv_by_hand(made):
 )  # fmt: skip
 def test_the_caption_says_which_weights_were_scored(tmp_path, selected, said):
     make_run(tmp_path, rows_for(TABLES["5"], "ResNet26")[2], 0, 90.0, selected=selected)
-    report.remember(tmp_path, Budget("DIGITS"), [("5", "ResNet26")])
-    assert said in report.caption(report.read(tmp_path))
+    runs.remember(tmp_path, Budget("DIGITS"), [("5", "ResNet26")])
+    assert said in report.caption(runs.read(tmp_path))
 
 
 @pytest.mark.parametrize(("scores", "cell"), [((80.0, 82.0), "**-10.00 +- 0.00**"), ((80.0, 93.0), "-4.50 +- 69.88")])
@@ -90,43 +59,14 @@ def test_an_interval_that_leaves_out_0_is_bold_also_of_width_0(made, scores, cel
     for seed, top1 in enumerate(scores):
         shutil.rmtree(made / f"resnet26-position-none-seed{seed}")
         make_run(made, rows_for(TABLES["5"], "ResNet26")[0], seed, top1)
-    assert f"| {cell} |" in report.markdown(report.read(made), "5", "ResNet26")
+    assert f"| {cell} |" in report.markdown(runs.read(made), "5", "ResNet26")
 
 
 def test_a_row_without_a_run_of_its_base_has_no_difference(made):
     for seed in range(3):
         shutil.rmtree(made / f"resnet26-seed{seed}")
-    text = report.markdown(report.read(made), "5", "ResNet26")
+    text = report.markdown(runs.read(made), "5", "ResNet26")
     assert "| none | 1,234,567 | 2.5 | 81.50 +- 2.12 | 2 | - | 10 |" in text and "| base |" not in text
-
-
-def test_one_seed_has_no_spread_and_many_have_students_interval():
-    assert report.deviation([3.0]) is None and report.interval([3.0]) is None
-    values = [1.0, 2.0, 3.0, 4.0]
-    assert report.interval(values) == pytest.approx(3.182 * statistics.stdev(values) / 2)
-    assert report.interval(values * 5) == pytest.approx(2.262 * statistics.stdev(values * 5) / 20**0.5)
-
-
-def test_seeds_are_not_mixed_up_with_longer_names(made):
-    """resnet26-seed1 is neither of resnet26-seed11 nor of resnet26-stem-seed1."""
-    relative = rows_for(TABLES["5"], "ResNet26")[2]
-    make_run(made, relative, 11, 90.0)
-    make_run(made, rows_for(TABLES["7"], "ResNet26")[2], 5, 90.0)
-    assert report.seeds_of(report.read(made), relative) == [0, 1, 2, 11]
-
-
-def test_runs_of_other_moving_averages_make_no_table(made):
-    path = made / "resnet26-seed0" / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"ema": 0.5}))
-    with pytest.raises(report.ReportError, match=r"cannot be compared, ema"):
-        report.read(made)
-
-
-@pytest.mark.parametrize("change", [{"epochs": 2}, {"test_images": 12}])
-def test_runs_of_other_lengths_or_test_sets_make_no_table(made, change, capsys):
-    make_run(made, rows_for(TABLES["5"], "ResNet26")[2], 9, 90.0, **change)
-    with pytest.raises(report.ReportError, match=r"cannot be compared.*resnet26-seed9"):
-        report.read(made)
 
 
 def test_adding_takes_small_files_without_paths_and_check_finds_what_is_not_up_to_date(made, tmp_path, capsys):
@@ -170,17 +110,68 @@ def test_adding_again_keeps_the_tables_that_were_there(made, tmp_path):
     results = tmp_path / "results"
     report.add(made, results)
     (made / "ablation.json").unlink()
-    report.remember(made, Budget("DIGITS"), [("4", "ResNet26")])
+    runs.remember(made, Budget("DIGITS"), [("4", "ResNet26")])
     report.add(made, results)
-    assert report.read(results / "digits").tables == [("5", "ResNet26"), ("4", "ResNet26")]
+    assert runs.read(results / "digits").tables == [("5", "ResNet26"), ("4", "ResNet26")]
 
 
-def test_a_folder_that_holds_the_ports_table_under_its_old_name_is_read_and_written_as_port(made):
-    about = json.loads((made / "ablation.json").read_text())
-    (made / "ablation.json").write_text(json.dumps(about | {"tables": [["seed", None]]}))
-    assert report.read(made).tables == [("port", None)]
-    report.remember(made, Budget("DIGITS"), [("port", None)])
-    assert json.loads((made / "ablation.json").read_text())["tables"] == [["port", None]]
+def test_what_a_link_points_at_is_not_copied(made, tmp_path, capsys):
+    (tmp_path / "secret").write_text("root:secret")
+    path = made / "resnet26-seed0" / "log.jsonl"
+    path.unlink()
+    path.symlink_to(tmp_path / "secret")
+    where = ["--results", str(tmp_path / "results"), "--page", str(tmp_path / "page.md")]
+    assert report.main([*where, "--add", str(made)]) == 2
+    error = capsys.readouterr().err
+    assert "log.jsonl" in error and error.count("\n") == 1 and not (tmp_path / "results").exists()
+
+
+def test_a_log_that_is_none_and_a_target_of_somebody_else_are_refused(made, tmp_path, capsys):
+    where = ["--results", str(tmp_path / "results"), "--page", str(tmp_path / "page.md")]
+    target = tmp_path / "results" / "digits"
+    target.mkdir(parents=True)
+    (target / "table.txt").write_text("mine")
+    assert report.main([*where, "--add", str(made)]) == 2 and "has not written" in capsys.readouterr().err
+    assert [path.name for path in target.iterdir()] == ["table.txt"]
+    (target / "table.txt").unlink()
+    (made / "resnet26-seed0" / "log.jsonl").write_text("{}\nroot:secret\n")
+    assert report.main([*where, "--add", str(made)]) == 2 and "not a log" in capsys.readouterr().err
+    assert not any(target.iterdir())
+
+
+def test_links_in_results_are_replaced_and_not_written_through(made, tmp_path):
+    (tmp_path / "precious").write_text("mine")
+    report.add(made, tmp_path / "results")
+    for name in ("tables.md", "resnet26-seed0/summary.json"):
+        path = tmp_path / "results" / "digits" / name
+        path.unlink(missing_ok=True)
+        path.symlink_to(tmp_path / "precious")
+    report.add(made, tmp_path / "results")
+    report.write_beside(tmp_path / "results" / "digits")
+    assert (tmp_path / "precious").read_text() == "mine"
+
+
+def test_the_text_of_a_summary_is_no_markup(tmp_path):
+    evil = "cpu</td><script>alert(1)</script> | [x](http://a) **b** `c`\n\n# head \x1b[31m"
+    make_run(tmp_path, rows_for(TABLES["5"], "ResNet26")[2], 0, 90.0, device=evil, selected=evil)
+    runs.remember(tmp_path, Budget("DIGITS"), [("5", "ResNet26")])
+    first, *_ = report.texts(runs.read(tmp_path))["tables.md"].split("\n")
+    assert first.count("cpu\\</td\\>\\<script\\>") == 2 and first.count("\\[x\\]") == 2
+    assert first.count("\\*\\*b\\*\\* \\`c\\`\\\\x0a\\\\x0a# head \\\\x1b\\[31m") == 2
+
+
+def test_names_of_any_bytes_and_an_ascii_terminal_lose_no_line(made, tmp_path):
+    folder = tmp_path / os.fsdecode(b"caf\xe9 (1)\nx")
+    made.rename(folder)
+    where = ["--results", str(tmp_path / "r\u00e9sultats"), "--page", str(tmp_path / "page.md")]
+    command = [sys.executable, "-m", "tools.report", *where, "--add", str(folder)]
+    environment = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, timeout=120, check=False)
+    assert (done.returncode, done.stderr) == (0, b"")
+    lines = done.stdout.decode("ascii").splitlines()
+    assert len(lines) == 3 and all("r\\xe9sultats/caf\\xe9 (1)\\x0ax/" in line for line in lines[:2])
+    page = (tmp_path / "page.md").read_text()
+    assert "[results/caf\\\\xe9 (1)\\\\x0ax/](r%C3%A9sultats/caf%E9%20%281%29%0Ax/)" in page
 
 
 @pytest.mark.parametrize("what", ["folder", "page"])

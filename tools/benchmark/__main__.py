@@ -11,13 +11,13 @@ the backend "reference". Shapes: B batch, C channels, H x H map, K window side; 
 """
 
 import argparse
-import json
 import sys
 
 import torch
 
 from sasa import kernels
 from sasa.console import Parser
+from sasa.files import json_text
 from tools.arguments import positive, usable_device
 from tools.benchmark import layers as benchmark_layers
 from tools.benchmark import network as benchmark_network
@@ -106,7 +106,7 @@ def main(argv: list[str] | None = None) -> int:
         for name, value in result["geometric_means"].items():
             bench.say(f"  {name:<28} {value:8.3f}")
     if args.json:
-        print(json.dumps(result, indent=1))
+        print(json_text(result, indent=1))
     return 0
 
 
