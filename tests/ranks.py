@@ -19,10 +19,10 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import model
-import preprocess
 import small_runs
 import train
 from attention import LocalAttention2d
+from sasa.data import batches, splits
 from sasa.training import distributed
 from sasa.training.sync_batchnorm import sync_batch_norms
 
@@ -139,9 +139,10 @@ def train_small(output: str, flags: str, spoil: Callable | None = None, norm: bo
 
 def train_real(output: str, flags: str) -> int:
     """As `train_small`, with the networks themselves, in fp64."""
-    patch, build, normalise = pytest.MonkeyPatch(), model.build, preprocess.TensorData._normalise
+    patch, build, normalise = pytest.MonkeyPatch(), model.build, splits.normalise
     patch.setattr(model, "build", lambda *arguments, **options: build(*arguments, **options).double())
-    patch.setattr(preprocess.TensorData, "_normalise", lambda *arguments: normalise(*arguments).double())
+    for module in (batches, splits):
+        patch.setattr(module, "normalise", lambda *arguments: normalise(*arguments).double())
     return train_small(output, flags, norm=None)
 
 

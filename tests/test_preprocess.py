@@ -27,6 +27,8 @@ import preprocess
 from preprocess import DataError, DataInfo, TensorData, default_augment, load
 from sasa.data import augment as aug
 from sasa.data import datasets as sources
+from sasa.data import download, randaugment
+from sasa.data.images import Key
 from sasa.data.augment import AugmentConfig, Draws
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -324,9 +326,9 @@ def test_no_strength_is_no_change():
     images = data.images
     draws = aug.draw(aug.stream(0, "augment"), 30, 12, 12, AugmentConfig())
     assert draws == Draws(None, None, None, None, None, None)
-    assert aug.augment(images, draws, AugmentConfig()) is images
+    assert aug.augment_images(images, draws, AugmentConfig()) is images
     still = AugmentConfig(rotate=1e-12)  # the resampling itself moves nothing
-    moved = aug.augment(images, aug.draw(aug.stream(0, "augment"), 30, 12, 12, still), still)
+    moved = aug.augment_images(images, aug.draw(aug.stream(0, "augment"), 30, 12, 12, still), still)
     torch.testing.assert_close(moved, images.float(), atol=1e-3, rtol=0)
 
 
@@ -401,7 +403,7 @@ def test_draws_stay_in_their_ranges_and_apart():
         assert torch.equal(getattr(alone, name), getattr(draws, name))
     alone = aug.draw(aug.stream(1, "augment"), 4000, 10, 20, AugmentConfig(cutout=5, randaugment=True))
     assert torch.equal(alone.cutout, draws.cutout) and torch.equal(alone.ops, draws.ops)
-    assert torch.equal(aug.rows(draws, torch.tensor([7, 3])).theta, draws.theta[[7, 3]])
+    assert torch.equal(draws.take(torch.tensor([7, 3])).theta, draws.theta[[7, 3]])
 
 
 @pytest.mark.parametrize(("height", "width"), [(375, 500), (60, 40), (1, 1), (3, 900), (900, 3)])
@@ -439,7 +441,7 @@ def test_crops_reach_every_border():
 def test_randaugment_is_torchvisions_image_by_image(channels):
     image = torch.randint(0, 256, (channels, 16, 16), dtype=torch.uint8)
     ops = torch.arange(28)[:, None]
-    ours = aug.randaugment(image.expand(28, -1, -1, -1), ops)
+    ours = randaugment.apply(image.expand(28, -1, -1, -1), ops)
     theirs = set()
     for seed in range(300):
         torch.manual_seed(seed)
@@ -447,10 +449,10 @@ def test_randaugment_is_torchvisions_image_by_image(channels):
     assert {bytes(out.numpy()) for out in ours} == theirs
     images = torch.randint(0, 256, (20, channels, 16, 16), dtype=torch.uint8)
     ops = torch.randint(0, 28, (20, 2))
-    whole = aug.randaugment(images, ops)
-    assert torch.equal(whole, aug.randaugment(aug.randaugment(images, ops[:, :1]), ops[:, 1:]))
+    whole = randaugment.apply(images, ops)
+    assert torch.equal(whole, randaugment.apply(randaugment.apply(images, ops[:, :1]), ops[:, 1:]))
     for i in range(20):  # batch mates change nothing
-        assert torch.equal(whole[i : i + 1], aug.randaugment(images[i : i + 1], ops[i : i + 1]))
+        assert torch.equal(whole[i : i + 1], randaugment.apply(images[i : i + 1], ops[i : i + 1]))
 
 
 @pytest.mark.parametrize("kind", ["mixup", "cutmix"])
@@ -639,8 +641,8 @@ def test_no_network_is_one_clear_line(name, tmp_path, monkeypatch):
 
 
 def test_a_silent_network_is_waited_for_only_so_long(tmp_path, monkeypatch):
-    assert sources.NETWORK_WAIT_S <= 10
-    monkeypatch.setattr(sources, "NETWORK_WAIT_S", 0.3)
+    assert download.NETWORK_WAIT_S <= 10
+    monkeypatch.setattr(download, "NETWORK_WAIT_S", 0.3)
     monkeypatch.setattr("urllib.request.urlopen", silent_network)
     begin = time.monotonic()
     with pytest.raises(DataError, match=r"no answer within 0\.3 s"):
@@ -806,7 +808,7 @@ def test_workers_ignore_the_launchers_signals(tree):
     _, train, _, _ = load(dataset="FOLDER", data_dir=tree, img_size=16, num_workers=1)
     epoch = train.batches(0, batch_size=2, seed=5)
     first = next(epoch)
-    (worker,) = train._loader._iterator._workers
+    (worker,) = train._reader._loader._iterator._workers
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         os.kill(worker.pid, number)
     assert same([first, *epoch], batches(load(dataset="FOLDER", data_dir=tree, img_size=16)[1], batch_size=2))
@@ -837,7 +839,7 @@ def test_a_truncated_jpeg_ends_the_run_with_its_name(tree, workers):
         assert "\n" not in str(error.value)
     with pytest.raises(DataError, match=str(path)):
         batches(train, batch_size=11)
-    image, _, bad = train._files[sources.Key(13, np.zeros((10, 4)))]  # nothing more is read to find a substitute
+    image, _, bad = train._files[Key(13, np.zeros((10, 4)))]  # nothing more is read to find a substitute
     assert image is None and len(bad) == 1
 
 

@@ -33,7 +33,8 @@ from sasa.analysis.attention_maps import (
 )
 from sasa.analysis.page import ImageAttention
 from sasa.console import Parser, printable
-from sasa.data.datasets import DataError, Files
+from sasa.data.errors import DataError
+from sasa.data.images import Files
 from sasa.training import checkpoint
 from sasa.training.checkpoint import CheckpointError
 from sasa.training.network import network_of
@@ -119,8 +120,7 @@ def read_images(args: argparse.Namespace, config: Config, known: DataInfo) -> tu
     """
     if args.images:
         own = FolderData(Files(args.images), [0] * len(args.images), known)
-        ((images, _),) = own.eval_batches(len(own))
-        return known, [NamedImage(Path(path).name, "", image) for path, image in zip(args.images, images, strict=True)]
+        return known, [NamedImage(Path(path).name, "", own.image(i)[0]) for i, path in enumerate(args.images)]
     dataset, data_dir = args.dataset or config.dataset, args.data_dir or config.data_dir
     if dataset != config.dataset:
         config = resolve({"img_size": config.img_size}, dataset)
@@ -129,8 +129,8 @@ def read_images(args: argparse.Namespace, config: Config, known: DataInfo) -> tu
     for index in args.index or [0]:
         if not 0 <= index < size:
             raise ConfigError(f"--index {index}: must be from 0 to {size - 1}, the test split's last image")
-        ((image, label),) = data.test.eval_batches(1, rank=index, world_size=size)  # that one image alone
-        chosen.append(NamedImage(f"{dataset} test {index}", data.info.class_names[label], image[0]))
+        image, label = data.test.image(index)
+        chosen.append(NamedImage(f"{dataset} test {index}", data.info.class_names[label], image))
     return data.info if data.info.num_classes == known.num_classes else known, chosen
 
 

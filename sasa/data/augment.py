@@ -1,7 +1,7 @@
 """Augmentation of whole batches on the device, and mixing: pure functions of images and of numbers drawn beforehand.
 
 Nothing here touches a global random state. `draw` makes every random number of one step, for the whole global batch,
-from a numpy generator on the CPU; `rows` cuts out one process's part; `augment` and `mix` apply it. What an image
+from a numpy generator on the CPU; `Draws.take` is one process's part; `augment` and `mix` apply it. What an image
 becomes is therefore the same on a CPU and on a GPU up to rounding, and bitwise the same whatever the number of
 processes: every quantity is computed for the global batch before it is cut, and applied element by element.
 
@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-RANDAUGMENT_OPS = 2  # torchvision's default: two operations an image, at magnitude 9 of 31
+from sasa.data import randaugment
+
 CROP_TRIES = 10  # as torchvision's RandomResizedCrop
 CROP_AREA, CROP_ASPECT = (0.08, 1.0), (3 / 4, 4 / 3)  # share of the area, width / height: the ImageNet family's
 
@@ -30,7 +31,7 @@ class AugmentConfig:
     flip: mirrored left to right, half of the time
     rotate, translate, zoom: one affine resampling: up to this many degrees, this share of the side, this scale +-
     cutout: side of a square set to the data set's mean, centred anywhere, clipped at the border
-    randaugment: torchvision v2's RandAugment, before the affine resampling
+    randaugment: RandAugment (`sasa.data.randaugment`), before the affine resampling
     mixup, cutmix: alpha of the Beta distribution; where both are given, each step takes one of them, evenly
     reflect: what a shifted or rotated image shows beyond its border: itself mirrored, rather than black
     """
@@ -80,8 +81,12 @@ class Draws(NamedTuple):
     flip: Tensor | None  # (B,) bool
     theta: Tensor | None  # (B, 2, 3) output position -> input position, both in [-1, 1]
     cutout: Tensor | None  # (B, 2) int64, row and column of the first pixel of the square (may lie outside)
-    ops: Tensor | None  # (B, RANDAUGMENT_OPS) int64, 2 * operation + sign
+    ops: Tensor | None  # (B, randaugment.ROUNDS) int64, 2 * operation + sign
     crop: Tensor | None = None  # (B, CROP_TRIES, 4) float64 in [0, 1), for `crop_box`: image trees only
+
+    def take(self, index: Tensor) -> "Draws":
+        """The numbers of the images at these positions of the global batch."""
+        return Draws(*(None if field is None else field[index] for field in self))
 
 
 class Mix(NamedTuple):
@@ -109,11 +114,10 @@ def draw(rng: np.random.Generator, count: int, height: int, width: int, config: 
         )
     # Drawn last and by their own calls, so that asking for them leaves the numbers above as they are.
     centre = rng.integers(0, (height, width), (count, 2))
-    choice = rng.integers(0, 2 * len(_randaugment_names()), (count, RANDAUGMENT_OPS)) if config.randaugment else None
+    if config.randaugment:
+        ops = torch.from_numpy(rng.integers(0, 2 * len(randaugment.OPERATIONS), (count, randaugment.ROUNDS)))
     if config.cutout:
         cutout = torch.from_numpy(centre - config.cutout // 2)
-    if choice is not None:
-        ops = torch.from_numpy(choice)
     return Draws(shift, flip, theta, cutout, ops)
 
 
@@ -128,11 +132,6 @@ def _theta(angle: np.ndarray, shift: np.ndarray, scale: np.ndarray, aspect: floa
     x = np.stack((cos, -sin * aspect, -cos * right + sin * aspect * down), 1)  # (B, 3)
     y = np.stack((sin / aspect, cos, -sin / aspect * right - cos * down), 1)
     return torch.from_numpy(np.stack((x, y), 1).astype(np.float32))  # (B, 2, 3)
-
-
-def rows(draws: Draws, index: Tensor) -> Draws:
-    """The draws of the images at these positions of the global batch."""
-    return Draws(*(None if field is None else field[index] for field in draws))
 
 
 def draw_crops(rng: np.random.Generator, count: int) -> Tensor:
@@ -158,7 +157,7 @@ def crop_box(uniform: np.ndarray, height: int, width: int) -> tuple[int, int, in
     return (height - h) // 2, (width - w) // 2, h, w
 
 
-def augment(images: Tensor, draws: Draws, config: AugmentConfig) -> Tensor:
+def augment_images(images: Tensor, draws: Draws, config: AugmentConfig) -> Tensor:
     """(B, C, H, W) uint8 -> (B, C, H, W), cropped, flipped, RandAugmented, resampled; uint8 unless resampled.
 
     Cutout and mixing come after normalisation: `cutout` and `mix`.
@@ -171,7 +170,7 @@ def augment(images: Tensor, draws: Draws, config: AugmentConfig) -> Tensor:
     if draws.shift is not None or draws.flip is not None:
         images = crop_flip(images, there(draws.shift), there(draws.flip), config.reflect)
     if draws.ops is not None:
-        images = randaugment(images, draws.ops)
+        images = randaugment.apply(images, draws.ops)
     if draws.theta is not None:
         images = resample(images.float(), there(draws.theta), config.reflect)
     return images
@@ -215,41 +214,6 @@ def resample(images: Tensor, theta: Tensor, reflect: bool = False) -> Tensor:
     grid = t[:, :, 0] * x + t[:, :, 1] * y + t[:, :, 2]  # (B, 2, H, W), x then y
     border = "reflection" if reflect else "zeros"
     return F.grid_sample(images, grid.permute(0, 2, 3, 1), mode="bilinear", padding_mode=border, align_corners=False)
-
-
-def randaugment(images: Tensor, ops: Tensor) -> Tensor:
-    """torchvision v2's RandAugment, each image with its own operations. (B, C, H, W) uint8 -> the same.
-
-    Images that drew the same operation go through it together, which on a GPU is what makes it affordable; the
-    operations look at one image at a time, so batch mates change nothing. ops (B, rounds) on the CPU.
-    """
-    from torchvision.transforms import v2  # here, not above: a second of import that few runs need
-
-    policy, names = v2.RandAugment(), _randaugment_names()
-    height, width = images.shape[2:]
-    for drawn in ops.unbind(1):
-        out = images.clone()
-        for op in drawn.unique().tolist():
-            name, negative = names[op // 2], op % 2
-            values, signed = policy._AUGMENTATION_SPACE[name]
-            values = values(policy.num_magnitude_bins, height, width)
-            magnitude = 0.0 if values is None else float(values[policy.magnitude])
-            chosen = (drawn == op).nonzero()[:, 0].to(images.device, non_blocking=True)
-            out[chosen] = policy._apply_image_or_video_transform(
-                images[chosen],
-                name,
-                -magnitude if signed and negative else magnitude,
-                interpolation=policy.interpolation,
-                fill=policy._fill,
-            )
-        images = out
-    return images
-
-
-def _randaugment_names() -> list[str]:
-    from torchvision.transforms import v2
-
-    return list(v2.RandAugment._AUGMENTATION_SPACE)
 
 
 def cutout(images: Tensor, corner: Tensor, side: int) -> Tensor:

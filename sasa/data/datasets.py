@@ -1,53 +1,92 @@
-"""Reading data sets from the disk, and fetching them: what lies under `preprocess.load`.
+"""The data sets: what is known of each, and the small ones read whole from their files.
 
-A small set is read whole, as its class names and (images (n, C, H, W) uint8, labels (n,) int64) of training and test
-set; of an image tree only the paths and labels are listed. Everything that is wrong with the files is a DataError.
+A small set is its class names and (images (n, C, H, W) uint8, labels (n,) int64) of training and test set. Everything
+that is wrong with its files is a DataError.
 """
 
 import gzip
-import http.client
-import os
-import queue
-import signal
-import socket
 import struct
-import tarfile
-import threading
-import time
-import urllib.error
-import urllib.parse
-import urllib.request
 import zlib
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, default_collate
 
-from sasa.data.augment import crop_box
+from sasa.console import one_line
+from sasa.data.augment import AugmentConfig
+from sasa.data.download import download
+from sasa.data.errors import DataError
 
 # torchvision is imported where it is used: it takes a second, and DIGITS does not need it.
 
-NETWORK_WAIT_S = 10.0
 _DIGITS_FILE = Path(__file__).with_name("digits.csv.gz")
 _DIGITS_TRAIN = 1437  # the first of 1,797, 80%
 _IDX_FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
-_DEBIAN_FASHION = "/usr/share/datasets/fashion-mnist"
+_IMAGENET_STATS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
-class DataError(Exception):
-    """Wrong data: one line that names the path and what to do."""
+@dataclass(frozen=True)
+class Spec:
+    """What is known of a data set before it is read.
+
+    mean, std: of images in [0, 1], one number a stored channel. DIGITS and FashionMNIST: `preprocess.channel_stats` of
+    the training set, rounded to 4 places (tests/data/test_datasets.py computes them again). MNIST and CIFAR: the
+    figures in general use, which are that same statistic of their training sets (pytorch/examples;
+    kuangliu/pytorch-cifar; weiaicunzai/pytorch-cifar100). IMAGENET: torchvision's; FOLDER and WEBDATASET take them
+    over: photographs too.
+    """
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    side: int | None  # pixels; None where images differ
+    augment: AugmentConfig  # the default recipe's
+    mirror: bool  # whether a mirrored image keeps its class
 
 
-def one_line(error: object) -> str:
-    """What an error says, short and without line breaks."""
-    return " ".join(str(error).split())[:200] or type(error).__name__
+_DIGIT_MOVES = AugmentConfig(rotate=10, translate=0.1, zoom=0.1)
+SPECS = {
+    "DIGITS": Spec((0.3054,), (0.3753,), 8, _DIGIT_MOVES, False),
+    "CIFAR10": Spec((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616), 32, AugmentConfig(4, True, cutout=8), True),
+    "CIFAR100": Spec((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762), 32, AugmentConfig(4, True, cutout=8), True),
+    "MNIST": Spec((0.1307,), (0.3081,), 28, _DIGIT_MOVES, False),
+    "FashionMNIST": Spec((0.2860,), (0.3530,), 28, AugmentConfig(2, True), True),
+    "IMAGENET": Spec(*_IMAGENET_STATS, None, AugmentConfig(flip=True), True),
+    "FOLDER": Spec(*_IMAGENET_STATS, None, AugmentConfig(flip=True), True),
+    "WEBDATASET": Spec(*_IMAGENET_STATS, None, AugmentConfig(flip=True), True),
+}
 
 
-# ---- small sets ------------------------------------------------------------------------------------------------------
+def canonical_name(text: str) -> str:
+    """The data set's name as SPECS writes it, from any case.
+
+    Raises:
+        ValueError: another name.
+    """
+    for name in SPECS:
+        if name.lower() == text.lower():
+            return name
+    raise ValueError(f"unknown data set {text!r}, expected one of {', '.join(SPECS)}")
+
+
+def default_augment(name: str, recipe: str = "default", img_size: int | None = None) -> AugmentConfig:
+    """The augmentation of a recipe (default, port, paper) for a data set fed at img_size (None: its own size).
+
+    port and paper: the CIFAR-10 family's crop with padding 4 at 32 pixels (an eighth of the side elsewhere) and flip;
+    no flip where a mirror image is another class. Image trees: random resized crop (always) and flip in every recipe.
+    """
+    spec = SPECS[canonical_name(name)]
+    if recipe == "default" or spec.side is None:
+        config = spec.augment
+    else:
+        config = AugmentConfig(pad=spec.side // 8, flip=spec.mirror)
+    scale = 1 if img_size is None or spec.side is None else img_size / spec.side
+    return AugmentConfig(**{**vars(config), "pad": round(config.pad * scale), "cutout": round(config.cutout * scale)})
+
+
+# ---- small sets -----------------------------------------------------------------------------------------------------
 
 SmallSet = tuple[tuple[str, ...], tuple[Tensor, Tensor], tuple[Tensor, Tensor]]  # classes, train, test
 
@@ -142,200 +181,3 @@ SMALL_SETS: dict[str, Callable[[Path], SmallSet]] = {
     "MNIST": _read_mnist("MNIST"),
     "FashionMNIST": _read_mnist("FashionMNIST"),
 }
-
-
-# ---- image trees -----------------------------------------------------------------------------------------------------
-
-
-def read_trees(name: str, data_dir: Path) -> tuple[list[str], tuple, tuple]:
-    """Classes, and (`Files`, labels) of data_dir/train and data_dir/val, a folder a class."""
-    if not data_dir.is_dir():
-        raise DataError(f"{data_dir}: no such folder; --data-dir must hold train/ and val/, each with a folder a class")
-    classes, train = _read_tree(data_dir / "train")
-    val_classes, val = _read_tree(data_dir / "val")
-    if classes != val_classes:
-        odd = sorted(set(classes) ^ set(val_classes))
-        raise DataError(f"{data_dir}: train/ and val/ have different class folders, {odd[0]} is in one of them only")
-    if name == "IMAGENET" and len(classes) != 1000:
-        raise DataError(f"{data_dir}: IMAGENET has 1000 class folders, here are {len(classes)}; try --dataset FOLDER")
-    return classes, train, val
-
-
-def _read_tree(root: Path) -> tuple[list[str], tuple["Files", list[int]]]:
-    from torchvision.datasets import ImageFolder
-
-    try:
-        tree = ImageFolder(str(root), allow_empty=True)
-    except OSError as error:
-        what = "no class folders in it" if root.is_dir() else "no such folder"
-        raise DataError(f"{root}: {what}; put one folder of images for each class there") from error
-    empty = sorted(set(range(len(tree.classes))) - set(tree.targets))
-    if empty:
-        raise DataError(f"{root / tree.classes[empty[0]]}: class folder without images; fill it or remove it")
-    return tree.classes, (Files([path for path, _ in tree.samples]), tree.targets)
-
-
-class Key(NamedTuple):
-    """All that a worker needs to know to make one sample."""
-
-    index: int
-    crop: np.ndarray | None  # numbers of `augment.crop_box`; None is evaluation
-
-
-class Files:
-    """The image files of a tree, by number."""
-
-    def __init__(self, paths: list[str]) -> None:
-        # An array, not a list: the workers' copies of a million Python objects would grow with every reference count.
-        self.paths = np.array([os.fsencode(path) for path in paths])
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def take(self, index: list[int]) -> "Files":
-        return Files([self.name(i) for i in index])
-
-    def name(self, index: int) -> str:
-        return os.fsdecode(self.paths[index])
-
-    def open(self, index: int) -> str:
-        """What PIL opens."""
-        return self.name(index)
-
-
-class ImageFiles(Dataset):
-    """Files and labels; one sample is a function of its key, whichever worker makes it.
-
-    files: `Files`, or `shards.ShardFiles`.
-    """
-
-    def __init__(self, files, labels: list[int], size: int, skip_bad_images: bool) -> None:
-        from torchvision.transforms import v2
-
-        self.files = files
-        self.labels = np.array(labels, dtype=np.int64)
-        self.skip_bad_images = skip_bad_images
-        self._size = [size, size]
-        self._test = v2.Compose([v2.Resize(round(size * 256 / 224), antialias=True), v2.CenterCrop(size)])
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, key: Key) -> tuple[Tensor | None, int, list[str]]:
-        """Image (3, size, size) uint8, label, and what could not be read: "path: what is wrong".
-
-        A training image that cannot be read is replaced by the next in the list that can, with that one's label, so
-        that batches keep their size and do not depend on the workers. Without skip_bad_images, in evaluation, and
-        where no file at all can be read, the image is None.
-        """
-        bad: list[str] = []
-        for index in range(key.index, key.index + len(self)):
-            index %= len(self)
-            try:
-                return self._transform(self._read(index), key), int(self.labels[index]), bad
-            except _BadImageError as error:
-                bad.append(f"{self.files.name(index)}: {error}")
-            if key.crop is None or not self.skip_bad_images:
-                break
-        return None, -1, bad
-
-    def _read(self, index: int):
-        """The decoded image, by PIL: torchvision's decoder fills a truncated JPEG with gray silently."""
-        from PIL import Image
-
-        try:
-            with Image.open(self.files.open(index)) as image:
-                image.load()
-                return image if image.mode == "RGB" else image.convert("RGB")  # which copies what is RGB already
-        except Exception as error:  # broken files make the decoders raise anything, from OSError to struct.error
-            raise _BadImageError(one_line(error)) from error
-
-    def _transform(self, image, key: Key) -> Tensor:
-        """PIL image -> (3, size, size) uint8."""
-        from torchvision.transforms.v2 import functional
-
-        if key.crop is None:
-            return self._test(functional.pil_to_tensor(image))
-        top, left, height, width = crop_box(key.crop, image.height, image.width)
-        # Cropped before it becomes a tensor: half of the pixels, on average, need not be copied.
-        crop = functional.pil_to_tensor(image.crop((left, top, left + width, top + height)))
-        return functional.resize(crop, self._size, antialias=True)
-
-
-class _BadImageError(Exception):
-    pass
-
-
-def collate(samples: list[tuple[Tensor | None, int, list[str]]]) -> tuple[Tensor, Tensor, list[str]]:
-    """Images (B, 3, size, size) uint8 of those samples that have one, labels (B,) int64, what could not be read."""
-    good = [(image, label) for image, label, _ in samples if image is not None]
-    # By pixels with their channels, as resizing leaves them: a plain copy, in a worker into memory that it shares.
-    rows = [image.permute(1, 2, 0) for image, _ in good]
-    images = default_collate(rows) if rows else torch.empty(0, 0, 0, 3, dtype=torch.uint8)
-    labels = torch.tensor([label for _, label in good])
-    return images.permute(0, 3, 1, 2), labels, [line for *_, bad in samples for line in bad]
-
-
-def ignore_signals(_worker: int) -> None:
-    """Launchers signal the whole process group; the training process decides when its workers end."""
-    for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
-        if hasattr(signal, name):  # no SIGUSR1 on Windows
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
-
-
-# ---- the network ----------------------------------------------------------------------------------------------------
-
-
-def download(kind: type, data_dir: str | Path, otherwise: str | None = None) -> None:
-    """Lets torchvision fetch and check a set. Without a network this ends within NETWORK_WAIT_S.
-
-    Raises: DataError where none of the mirrors answers, or what came is not what was asked for. It ends with
-    `otherwise`, or with what to do.
-    """
-    where = f"{kind.__name__} is not in {data_dir}"
-    if otherwise is None:
-        otherwise = "put its files there, or choose --dataset DIGITS, which needs none"
-        if kind.__name__ == "FashionMNIST":
-            otherwise = f"put its files there, or install Debian's dataset-fashion-mnist, --data-dir {_DEBIAN_FASHION}"
-    mirrored = hasattr(kind, "mirrors")
-    urls = [mirror + kind.resources[0][0] for mirror in kind.mirrors] if mirrored else [kind.url]
-    if (problem := _unreachable(urls)) is not None:
-        raise DataError(f"{where} and cannot be downloaded ({problem}): {otherwise}")
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(NETWORK_WAIT_S)  # torchvision sets none, and a line that falls silent would hang the run
-    try:
-        kind(str(data_dir), download=True)
-    except (RuntimeError, OSError, EOFError, http.client.HTTPException, tarfile.TarError, zlib.error) as error:
-        raise DataError(f"{where} and the download failed ({one_line(error)}): {otherwise}") from error
-    finally:
-        socket.setdefaulttimeout(before)
-
-
-def _unreachable(urls: list[str]) -> str | None:
-    """None where one of the addresses answers within NETWORK_WAIT_S, else why not.
-
-    In threads, because no timeout bounds the look-up of a name.
-    """
-    answers: queue.SimpleQueue[str | None] = queue.SimpleQueue()
-
-    def ask(url: str) -> None:
-        try:
-            request = urllib.request.Request(url, method="HEAD", headers={"User-Agent": "pytorch/vision"})
-            urllib.request.urlopen(request, timeout=NETWORK_WAIT_S).close()
-            answers.put(None)
-        except urllib.error.HTTPError:
-            answers.put(None)  # someone is there: the download itself will say what is wrong
-        except Exception as error:
-            answers.put(f"{urllib.parse.urlparse(url).hostname}: {one_line(getattr(error, 'reason', error))}")
-
-    for url in urls:
-        threading.Thread(target=ask, args=(url,), daemon=True).start()
-    end, problem = time.monotonic() + NETWORK_WAIT_S, f"no answer within {NETWORK_WAIT_S:g} s"
-    for _ in urls:
-        try:
-            problem = answers.get(timeout=max(end - time.monotonic(), 0))
-        except queue.Empty:
-            break
-        if problem is None:
-            return None
-    return problem

@@ -23,7 +23,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from sasa.data.datasets import DataError, one_line, read_trees
+from sasa.console import one_line
+from sasa.data.errors import DataError
+from sasa.data.trees import read_trees
 
 IMAGES_A_SHARD = 1000  # about 100 MB of ImageNet
 OPEN_SHARDS = 128  # files that a process keeps open; usual limits are 1024
@@ -48,7 +50,7 @@ class Sample(NamedTuple):
 
 
 class ShardFiles:
-    """The images of shards, by number; the interface of `sources.Files`."""
+    """The images of shards, by number; a `Source`."""
 
     def __init__(self, shards: list[str], samples: np.ndarray) -> None:
         self.shards, self.samples = shards, samples  # samples (n, 3) int64: `Sample`s
@@ -62,6 +64,11 @@ class ShardFiles:
     def name(self, index: int) -> str:
         sample = Sample(*self.samples[index].tolist())
         return f"{self.shards[sample.shard]} at byte {sample.start}"
+
+    def identities(self) -> list[bytes]:
+        """Of each sample its shard's name, its place there and its size."""
+        names = [os.fsencode(Path(shard).name) for shard in self.shards]
+        return [names[shard] + b"\0%d\0%d" % (start, size) for shard, start, size in self.samples.tolist()]
 
     def open(self, index: int) -> io.BytesIO:
         """The image's file, whole, in memory."""

@@ -17,7 +17,7 @@ import preprocess
 import small_runs
 import train
 from model import build
-from sasa.data import datasets as sources
+from sasa.data import images as sources
 from sasa.data.augment import draw_crops, stream
 from sasa.training.optim import build_ema
 

@@ -1,0 +1,181 @@
+"""One image of a tree or of shards: decoded, cropped and resized, as workers do it."""
+
+import io
+import os
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import Dataset, default_collate
+
+from sasa.console import one_line
+from sasa.data.augment import crop_box
+
+_STATS_AT_ONCE, _STAT_THREADS = 4096, 16
+
+
+class Source(Protocol):
+    """Image files by number, wherever they lie: `Files` or `shards.ShardFiles`."""
+
+    def __len__(self) -> int: ...
+
+    def take(self, index: list[int]) -> "Source":
+        """The files of these numbers, renumbered."""
+
+    def name(self, index: int) -> str:
+        """For a person: the path, or the place in a shard."""
+
+    def open(self, index: int) -> str | io.BytesIO:
+        """What PIL opens."""
+
+    def identities(self) -> list[bytes]:
+        """What makes each file that one: its path in the tree and its size."""
+
+
+class Files:
+    """Image files by their paths; a `Source`."""
+
+    def __init__(self, paths: list[str], root: str = "") -> None:
+        """`root`: the tree's folder, which the images' identities leave out."""
+        # An array, not a list: the workers' copies of a million Python objects would grow with every reference count.
+        self.paths, self.root = np.array([os.fsencode(path) for path in paths]), root
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def take(self, index: list[int]) -> "Files":
+        return Files([self.name(i) for i in index], self.root)
+
+    def name(self, index: int) -> str:
+        return os.fsdecode(self.paths[index])
+
+    def open(self, index: int) -> str:
+        """What PIL opens."""
+        return self.name(index)
+
+    def identities(self) -> list[bytes]:
+        """Of each file its path in the tree and its size in bytes: what `fingerprint` is made of."""
+        parts = np.array_split(self.paths, -(-len(self) // _STATS_AT_ONCE) or 1)
+        with ThreadPoolExecutor(_STAT_THREADS) as pool:  # on a network's file system each waits for the server
+            return [identity for part in pool.map(self._identities, parts) for identity in part]
+
+    def _identities(self, paths: np.ndarray) -> list[bytes]:
+        root = os.path.join(os.fsencode(self.root), b"") if self.root else b""
+        return [path.removeprefix(root) + b"\0%d" % _size(path) for path in paths.tolist()]
+
+
+def _size(path: bytes) -> int:
+    try:
+        return os.stat(path).st_size
+    except OSError:
+        return -1  # reading it will say what is wrong
+
+
+class _BadImageError(Exception):
+    """An image that cannot be read."""
+
+
+class Key(NamedTuple):
+    """All that a worker needs to know to make one sample."""
+
+    index: int
+    crop: np.ndarray | None  # numbers of `augment.crop_box`; None is evaluation
+
+
+class Evaluated(NamedTuple):
+    """How an image is fed in evaluation: a centre crop of `size` out of an image of `resize` pixels on its short side.
+
+    interpolation: bilinear or bicubic, antialiased.
+    """
+
+    size: int
+    resize: int
+    interpolation: str = "bilinear"
+
+
+def resize_tensor(images: Tensor, fed: Evaluated) -> Tensor:
+    """(n, C, H, W) uint8, H = W -> (n, C, size, size) uint8, as `fed`. Once, at loading."""
+    side, border = fed.resize, round((fed.resize - fed.size) / 2)
+    if images.shape[-2:] != (side, side):
+        options = {"size": (side, side), "mode": fed.interpolation, "antialias": True}
+        parts = (F.interpolate(part.float(), **options) for part in images.split(4096))
+        images = torch.cat([part.round().clamp(0, 255).byte() for part in parts])
+    return images[..., border : border + fed.size, border : border + fed.size]
+
+
+class ImageFiles(Dataset):
+    """Files and labels; one sample is a function of its key, whichever worker makes it."""
+
+    def __init__(
+        self,
+        files: Source,
+        labels: list[int],
+        size: int,
+        skip_bad_images: bool,
+        evaluated: Evaluated | None = None,
+    ) -> None:
+        """`size`: the side of a training image, pixels; `evaluated`: None is that side, of 256/224 of it."""
+        self.files = files
+        self.labels = np.array(labels, dtype=np.int64)
+        self.skip_bad_images = skip_bad_images
+        self._size = [size, size]
+        self._evaluated = evaluated or Evaluated(size, round(size * 256 / 224))
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, key: Key) -> tuple[Tensor | None, int, list[str]]:
+        """Image (3, H, W) uint8, label, and what could not be read: "path: what is wrong".
+
+        A training image that cannot be read is replaced by the next in the list that can, with that one's label, so
+        that batches keep their size and do not depend on the workers. Without skip_bad_images, in evaluation, and
+        where no file at all can be read, the image is None.
+        """
+        bad: list[str] = []
+        for index in range(key.index, key.index + len(self)):
+            index %= len(self)
+            try:
+                return self._transform(self._read(index), key), int(self.labels[index]), bad
+            except _BadImageError as error:
+                bad.append(f"{self.files.name(index)}: {error}")
+            if key.crop is None or not self.skip_bad_images:
+                break
+        return None, -1, bad
+
+    def _read(self, index: int):
+        """The decoded image, by PIL: torchvision's decoder fills a truncated JPEG with gray silently."""
+        from PIL import Image
+
+        try:
+            with Image.open(self.files.open(index)) as image:
+                image.load()
+                return image if image.mode == "RGB" else image.convert("RGB")  # which copies what is RGB already
+        except Exception as error:  # broken files make the decoders raise anything, from OSError to struct.error
+            raise _BadImageError(one_line(error, 200)) from error
+
+    def _transform(self, image, key: Key) -> Tensor:
+        """PIL image -> (3, H, W) uint8."""
+        from torchvision.transforms.v2 import InterpolationMode, functional
+
+        if key.crop is None:
+            fed = self._evaluated
+            mode = InterpolationMode(fed.interpolation)
+            pixels = functional.resize(functional.pil_to_tensor(image), [fed.resize], mode, antialias=True)
+            return functional.center_crop(pixels, [fed.size, fed.size])
+        top, left, height, width = crop_box(key.crop, image.height, image.width)
+        # Cropped before it becomes a tensor: half of the pixels, on average, need not be copied.
+        crop = functional.pil_to_tensor(image.crop((left, top, left + width, top + height)))
+        return functional.resize(crop, self._size, antialias=True)
+
+
+def collate(samples: list[tuple[Tensor | None, int, list[str]]]) -> tuple[Tensor, Tensor, list[str]]:
+    """Images (B, 3, H, W) uint8 of those samples that have one, labels (B,) int64, what could not be read."""
+    good = [(image, label) for image, label, _ in samples if image is not None]
+    # By pixels with their channels, as resizing leaves them: a plain copy, in a worker into memory that it shares.
+    pixels = [image.permute(1, 2, 0) for image, _ in good]  # (H, W, 3) each
+    images = default_collate(pixels) if pixels else torch.empty(0, 0, 0, 3, dtype=torch.uint8)
+    labels = torch.tensor([label for _, label in good])
+    return images.permute(0, 3, 1, 2), labels, [line for *_, bad in samples for line in bad]

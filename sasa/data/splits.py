@@ -1,0 +1,190 @@
+"""The images of one purpose, and their batches: plan -> fetch -> transform, for a tensor and for files."""
+
+from collections.abc import Iterator
+from itertools import tee
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from sasa.data.augment import AugmentConfig
+from sasa.data.batches import DataInfo, Piece, normalise, own_part, plan, transform
+from sasa.data.batches import steps_per_epoch as count_steps
+from sasa.data.errors import DataError
+from sasa.data.fingerprint import fingerprint, of_tensors
+from sasa.data.images import Evaluated, ImageFiles, Key, Source
+from sasa.data.workers import Reader
+
+
+class Split(Protocol):
+    """The images of one purpose, training, holdout or test: `TensorData` or `FolderData`.
+
+    Attributes:
+        info: of the whole data set.
+        bad_images: "path: what is wrong" of each file that this process could not read and skipped so far.
+    """
+
+    info: DataInfo
+    bad_images: list[str]
+
+    def __len__(self) -> int: ...
+
+    def steps_per_epoch(self, batch_size: int, world_size: int = 1, accumulate: int = 1) -> int:
+        """Optimizer steps in an epoch: `steps_per_epoch` of this many images."""
+
+    def batches(self, epoch: int, start_step: int = 0, **options) -> Iterator[tuple[Tensor, Tensor]]:
+        """One epoch of this process from optimizer step start_step on: `accumulate` pairs a step.
+
+        Args:
+            options: those of `plan`.
+
+        Yields:
+            images (B, 3, H, W) float32 and labels (B,) int64, or soft targets (B, classes) float32 where mixed.
+
+        Raises:
+            DataError: a step with fewer images than pieces; a file that cannot be read, unless such are skipped.
+        """
+
+    def eval_batches(self, batch_size: int, rank: int = 0, world_size: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
+        """Each image once over all ranks, in order, not augmented: (B, 3, H, W) float32 and labels (B,) int64.
+
+        Skipped files are left out, so that nothing counts twice: the total over all ranks is len(self) less their
+        bad_images.
+        """
+
+    def image(self, index: int) -> tuple[Tensor, int]:
+        """One image as evaluation feeds it, (3, H, W) float32, and its label. Raises DataError, IndexError."""
+
+    def fingerprint(self) -> dict[str, Any]:
+        """`sasa.data.fingerprint.fingerprint` of the images."""
+
+    def close(self) -> None:
+        """Ends the workers, where there are any."""
+
+
+class TensorData:
+    """A small set on the device; a `Split`."""
+
+    def __init__(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        info: DataInfo,
+        device: torch.device | str = "cpu",
+        identity: dict[str, Any] | None = None,
+    ) -> None:
+        """
+        Args:
+            images: (n, C, H, W) uint8 with C = 1 or 3, as they are fed.
+            labels: (n,) int64.
+            identity: the fingerprint of the images before they were resized; None: of these.
+        """
+        self.info, self.bad_images = info, []
+        self.images, self.labels = images.to(device), labels.to(device)
+        self._fingerprint = identity or of_tensors(images, labels, info.num_classes)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def steps_per_epoch(self, batch_size: int, world_size: int = 1, accumulate: int = 1) -> int:
+        return count_steps(len(self), batch_size, world_size, accumulate)
+
+    def batches(
+        self, epoch: int, start_step: int = 0, *, augment: AugmentConfig | None = None, **options
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        config = augment or AugmentConfig()
+        pieces = plan(self.info, len(self), epoch, start_step, augment=config, **options)
+        fetched = self._fetch(pieces)
+        return (transform(images, labels, piece, config, self.info) for images, labels, piece in fetched)
+
+    def _fetch(self, pieces: Iterator[Piece]) -> Iterator[tuple[Tensor, Tensor, Piece]]:
+        for piece in pieces:
+            index = piece.index.to(self.images.device, non_blocking=True)
+            yield self.images[index], self.labels[index], piece
+
+    def eval_batches(self, batch_size: int, rank: int = 0, world_size: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
+        for own in own_part(len(self), batch_size, rank, world_size):
+            part = slice(own.start, own.stop)
+            yield normalise(self.images[part], self.info), self.labels[part]
+
+    def image(self, index: int) -> tuple[Tensor, int]:
+        return normalise(self.images[index][None], self.info)[0], int(self.labels[index])
+
+    def fingerprint(self) -> dict[str, Any]:
+        return self._fingerprint
+
+    def close(self) -> None:
+        pass
+
+
+class FolderData:
+    """Image files, or images in shards, read by workers; a `Split`.
+
+    Always a random resized crop, so pad, rotate, translate and zoom of an AugmentConfig must be 0. A file that cannot
+    be read is replaced by the next one that can (`ImageFiles`). One pass at a time: starting another on the same
+    object ends the first, as they share the persistent workers.
+    """
+
+    def __init__(
+        self,
+        files: Source,
+        labels: list[int],
+        info: DataInfo,
+        *,
+        device: torch.device | str = "cpu",
+        num_workers: int = 0,
+        skip_bad_images: bool = False,
+        evaluated: Evaluated | None = None,
+    ) -> None:
+        """`evaluated`: None is a centre crop of 224/256 of the short side, bilinear, at `info.image_size`."""
+        self.info, self._device = info, torch.device(device)
+        self._files = ImageFiles(files, labels, info.image_size, skip_bad_images, evaluated)
+        self._reader = Reader(self._files, self._device, num_workers)
+        self.bad_images = self._reader.bad_images
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def steps_per_epoch(self, batch_size: int, world_size: int = 1, accumulate: int = 1) -> int:
+        return count_steps(len(self), batch_size, world_size, accumulate)
+
+    def batches(
+        self, epoch: int, start_step: int = 0, *, augment: AugmentConfig | None = None, **options
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """As `Split.batches`. Where images are mixed, each piece reads one file more, the partner of its first: so the
+        mixture is what a single process makes.
+
+        Raises:
+            ValueError: pad, rotate, translate or zoom, whose part the resized crop plays here.
+        """
+        config = augment or AugmentConfig()
+        if config.geometric:
+            raise ValueError(f"{self.info.name}: pad, rotate, translate and zoom must be 0, the crop is a resized one")
+        pieces = plan(self.info, len(self), epoch, start_step, augment=config, crops=True, **options)
+        fetched = self._fetch(pieces)
+        return (transform(images, labels, piece, config, self.info) for images, labels, piece in fetched)
+
+    def _fetch(self, pieces: Iterator[Piece]) -> Iterator[tuple[Tensor, Tensor, Piece]]:
+        pieces, ahead = tee(pieces)  # the workers are given work ahead of what is yielded
+        keys = (list(map(Key, piece.index.tolist(), piece.draws.crop.numpy())) for piece in ahead)
+        for (images, labels), piece in zip(self._reader.read(keys), pieces, strict=True):
+            yield images, labels, piece
+
+    def eval_batches(self, batch_size: int, rank: int = 0, world_size: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
+        keys = ([Key(i, None) for i in own] for own in own_part(len(self), batch_size, rank, world_size))
+        for images, labels in self._reader.read(keys):
+            if len(labels):
+                yield normalise(images, self.info), labels
+
+    def image(self, index: int) -> tuple[Tensor, int]:
+        """As `Split.image`, read by this process."""
+        image, label, bad = self._files[Key(index, None)]
+        if image is None:
+            raise DataError(f"cannot read image {bad[0]}")
+        return normalise(image[None].to(self._device), self.info)[0], label
+
+    def fingerprint(self) -> dict[str, Any]:
+        return fingerprint(self._files.files.identities(), self._files.labels.tolist(), self.info.num_classes)
+
+    def close(self) -> None:
+        self._reader.close()
