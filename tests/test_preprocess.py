@@ -28,8 +28,8 @@ from preprocess import DataError, DataInfo, TensorData, default_augment, load
 from sasa.data import augment as aug
 from sasa.data import datasets as sources
 from sasa.data import download, randaugment
-from sasa.data.images import Key
 from sasa.data.augment import AugmentConfig, Draws
+from sasa.data.images import Key
 
 ROOT = Path(__file__).resolve().parents[1]
 DEBIAN_FASHION = Path("/usr/share/datasets/fashion-mnist")
