@@ -50,7 +50,39 @@ def from_recipe(text: str, kind: type, **rule) -> Any:
 
 
 @dataclass(frozen=True)
-class Config:
+class Settings:
+    """What the configuration of every kind of run can do, by the fields that its class has.
+
+    Raises:
+        ConfigError: a value of another type or out of its bounds.
+    """
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            _check_typed(f, getattr(self, f.name))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values only, as config.json and the checkpoints hold them."""
+        values = dataclasses.asdict(self)
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]):
+        """The configuration that `to_dict` gave.
+
+        Raises:
+            ConfigError: keys that this version does not know, or lacks; values that cannot be.
+        """
+        known = {f.name for f in fields(cls)}
+        differing = sorted(str(key) for key in known ^ values.keys())
+        if differing:
+            more = f" and {len(differing) - 5} more" if len(differing) > 5 else ""
+            raise ConfigError(f"the configuration is of another version: {', '.join(differing[:5])}{more} differ")
+        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+
+
+@dataclass(frozen=True)
+class Config(Settings):
     """A run. Every field is a flag: `batch_size` is --batch-size.
 
     Raises:
@@ -196,28 +228,8 @@ class Config:
     max_steps: int | None = option(None, "end the run at this global step", kind=int, low=1, free=True)
 
     def __post_init__(self) -> None:
-        for f in fields(self):
-            _check_typed(f, getattr(self, f.name))
+        super().__post_init__()
         _check_together(self)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values only, as config.json and the checkpoints hold them."""
-        values = dataclasses.asdict(self)
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "Config":
-        """The Config that `to_dict` gave.
-
-        Raises:
-            ConfigError: keys that this version does not know, or lacks; values that cannot be.
-        """
-        known = {f.name for f in fields(cls)}
-        differing = sorted(str(key) for key in known ^ values.keys())
-        if differing:
-            more = f" and {len(differing) - 5} more" if len(differing) > 5 else ""
-            raise ConfigError(f"the configuration is of another version: {', '.join(differing[:5])}{more} differ")
-        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
 
     def default_name(self) -> str:
         """The run's folder name: the same command gives the same one."""
@@ -249,15 +261,14 @@ def flag_of(name: str) -> str:
 # ---- what is allowed ------------------------------------------------------------------------------------------------
 
 
-def parse_value(name: str, text: str) -> Any:
+def parse_value(f: dataclasses.Field, text: str) -> Any:
     """The text of a flag's value in its field's type and spelling.
 
     Raises:
         ConfigError: it is not of that type, or not allowed.
     """
-    f = FIELDS[name]
     kind, rule = f.metadata["kind"], f.metadata["rule"]
-    value = _number(kind, text, f"{flag_of(name)} {text}") if kind in (int, float) else text
+    value = _number(kind, text, f"{flag_of(f.name)} {text}") if kind in (int, float) else text
     if "choices" in rule:
         spelling = {str(choice).lower(): choice for choice in rule["choices"]} | rule.get("alias", {})
         value = spelling.get(str(value).lower(), value)

@@ -1,14 +1,19 @@
-"""The command line of train.py: every field of Config as a flag, and what to do with the run. Read without torch."""
+"""The command line of a training command: every field of its configuration as a flag, and what to do with the run.
+
+Read without torch.
+"""
 
 import argparse
 import dataclasses
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any
 
-from config import Config, ConfigError, flag_of, parse_value
+from config import Config, ConfigError, Settings, flag_of, parse_value
 from sasa.console import Parser, fail
 
 PROG = "train.py"
+ABOUT = "Train a stand-alone self-attention network (or its convolution baseline), resume it, evaluate it."
 
 
 @dataclass(frozen=True)
@@ -22,31 +27,34 @@ class Command:
     overwrite: bool = False
 
 
-def parse_command_line(arguments: list[str] | None = None) -> Command:
+def parse_command_line(
+    arguments: list[str] | None = None, settings: type[Settings] = Config, prog: str = PROG, about: str = ABOUT
+) -> Command:
     """The command line (None: the process's own) as a Command.
 
     A wrong value ends the process with one line on stderr and exit code 2.
+
+    Args:
+        settings: the configuration whose fields are the flags.
+        prog, about: the command as it is typed, and what it does.
     """
-    values = vars(_parser().parse_args(arguments))
+    values = vars(_parser(settings, prog, about).parse_args(arguments))
     command = {f.name: values.pop(f.name) for f in fields(Command) if f.name in values}
+    fail_here = partial(fail, prog.removeprefix("python -m "))
     try:
-        given = {name: _value(name, value) for name, value in values.items()}
+        given = {f.name: _value(f, values[f.name]) for f in fields(settings) if f.name in values}
     except ConfigError as error:
-        fail(PROG, error)
+        fail_here(error)
     if "resume" in command and ("init_from" in command or command.get("overwrite")):
-        fail(PROG, "--resume goes on with a run: it does not go with --init-from or --overwrite")
+        fail_here("--resume goes on with a run: it does not go with --init-from or --overwrite")
     if "evaluate" in command and ("resume" in command or "init_from" in command):
-        fail(PROG, "--evaluate does not go with --resume or --init-from")
+        fail_here("--evaluate does not go with --resume or --init-from")
     return Command(given, **command)
 
 
-def _parser() -> Parser:
-    parser = Parser(
-        PROG,
-        description="Train a stand-alone self-attention network (or its convolution baseline), resume it, evaluate it.",
-        argument_default=argparse.SUPPRESS,
-    )
-    for f in fields(Config):
+def _parser(settings: type[Settings], prog: str, about: str) -> Parser:
+    parser = Parser(prog, description=about, argument_default=argparse.SUPPRESS)
+    for f in fields(settings):
         _add_flag(parser, f)
     parser.add_argument("--resume", nargs="?", const="", metavar="PATH",
                         help="go on from PATH, or from the newest whole checkpoint of the run's folder")  # fmt: skip
@@ -71,8 +79,8 @@ def _add_flag(parser: Parser, f: dataclasses.Field) -> None:
     parser.add_argument(flag_of(f.name), help=text.replace("%", "%%"), **options)
 
 
-def _value(name: str, value: Any) -> Any:
+def _value(f: dataclasses.Field, value: Any) -> Any:
     """What argparse gives for a field, in the field's type. Raises ConfigError."""
     if isinstance(value, list):
-        return tuple(sorted({parse_value(name, item) for item in value}))
-    return value if isinstance(value, bool) else parse_value(name, value)
+        return tuple(sorted({parse_value(f, item) for item in value}))
+    return value if isinstance(value, bool) else parse_value(f, value)
