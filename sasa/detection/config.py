@@ -1,0 +1,203 @@
+"""Every setting of a detection run, and the recipes. Read without torch; what it shares with config.py is taken there.
+
+The paper's text on detection, as far as it was at hand, gives the architecture and how the heads' value weights start,
+not the schedule, the optimizer, the augmentation or the losses. COCO's recipe is therefore the RetinaNet family's, with
+what the counts of Table 2 imply (640 pixels, two scales of anchors): docs/detection.md.
+"""
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from config import FIELDS, ConfigError, Settings, flag_of, option
+
+DATASETS = ("DIGITS", "COCO")
+ABOUT = "Train RetinaNet with attention (or its convolution baseline) to detect objects, resume it, evaluate it."
+PROG = "python -m sasa.detection.train"
+
+
+def same(name: str, text: str | None = None, **rule) -> Any:
+    """The field of train.py's Config, with another help text or other rules where detection differs."""
+    f = FIELDS[name]
+    about = dict(f.metadata) | {"rule": f.metadata["rule"] | rule}
+    return field(default=f.default, metadata=about | ({"help": text} if text else {}))
+
+
+def from_recipe(text: str, kind: type, **rule) -> Any:
+    """A field whose value comes from the data set's recipe unless its flag is given."""
+    return option(None, f"{text} (default: the data set's)", kind=kind, in_recipe=True, **rule)
+
+
+@dataclass(frozen=True)
+class DetectionConfig(Settings):
+    """A detection run. Every field is a flag, those of the same name as in train.py mean the same.
+
+    Raises:
+        ConfigError: a value of another type or out of its bounds, or values that do not go together.
+    """
+
+    # Model
+    model_name: str = same("model_name", "backbone, in the ImageNet form")
+    stem: bool = same("stem")
+    attention_stages: tuple[int, ...] | None = same("attention_stages")
+    heads: str = option("conv", "what stands for the heads' 3x3 convolutions", choices=("conv", "attention"))
+    fpn: str = option("conv", "what stands for the feature pyramid's", choices=("conv", "attention"))
+    fpn_channels: int | None = from_recipe("width of pyramid and heads", int, low=1, high=4096)
+    anchor_scales: int = option(2, "sizes of anchors a level", low=1, high=16)
+    anchor_size: float | None = from_recipe("side of the smallest square anchor, pixels", float, above=0)
+    kernel_size: int = same("kernel_size")
+    num_heads: int = same("num_heads")
+    position: str = same("position")
+    content: bool = same("content")
+    border: str = same("border")
+    scale: float = same("scale")
+    grouped: bool = same("grouped")
+    share_embeddings: bool = same("share_embeddings")
+    embedding_std: float | None = same("embedding_std")
+    stem_values: str = same("stem_values")
+    stem_mixtures: int = same("stem_mixtures")
+    head_value_std: float | None = from_recipe(
+        "spread of the value weights of attention in the heads at the start", float, above=0
+    )
+    zero_init_residual: bool | None = from_recipe("start each residual branch at zero", bool)
+    batch_norm: str = option(
+        "plain", "batch norm: of each rank's batch, constants of the checkpoint, or over all ranks",
+        choices=("plain", "frozen", "sync"),
+    )  # fmt: skip
+    frozen_parts: int = option(0, "how many of stem, layer1, ..., layer4 are not trained", low=0, high=5)
+    backend: str = same("backend")
+
+    # Data
+    dataset: str = option("DIGITS", "digits on canvases, drawn on first use, or a COCO folder", choices=DATASETS)
+    data_dir: str = option(
+        "datasets", "folder in which the digits are drawn, or the folder with annotations/, train2017/ and val2017/",
+        free=True,
+    )  # fmt: skip
+    img_size: int | None = from_recipe("longer side of the images as the network takes them, pixels", int,
+                                       low=32, high=4096)  # fmt: skip
+    num_workers: int = option(2, "processes that decode images", low=0, high=1024, free=True)
+    flip: bool | None = from_recipe("mirror each training image left to right, half of the time", bool)
+    jitter_low: float | None = from_recipe("smallest random scale of a training image", float, low=0.05, high=10)
+    jitter_high: float | None = from_recipe("largest", float, low=0.05, high=10)
+
+    # Training
+    epochs: int | None = from_recipe("epochs", int, low=1)
+    batch_size: int | None = from_recipe("images in a batch of one process", int, low=1)
+    accumulate: int = same("accumulate")
+    optimizer: str | None = from_recipe("optimizer", str, choices=("sgd", "adamw"))
+    lr: float | None = from_recipe("peak learning rate, taken as it is; the recipe's grows with the batch", float,
+                                   above=0)  # fmt: skip
+    schedule: str | None = from_recipe("the rate after the warm-up: a cosine to 0, or a tenth every 30 epochs", str,
+                                       choices=("cosine", "step"))  # fmt: skip
+    warmup_epochs: float | None = from_recipe("epochs of linear warm-up", float, low=0)
+    momentum: float | None = from_recipe("SGD's momentum", float, low=0, high=1)
+    nesterov: bool | None = from_recipe("SGD's momentum in Nesterov's form", bool)
+    weight_decay: float | None = from_recipe("weight decay, not of norms, biases and embeddings", float, low=0)
+    embedding_weight_decay: float = same("embedding_weight_decay")
+    bn_momentum: float | None = from_recipe("batch norm's momentum: 1 - decay of its running statistics", float,
+                                            above=0, high=1)  # fmt: skip
+    clip_grad: float | None = from_recipe("largest norm of the gradient, 0 for no limit", float, low=0)
+    ema: float | None = from_recipe("decay of the weights' moving average, 0 for none", float, low=0, below=1)
+    eval_every: int = option(1, "epochs between evaluations; the last epoch is always evaluated", low=1, free=True)
+    seed: int = same("seed")
+
+    # Machine
+    device: str = same("device")
+    amp: str = same("amp")
+    channels_last: bool = same("channels_last")
+    deterministic: bool = same("deterministic")
+
+    # Files
+    output_dir: str = same("output_dir")
+    name: str | None = option(None, "folder of this run (default: by network, data set and seed)", free=True)
+    save_every: int = same("save_every")
+    save_minutes: float = same("save_minutes")
+    progress: bool = same("progress")
+    max_steps: int | None = same("max_steps")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_together(self)
+
+    def default_name(self) -> str:
+        """The run's folder name: the same command gives the same one."""
+        convolution = self.attention_stages == () or self.model_name.startswith("Naive")
+        backbone = "stem" if self.stem else "convolution" if convolution else ""
+        parts = ["detection", self.model_name, backbone, *(f"{k}-attention" for k in ("heads", "fpn")
+                 if getattr(self, k) == "attention"), self.dataset, f"seed{self.seed}"]  # fmt: skip
+        return "-".join(part.lower() for part in parts if part)
+
+    def network_options(self) -> dict[str, Any]:
+        """The options of `retinanet` that this configuration holds, but for classes and normalisation."""
+        options = {key: getattr(self, key) for key in (
+            "stem", "heads", "fpn", "fpn_channels", "anchor_size", "batch_norm", "frozen_parts", "head_value_std",
+            "kernel_size", "num_heads", "position", "content", "border", "scale", "grouped", "share_embeddings",
+            "embedding_std", "zero_init_residual", "backend", "stem_values",
+        )}  # fmt: skip
+        options |= {"backbone": self.model_name, "scales": self.anchor_scales, "image_size": self.img_size}
+        options |= {"stem_backend": self.backend, "stem_border": self.border, "stem_num_mixtures": self.stem_mixtures}
+        return options if self.attention_stages is None else options | {"attention_stages": self.attention_stages}
+
+
+FIELDS_HERE = {f.name: f for f in dataclasses.fields(DetectionConfig)}
+IN_RECIPE = tuple(name for name, f in FIELDS_HERE.items() if f.metadata["in_recipe"])
+
+
+def check_together(config: DetectionConfig) -> None:
+    """Values that do not go together. Raises ConfigError."""
+    if config.position in ("none", "absolute") and not config.content:
+        raise ConfigError(
+            f"--no-content leaves no logits with --position {config.position}: allowed is --position relative"
+        )
+    if config.model_name.startswith("Naive") and config.attention_stages:
+        stages = " ".join(map(str, config.attention_stages))
+        raise ConfigError(f"--attention-stages {stages}: {config.model_name} is a convolution network, allowed is none")
+    if None not in (config.warmup_epochs, config.epochs) and config.warmup_epochs >= config.epochs:
+        raise ConfigError(f"--warmup-epochs {config.warmup_epochs:g}: must be below --epochs {config.epochs}")
+    if None not in (config.jitter_low, config.jitter_high) and config.jitter_low > config.jitter_high:
+        raise ConfigError(f"--jitter-low {config.jitter_low:g}: must be at most --jitter-high {config.jitter_high:g}")
+    if config.save_every == 0 and config.save_minutes == 0:
+        raise ConfigError("--save-every 0 and --save-minutes 0 would never save: one must be above 0")
+
+
+# Of each data set, complete. DIGITS was found by trials (docs/detection.md). COCO: 36 epochs, rate 0.01 for 16 images,
+# decay 1e-4 and momentum 0.9 are the RetinaNet family's; jitter, clipping and the width of the warm-up are ours.
+RECIPES: dict[str, dict[str, Any]] = {
+    "DIGITS": {
+        "fpn_channels": 64, "anchor_size": 16.0, "head_value_std": None, "zero_init_residual": False, "img_size": 128,
+        "flip": False, "jitter_low": 1.0, "jitter_high": 1.0,
+        "epochs": 3, "batch_size": 4, "optimizer": "adamw", "lr": 1e-3, "schedule": "cosine", "warmup_epochs": 0.1,
+        "momentum": 0.9, "nesterov": True, "weight_decay": 0.05, "bn_momentum": 0.1, "clip_grad": 1.0, "ema": 0.0,
+    },
+    "COCO": {
+        "fpn_channels": 256, "anchor_size": 32.0, "head_value_std": 0.01, "zero_init_residual": False, "img_size": 640,
+        "flip": True, "jitter_low": 0.8, "jitter_high": 1.2,
+        "epochs": 36, "batch_size": 16, "optimizer": "sgd", "lr": 0.01, "schedule": "cosine", "warmup_epochs": 0.5,
+        "momentum": 0.9, "nesterov": True, "weight_decay": 1e-4, "bn_momentum": 0.01, "clip_grad": 10.0, "ema": 0.0,
+    },
+}  # fmt: skip
+
+
+def resolve(given: dict[str, Any], dataset: str, world_size: int = 1) -> DetectionConfig:
+    """The configuration of a run: `given` (flags of the command line) over the recipe of the data set.
+
+    The recipe's rate is for its own batch; it grows with the global batch, linearly for SGD, by the root for AdamW.
+
+    Raises:
+        ConfigError: values that do not go together.
+    """
+    values = RECIPES[dataset] | given | {"dataset": dataset}
+    if "warmup_epochs" not in given:  # a recipe's own warm-up fits a short run; only an explicit one is checked
+        values["warmup_epochs"] = min(values["warmup_epochs"], values["epochs"] / 4)
+    config = DetectionConfig(**values)
+    if "lr" in given:
+        return config
+    ratio = config.batch_size * config.accumulate * world_size / RECIPES[dataset]["batch_size"]
+    return dataclasses.replace(config, lr=config.lr * (ratio if config.optimizer == "sgd" else math.sqrt(ratio)))
+
+
+def as_flag(name: str) -> str:
+    """A layer's option as the flag that sets it."""
+    names = {"scales": "anchor_scales", "backbone": "model_name", "image_size": "img_size"}
+    return flag_of(names.get(name, name))
