@@ -7,8 +7,17 @@ from sasa.console import Parser
 
 def positive(text: str) -> int:
     """For `add_argument(type=...)`: an integer of at least 1."""
-    if not (text.isascii() and text.isdecimal()) or int(text[:10]) < 1 or len(text) > 9:
-        raise argparse.ArgumentTypeError(f"{text[:60]}: must be an integer of at least 1, of at most 9 digits")
+    return _integer(text, least=1)
+
+
+def natural(text: str) -> int:
+    """For `add_argument(type=...)`: an integer of at least 0."""
+    return _integer(text, least=0)
+
+
+def _integer(text: str, least: int) -> int:
+    if not (text.isascii() and text.isdecimal() and len(text) < 10) or int(text) < least:
+        raise argparse.ArgumentTypeError(f"{text[:60]}: must be an integer of at least {least}, of at most 9 digits")
     return int(text)
 
 
