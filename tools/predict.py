@@ -21,16 +21,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from sasa.data.images import Evaluated, Files
 from torch import Tensor, nn
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
 
-from config import Config, ConfigError, parse_value
+from config import FIELDS, Config, ConfigError, parse_value
 from preprocess import DataError, DataInfo, FolderData, WorkerError
 from sasa import files
 from sasa.console import Parser, print_error, printable
 from sasa.data.datasets import SPECS
+from sasa.data.images import Evaluated, Files
 from sasa.training import checkpoint
 from sasa.training.checkpoint import CheckpointError
 from sasa.training.network import network_of
@@ -91,7 +91,9 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if not to_stdout:
             check_output(output, MARKS[args.format])
-        given = {key: parse_value(key, getattr(args, key)) for key in EVALUATION if getattr(args, key) is not None}
+        given = {
+            key: parse_value(FIELDS[key], getattr(args, key)) for key in EVALUATION if getattr(args, key) is not None
+        }
         network, config, info = network_of(checkpoint.load(args.checkpoint), backend="auto")
         device = pick_device(args.device)
         amp = choose_amp(args.amp, config, device)
@@ -99,7 +101,7 @@ def main(arguments: list[str] | None = None) -> int:
         paths, skipped = find_images(args.paths)
         workers = WORKERS if len(paths) >= WORKERS_FROM else 0
         if args.num_workers is not None:
-            workers = parse_value("num_workers", args.num_workers)
+            workers = parse_value(FIELDS["num_workers"], args.num_workers)
         images = FolderData(Files(paths), [*range(len(paths))], info, device=device, num_workers=workers,
                             skip_bad_images=True, evaluated=fed)  # fmt: skip
         autocast = partial(torch.autocast, device.type, dtype=amp, enabled=amp is not None)
@@ -155,7 +157,7 @@ def check_output(path: Path, mark: bytes) -> None:
 def choose_amp(given: str | None, config: Config, device: torch.device) -> torch.dtype | None:
     """The run's own precision, with which its scores come out again, where the device has it."""
     if given is not None:
-        return pick_amp(parse_value("amp", given), device)
+        return pick_amp(parse_value(FIELDS["amp"], given), device)
     try:
         return pick_amp(config.amp, device)
     except ConfigError:
