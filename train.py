@@ -1,112 +1,110 @@
 """Train a network, resume a run, evaluate a checkpoint: set-up -> epochs -> evaluation. `python train.py --help`.
 
-Exit codes: 0 done; 2 wrong usage or data; 75 stopped by a signal with its state saved; 1 anything else.
+Exit codes: 0 done; 2 wrong usage or data; 75 stopped by a signal, its state saved where there was one; 1 anything else.
 """
 
 import sys
 
 from sasa.training.cli import PROG, Command, parse_command_line
+from sasa.training.signals import STOPPED, StopRequest
 
 if __name__ == "__main__":
     COMMAND = parse_command_line()  # before torch is imported: --help and a wrong flag answer at once
+    STOP = StopRequest()
+    STOP.install()
 
 import copy
-import dataclasses
 import math
-import resource
 import time
+from collections.abc import Iterator
 from contextlib import nullcontext
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 import preprocess
-from config import Config, ConfigError
+from config import ConfigError
 from preprocess import DataError
 from sasa.analysis.attention_maps import attention_layers, lattice, record_attention
 from sasa.analysis.flops import count_flops, count_parameters
 from sasa.console import USAGE_ERROR, print_error
-from sasa.kernels.stop_signals import BuildStopped
 from sasa.training import checkpoint, distributed
-from sasa.training.checkpoint import BEST, CheckpointError
-from sasa.training.evaluation import Evaluation, evaluate
-from sasa.training.monitor import WRONG_SHOWN, Monitor, Silent, write_json
-from sasa.training.network import network_of
-from sasa.training.optim import learning_rate
-from sasa.training.run import (
-    Run,
-    claim_folder,
-    initialise,
-    load_data,
-    pick_amp,
-    pick_device,
-    plan,
-    set_up,
-    without_auto,
-)
+from sasa.training.checkpoint import CheckpointError
+from sasa.training.device import peak_memory_mib
+from sasa.training.distributed import SharedError
+from sasa.training.evaluation import EVAL_BATCH, Evaluation, evaluate
+from sasa.training.files import BEST, SUMMARY, claim_folder, write_json
+from sasa.training.monitor import WRONG_SHOWN, Monitor, Silent
+from sasa.training.optim import build_ema, learning_rate
+from sasa.training.resume import make_plan
+from sasa.training.run import Run, describe, set_up
+from sasa.training.saving import Saver, TrainingError
+from sasa.training.scoring import evaluate_checkpoint
 
-STOPPED = 75  # exit code: stopped by a signal, state saved (EX_TEMPFAIL: run the same command with --resume)
-EVAL_BATCH = 256
-SAVE_GAP_SECONDS = 60.0  # an epoch's end this soon after a save need not save again
-SAVE_FAILURES = 3  # in a row: then the run stops instead of training on without a checkpoint
 WATCHED_IMAGES, WATCHED_PIXELS = 8, 64  # of the attention panels: the first validation images, pixels a map
 SKIPPED_STEPS = 10  # in a row, by fp16's scaler: then the run has diverged
 
 
-class TrainingError(Exception):
-    """The run cannot go on: exit code 1."""
-
-
-class Stopped(Exception):
-    """A signal asked the run to stop, and its state is saved."""
-
-
-def main(command: Command) -> int:
+def main(command: Command, stop: StopRequest | None = None) -> int:
     """Do what the command line says, on every rank alike; returns the exit code."""
+    if stop is None:
+        stop = StopRequest()
+        stop.install()
     distributed.start()
     try:
-        code = evaluate_checkpoint(command) if command.evaluate is not None else run_to_end(command)
-    except (ConfigError, DataError, CheckpointError) as error:
-        if distributed.is_main() or not distributed.known_to_all(error):
-            print_error(PROG, error)
-        if not distributed.known_to_all(error):
-            sys.exit(USAGE_ERROR)
+        code = evaluate_checkpoint(command) if command.evaluate is not None else run_to_end(command, stop)
+    except SharedError as shared:
+        if not isinstance(shared.error, ConfigError | DataError | CheckpointError):
+            raise shared.error from None
+        if distributed.is_main():
+            print_error(PROG, shared.error)
         code = USAGE_ERROR
-    except BuildStopped as error:  # in the middle of a step, so there is nothing to save
-        print_error(PROG, f"{error}: nothing saved; --resume goes on from the last checkpoint")
-        code = STOPPED
+    except (ConfigError, DataError, CheckpointError) as error:  # of this rank alone: the others do not know
+        print_error(PROG, error)
+        sys.exit(USAGE_ERROR)
     distributed.stop()
     return code
 
 
-def run_to_end(command: Command) -> int:
-    config, folder, state = distributed.from_main(partial(plan, command))
-    run = set_up(config, folder, state["progress"]["global_batch"] if state is not None else 0)
-    run.overwrite = command.overwrite
-    if command.init_from is not None:
-        initialise(run, Path(command.init_from))
-    if state is not None:
-        run.progress = distributed.together(
-            lambda: checkpoint.restore(state, run.model, run.optimizer, run.scaler, run.ema)
-        )
-        run.best = state["best"]
-        tell_other_ranks(len(state["generators"]), config)
+def run_to_end(command: Command, stop: StopRequest) -> int:
+    """Plan, set up, go on from a state or from other weights, train; returns the exit code."""
+    plan = distributed.on_main_rank(partial(make_plan, command))
+    run = set_up(plan)
     try:
-        return train(run)
+        if distributed.is_main():
+            describe(run)
+        if command.init_from is not None:
+            initialise(run, Path(command.init_from))
+        if plan.state is not None:
+            distributed.on_all_ranks(partial(run.restore, plan.state))
+            report_other_ranks(len(plan.state["generators"]), run.config.sync_bn)
+        return train(run, stop, command.overwrite)
     finally:
         run.data.close()
 
 
-def tell_other_ranks(saved: int, config: Config) -> None:
+def initialise(run: Run, path: Path) -> None:
+    """--init-from: the weights of a checkpoint, and a list of what was not taken."""
+    weights = distributed.on_main_rank(lambda: checkpoint.weights_of(checkpoint.load(path)))
+    lines = distributed.on_all_ranks(lambda: checkpoint.transfer_weights(run.model, weights))
+    if distributed.is_main():
+        print(f"--init-from {path}: weights taken, {len(lines)} exceptions")
+        for line in lines:
+            print(f"  {line}")
+    run.ema = build_ema(run.model, run.config.ema)
+
+
+def report_other_ranks(saved: int, sync_bn: bool) -> None:
     """What is no longer bitwise where a run goes on with another number of ranks."""
     now = distributed.world_size()
     if saved == now or not distributed.is_main():
         return
-    norm = "" if config.sync_bn else ", batch norm's statistics are of other parts of the batch (no --sync-bn)"
+    norm = "" if sync_bn else ", batch norm's statistics are of other parts of the batch (no --sync-bn)"
     print(
         f"--resume: saved by {saved} ranks, goes on with {now}: same step, global batch, order and rate; no longer "
         f"bitwise the run of {saved}: sums over the batch round otherwise{norm}, generators are dealt anew"
@@ -116,98 +114,118 @@ def tell_other_ranks(saved: int, config: Config) -> None:
 # ---- training -------------------------------------------------------------------------------------------------------
 
 
-def train(run: Run) -> int:
+def train(run: Run, stop: StopRequest, overwrite: bool = False) -> int:
     """All epochs that are left, then the summary; returns the exit code."""
     config, progress = run.config, run.progress
     fresh = progress.step == 0
-    first = distributed.together(lambda: next(batches(run))[0]) if fresh else None  # wrong data: no file changed yet
-    distributed.from_main(partial(claim_folder, run))
+    first = distributed.on_all_ranks(lambda: next(run.batches())[0]) if fresh else None  # wrong data: no file changed
+    distributed.on_main_rank(partial(claim_folder, run.folder, config, overwrite))
     if distributed.is_main():
-        run.monitor = Monitor(run.folder, progress.rows, progress.step, bars=config.progress and sys.stderr.isatty())
+        monitor = Monitor(run.folder, progress.rows, progress.step, bars=config.progress and sys.stderr.isatty())
     else:
-        run.monitor = Silent()
-    run.stop.install()
+        monitor = Silent()
+    saver = Saver(config, monitor)
+    stop.has_state = True
     if first is not None:
-        run.monitor.start(0, config, str(run.model), preprocess.denormalise(first, run.data.info))
+        monitor.start(0, config, str(run.model), preprocess.denormalise(first, run.data.info))
     else:
-        run.monitor.say(f"resumed   at step {progress.step}, epoch {progress.epoch + 1}, batch {progress.batch}")
-    result = None
+        monitor.say(f"resumed   at step {progress.step}, epoch {progress.epoch + 1}, batch {progress.batch}")
     try:
-        with run.monitor.epochs(config.epochs, progress.epoch) as bar:
-            while progress.epoch < config.epochs and (progress.batch or not ended(run)):
-                train_epoch(run)
-                result = finish_epoch(run)
-                bar.update()
-                if ended(run):
-                    break
-        finish(run, result)
-    except Stopped:
-        signals = [name for name in distributed.gather(run.stop.received) if name is not None]
-        run.monitor.say(
-            f"stopped by {signals[0]} at step {progress.step}, saved: the same command with --resume goes on"
-        )
-        return STOPPED
-    except TrainingError as error:
+        finished = train_epochs(run, monitor, saver, stop)
+        if not finished:
+            signals = [name for name in distributed.all_gather_object(stop.received) if name is not None]
+            monitor.say(
+                f"stopped by {signals[0]} at step {progress.step}, saved: the same command with --resume goes on"
+            )
+        return 0 if finished else STOPPED
+    except TrainingError as error:  # on every rank
         if distributed.is_main():
-            print(f"train.py: {error}", file=sys.stderr)
+            print_error(PROG, error)
         return 1
     except OSError as error:  # a full disk
-        print(f"train.py: {error}: stopping at step {progress.step}", file=sys.stderr)
+        print_error(PROG, f"{error}: stopping at step {progress.step}")
         sys.exit(1)  # not `return`: the other ranks do not know
     finally:
-        run.monitor.close()
-    return 0
+        monitor.close()
 
 
-def ended(run: Run) -> bool:
+def train_epochs(run: Run, monitor: Monitor, saver: Saver, stop: StopRequest) -> bool:
+    """Epoch by epoch to the run's end; False where a signal ended it before, with its state saved."""
+    progress, result, reported = run.progress, None, set()
+    with monitor.epochs(run.config.epochs, progress.epoch) as bar:
+        while progress.epoch < run.config.epochs and (progress.batch or not at_max_steps(run)):
+            if not train_epoch(run, monitor, saver, stop):
+                return False
+            result = finish_epoch(run, monitor, saver, stop)
+            if result is None:
+                return False
+            reported = report_bad_images(run, monitor, reported)
+            bar.update()
+            if at_max_steps(run):
+                break
+    return finish(run, monitor, saver, stop, result)
+
+
+def at_max_steps(run: Run) -> bool:
     return run.config.max_steps is not None and run.progress.step >= run.config.max_steps
 
 
-def augment_config(config: Config) -> preprocess.AugmentConfig:
-    return preprocess.AugmentConfig(
-        **{f.name: getattr(config, f.name) for f in dataclasses.fields(preprocess.AugmentConfig)}
-    )
-
-
-def batches(run: Run):
-    """This rank's batches of the open epoch from the next one on: `accumulate` pairs a step."""
-    config, progress = run.config, run.progress
-    return run.data.train.batches(
-        progress.epoch, progress.batch, batch_size=config.batch_size, accumulate=run.accumulate, seed=config.seed,
-        augment=augment_config(config), rank=distributed.rank(), world_size=distributed.world_size(),
-        global_batch=progress.global_batch,
-    )  # fmt: skip
-
-
-def train_epoch(run: Run) -> None:
-    """The rest of the open epoch, or up to --max-steps; saves by the clock and on a signal."""
+def train_epoch(run: Run, monitor: Monitor, saver: Saver, stop: StopRequest) -> bool:
+    """The rest of the open epoch, or up to --max-steps, saving by the clock; False after a signal, with all saved."""
     progress = run.progress
     run.network.train()
-    pairs = batches(run)
-    with run.monitor.batches(run.steps_per_epoch, progress.batch, progress.epoch) as bar:
-        while progress.batch < run.steps_per_epoch and not ended(run):
+    pairs = run.batches()
+    with monitor.batches(run.steps_per_epoch, progress.batch, progress.epoch) as bar:
+        while progress.batch < run.steps_per_epoch and not at_max_steps(run):
             started = time.perf_counter()
-            step = train_step(run, islice(pairs, run.accumulate))
-            elapsed = time.perf_counter() - started
-            progress.batch += 1
-            progress.step += 1
-            progress.seconds += elapsed
-            progress.epoch_seconds += elapsed
+            requests = Requests(stop.received is not None, saver.due_by_clock())
+            step = train_step(run, islice(pairs, run.micro_batches), requests)
+            progress.add(step.loss, step.correct, step.images, time.perf_counter() - started)
             bar.update()
-            bar.set_postfix(loss=f"{step['train/loss']:.3f}", top1=f"{100 * progress.correct / progress.images:.1f}%",
+            bar.set_postfix(loss=f"{step.loss:.3f}", top1=f"{100 * progress.correct / progress.images:.1f}%",
                             images=f"{progress.images / progress.epoch_seconds:.0f}/s", refresh=False)  # fmt: skip
-            run.monitor.step(progress.step, step)
-            if run.stopping:
-                save_or_end(run)
-                raise Stopped
-            if run.save_due:
-                save(run)
+            monitor.step(progress.step, step.figures())
+            if step.requests.stop:
+                saver.save_or_end(run)
+                return False
+            if step.requests.save:
+                saver.save(run)
+    return True
 
 
-def train_step(run: Run, pairs) -> dict[str, float]:
-    """One optimizer step over the pairs; adds to the epoch's sums and returns the step's figures.
+class Requests(NamedTuple):
+    """What is to be done after a step: one rank's wish, or what all ranks do."""
+
+    stop: bool
+    save: bool
+
+
+class Step(NamedTuple):
+    """One optimizer step over the global batch: mean loss, right predictions, images, rate, the gradient's norm."""
+
+    loss: float
+    correct: float
+    images: int
+    lr: float
+    grad_norm: float
+    requests: Requests
+
+    def figures(self) -> dict[str, float]:
+        return {
+            "train/loss": self.loss,
+            "train/top1_pct": 100 * self.correct / self.images,
+            "train/lr": self.lr,
+            "train/grad_norm": self.grad_norm,
+        }
+
+
+def train_step(run: Run, pairs: Iterator[tuple[Tensor, Tensor]], requests: Requests) -> Step:
+    """One optimizer step over the pairs, this rank's micro-batches.
 
     The gradient and every figure are of the global batch: the mean over its images, whatever rank has how many.
+
+    Args:
+        requests: this rank's; those that come back are of any rank, the same on all.
 
     Raises:
         TrainingError: a loss or gradient that is not finite, on whatever rank; nothing was updated on any.
@@ -218,11 +236,11 @@ def train_step(run: Run, pairs) -> dict[str, float]:
         group["lr"] = rate
     run.optimizer.zero_grad(set_to_none=True)
     loss = correct = torch.zeros((), device=run.device)
-    ranks, total = distributed.world_size(), run.step_images
+    ranks, total, count = distributed.world_size(), run.global_batch, run.micro_batches
     for i, (images, targets) in enumerate(pairs):
         if config.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
-        with gradients_stay(run.network) if i + 1 < run.accumulate else nullcontext():
+        with no_sync(run.network) if i + 1 < count else nullcontext():
             with run.autocast():
                 logits = run.network(images)
             part = F.cross_entropy(logits.float(), targets, label_smoothing=config.label_smoothing)
@@ -235,8 +253,8 @@ def train_step(run: Run, pairs) -> dict[str, float]:
         run.scaler.unscale_(run.optimizer)
     parameters = [p for p in run.model.parameters() if p.grad is not None]
     norm = torch.nn.utils.clip_grad_norm_(parameters, config.clip_grad or math.inf)
-    loss, norm, correct = agree(run, loss, norm, correct)
-    guard(run, loss, norm, rate)
+    loss, norm, correct, requests = sum_over_ranks(loss, norm, correct, requests)
+    check_finite(run, loss, norm, rate)
     if run.scaler is None:
         run.optimizer.step()
     else:
@@ -244,43 +262,36 @@ def train_step(run: Run, pairs) -> dict[str, float]:
         run.scaler.update()
     if run.ema is not None:
         run.ema.update_parameters(run.model)
-    progress.last_loss = loss
-    progress.loss_sum += loss * total
-    progress.correct += correct
-    progress.images += total
-    return {
-        "train/loss": loss,
-        "train/top1_pct": 100 * correct / total,
-        "train/lr": rate,
-        "train/grad_norm": norm,
-    }
+    return Step(loss, correct, total, rate, norm, requests)
 
 
-def gradients_stay(network):
-    """A piece of a step before its last: DDP sums the gradients over the ranks once a step."""
-    return network.no_sync() if distributed.several() else nullcontext()
+def no_sync(network):
+    """The context of a micro-batch before the step's last: DDP sums the gradients over the ranks once a step."""
+    return network.no_sync() if distributed.is_distributed() else nullcontext()
 
 
-def agree(run: Run, loss: Tensor, norm: Tensor, correct: Tensor) -> tuple[float, float, float]:
-    """The step's figures of all ranks, and with them whether to stop and to save: the step's one wait for the device.
+def sum_over_ranks(
+    loss: Tensor, norm: Tensor, correct: Tensor, requests: Requests
+) -> tuple[float, float, float, Requests]:
+    """The step's figures and requests of all ranks: the step's one wait for the device.
 
     loss and norm are each rank's own view of a mean over all; one that is not finite makes the result so.
     """
-    clock = run.config.save_minutes and time.monotonic() - run.saved_at >= 60 * run.config.save_minutes
-    asked = (run.stop.received is not None, bool(clock) and distributed.is_main())
-    flags = [loss.new_full((), float(flag)) for flag in asked]  # filled on the device: no copy
-    figures = distributed.add_up(torch.stack((loss, norm, correct, *flags)))
+    flags = [loss.new_full((), float(flag)) for flag in requests]  # filled on the device: no copy
+    figures = distributed.all_reduce_sum(torch.stack((loss, norm, correct, *flags)))
     loss, norm, correct, stops, saves = figures.tolist()
-    run.stopping, run.save_due = stops > 0, saves > 0
     ranks = distributed.world_size()
-    return loss / ranks, norm / ranks, correct
+    return loss / ranks, norm / ranks, correct, Requests(stops > 0, saves > 0)
 
 
-def guard(run: Run, loss: float, norm: float, rate: float) -> None:
+def check_finite(run: Run, loss: float, norm: float, rate: float) -> None:
     """Stop before an update that would spoil the weights.
 
     fp16's scaler meets an infinite gradient now and then, lowers its scale and skips the step: only many in a row, or a
     loss that is not finite, stop such a run.
+
+    Raises:
+        TrainingError: on every rank.
     """
     progress = run.progress
     progress.skipped = progress.skipped + 1 if run.scaler is not None and not math.isfinite(norm) else 0
@@ -298,14 +309,26 @@ def guard(run: Run, loss: float, norm: float, rate: float) -> None:
         )
 
 
-def finish_epoch(run: Run) -> Evaluation:
-    """Validation, the epoch's row everywhere, selection, and a save where one is due."""
+# ---- an epoch's end, and the run's ----------------------------------------------------------------------------------
+
+
+def finish_epoch(run: Run, monitor: Monitor, saver: Saver, stop: StopRequest) -> Evaluation | None:
+    """A save where one is due, validation, the epoch's row everywhere, selection; None after a signal, all saved."""
     config, progress, info = run.config, run.progress, run.data.info
-    complete = progress.batch == run.steps_per_epoch
+    complete = progress.batch >= run.steps_per_epoch
     if not complete:  # cut by --max-steps: saved as it stands, so that a later resume finishes the epoch exactly
-        save_or_end(run)
-    distributed.copy_from_main(run.batch_norm_buffers())
-    result = evaluate(run.scored_model, run.data.val, info.num_classes, EVAL_BATCH, run.autocast, WRONG_SHOWN)
+        saver.save_or_end(run)
+    elif saver.due_by_epoch(progress.epoch + 1):  # before a long validation begins; a resume does it again
+        saver.save(run)
+    distributed.broadcast(run.batch_norm_buffers())
+    last = progress.epoch + 1 == config.epochs or at_max_steps(run)
+    keep_wrong = WRONG_SHOWN if last and run.data.holdout is None else 0
+    result = evaluate(
+        run.eval_model, run.data.val, info.num_classes, EVAL_BATCH, run.autocast, keep_wrong=keep_wrong, stop=stop
+    )
+    if result is None:
+        saver.save_or_end(run)
+        return None
     row = {
         "epoch": progress.epoch + 1,
         "step": progress.step,
@@ -319,26 +342,22 @@ def finish_epoch(run: Run) -> Evaluation:
         "epoch_s": progress.epoch_seconds,
         "peak_mem_mib": peak_memory_mib(run.device),
     }
-    run.monitor.epoch(progress.step, row, result, config.epochs)
-    tell_bad_images(run)
+    monitor.epoch(progress.step, row, result, config.epochs)
     if complete and config.attention_every and (progress.epoch + 1) % config.attention_every == 0:
-        show_attention(run)
+        show_attention(run, monitor)
     if run.data.holdout is not None and (progress.best_top1 is None or result.top1_pct > progress.best_top1):
         progress.best_top1, progress.best_epoch = result.top1_pct, progress.epoch + 1
-        run.best = {name: value.detach().cpu().clone() for name, value in run.scored_model.state_dict().items()}
+        run.best = {name: value.detach().cpu().clone() for name, value in run.eval_model.state_dict().items()}
     if complete:
         progress.rows.append(row)
         progress.open_epoch()
-        due = config.save_every and progress.epoch % config.save_every == 0 and progress.epoch < config.epochs
-        if due and distributed.from_main(lambda: time.monotonic() - run.saved_at >= SAVE_GAP_SECONDS):
-            save(run)
     return result
 
 
 @torch.no_grad()
-def show_attention(run: Run) -> None:
+def show_attention(run: Run, monitor: Monitor) -> None:
     """TensorBoard's attention panels, of the same few validation images each time."""
-    model = run.scored_model
+    model = run.eval_model
     if not attention_layers(model) or not distributed.is_main():
         return
     images, _ = next(run.data.val.eval_batches(WATCHED_IMAGES))
@@ -347,68 +366,39 @@ def show_attention(run: Run) -> None:
     with record_attention(model, pixels=lattice(WATCHED_PIXELS)) as layers, run.autocast():
         model(images)
     model.train(training)
-    run.monitor.attention(run.progress.step, layers)
+    monitor.attention(run.progress.step, layers)
 
 
-def tell_bad_images(run: Run) -> None:
-    """Name the images that were skipped since the last time."""
-    met = {line for lines in distributed.gather(bad_images(run)) for line in lines}
-    for line in sorted(met - run.told):
-        run.monitor.say(f"skipped {line}")
-    run.told |= met
+def report_bad_images(run: Run, monitor: Monitor, reported: set[str]) -> set[str]:
+    """Name the images that any rank skipped and that are not `reported` yet; returns all that are by now."""
+    skipped = bad_images(run)
+    for line in sorted(skipped - reported):
+        monitor.say(f"skipped {line}")
+    return reported | skipped
 
 
-def bad_images(run: Run) -> list[str]:
-    return [line for split in run.data.splits for line in split.bad_images]
+def bad_images(run: Run) -> set[str]:
+    """The images that were skipped so far, on any rank: "path: what is wrong"."""
+    own = [line for split in run.data.splits for line in split.bad_images]
+    return {line for lines in distributed.all_gather_object(own) for line in lines}
 
 
-def peak_memory_mib(device: torch.device) -> float:
-    """Of the device's allocator on CUDA, of the process on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+def finish(run: Run, monitor: Monitor, saver: Saver, stop: StopRequest, result: Evaluation | None) -> bool:
+    """The end of a run: last.pt, the kept weights' score on the test split, best.pt, summary.json, then the pictures.
 
+    Args:
+        result: of the last epoch in this process, None where it trained none.
 
-def save(run: Run) -> bool:
-    """Write last.pt; a failure (a full disk) is said and survived, up to SAVE_FAILURES in a row.
-
-    Every rank takes part; the main one writes.
-
-    Raises:
-        TrainingError: too many failures in a row.
+    Returns:
+        False where a signal ended it before the score was there.
     """
-    started = time.perf_counter()
-    run.monitor.flush()
-    state = checkpoint.run_state(run.config, run.model, run.optimizer, run.scaler, run.ema, run.best, run.progress)
-    run.saved_at = time.monotonic()
-    try:
-        distributed.from_main(lambda: checkpoint.save(state, run.folder))
-        run.save_seconds += time.perf_counter() - started
-    except OSError as error:
-        run.save_failures += 1
-        run.monitor.say(f"save failed ({run.save_failures} in a row): {error}; the last whole file is kept")
-        if run.save_failures >= SAVE_FAILURES:
-            raise TrainingError(
-                f"{SAVE_FAILURES} saves failed in a row: stopping at step {run.progress.step}"
-            ) from error
-        return False
-    run.save_failures = 0
-    return True
-
-
-def save_or_end(run: Run) -> None:
-    """A save that the run cannot go on without. Raises TrainingError."""
-    if not save(run):
-        raise TrainingError("the state could not be saved")
-
-
-def finish(run: Run, result: Evaluation | None) -> None:
-    """The end of a run: the kept weights' score on the test split, summary.json, best.pt, last.pt."""
     config, progress, info = run.config, run.progress, run.data.info
-    distributed.copy_from_main(run.batch_norm_buffers())
+    distributed.broadcast(run.batch_norm_buffers())
+    if progress.batch == 0:  # else cut by --max-steps, and saved as it was
+        saver.save_or_end(run)
     if run.best is None:
         about = "the last epoch (no images held out to select by)"
-        weights, epoch = run.scored_model.state_dict(), progress.epoch
+        weights, epoch = run.eval_model.state_dict(), progress.epoch
     else:
         about = (
             f"best top-1 ({progress.best_top1:.2f}%) on {info.holdout_size} held-out training images, "
@@ -417,89 +407,46 @@ def finish(run: Run, result: Evaluation | None) -> None:
         weights, epoch = run.best, progress.best_epoch
         result = None
     if result is None:
-        scored = copy.deepcopy(run.model)
-        scored.load_state_dict(weights)
-        result = evaluate(scored, run.data.test, info.num_classes, EVAL_BATCH, run.autocast, WRONG_SHOWN)
-    wrong = [preprocess.denormalise(image[None], info)[0] for image, _, _ in result.wrong]
-    run.monitor.evaluated(progress.step, result, wrong, info.class_names)
-    metrics = {"hparam/test_top1_pct": result.top1_pct, "hparam/test_loss": result.loss}
-    run.monitor.hparams(config, metrics)
-    if progress.batch == 0:
-        save_or_end(run)
-    skipped = {line for lines in distributed.gather(bad_images(run)) for line in lines}
-    if not distributed.is_main():
-        return
-    checkpoint.save(checkpoint.weights_state(config, weights, epoch, progress.step, about), run.folder, BEST)
-    write_json(run.folder / "summary.json", {
+        kept = copy.deepcopy(run.model)
+        kept.load_state_dict(weights)
+        result = evaluate(
+            kept, run.data.test, info.num_classes, EVAL_BATCH, run.autocast, keep_wrong=WRONG_SHOWN, stop=stop
+        )
+        if result is None:
+            return False
+    skipped = bad_images(run)
+    if distributed.is_main():
+        checkpoint.save(checkpoint.weights_state(config, weights, epoch, progress.step, about), run.folder, BEST)
+        write_json(run.folder / SUMMARY, summary(run, saver, result, about, len(skipped)))
+        wrong = [preprocess.denormalise(image[None], info)[0] for image, _, _ in result.wrong]
+        monitor.evaluated(progress.step, result, wrong, info.class_names)
+        monitor.hparams(config, {"hparam/test_top1_pct": result.top1_pct, "hparam/test_loss": result.loss})
+    monitor.say(
+        f"test top-1 {result.top1_pct:.2f}%, top-5 {result.top5_pct:.2f}% on {result.images} images; "
+        f"{about}; trained {progress.seconds:.0f} s; {run.folder / SUMMARY}"
+    )
+    return True
+
+
+def summary(run: Run, saver: Saver, result: Evaluation, about: str, skipped: int) -> dict[str, Any]:
+    """What summary.json holds; `about`: which weights these are, `skipped`: unreadable images."""
+    return {
         "test_top1_pct": result.top1_pct,
         "test_top5_pct": result.top5_pct,
         "test_loss": result.loss,
         "test_images": result.images,
         "parameters": count_parameters(run.model),
-        "flops_per_image": count_flops(run.model, info.image_size).total,
-        "epochs": progress.epoch,
-        "steps": progress.step,
-        "seconds": progress.seconds,
-        "save_seconds": run.save_seconds,
+        "flops_per_image": count_flops(run.model, run.data.info.image_size).total,
+        "epochs": run.progress.epoch,
+        "steps": run.progress.step,
+        "seconds": run.progress.seconds,
+        "save_seconds": saver.seconds,
         "selected": about,
-        "bad_images": len(skipped),
+        "bad_images": skipped,
         "device": str(run.device),
         "torch": str(torch.__version__),
-    })  # fmt: skip
-    run.monitor.say(
-        f"test top-1 {result.top1_pct:.2f}%, top-5 {result.top5_pct:.2f}% on {result.images} images; "
-        f"{about}; trained {progress.seconds:.0f} s; {run.folder / 'summary.json'}"
-    )
-
-
-# ---- evaluation -----------------------------------------------------------------------------------------------------
-
-
-def evaluate_checkpoint(command: Command) -> int:
-    """--evaluate: the checkpoint's own configuration, its data set or another --data-dir of the same kind."""
-    path = Path(command.evaluate)
-    state = distributed.from_main(partial(checkpoint.load, path))
-    saved = Config.from_dict(state["config"])
-    given = without_auto(command.given)
-    allowed = ("batch_size", "amp", "skip_bad_images")
-    config = dataclasses.replace(saved, **given)
-    comparable = dataclasses.replace(config, **{key: getattr(saved, key) for key in allowed})
-    changed = checkpoint.changed_keys(state["config"], comparable)
-    if changed:
-        raise ConfigError(f"--evaluate rebuilds the checkpoint's own network and data set: {'; '.join(changed)}")
-    device = pick_device(config.device)
-    try:
-        amp = pick_amp(config.amp, device)  # the run's own precision: its summary's figures come out again
-    except ConfigError:
-        if "amp" in given:
-            raise
-        amp = pick_amp("auto", device)
-    data = load_data(dataclasses.replace(config, train_images=None, holdout=0.0), device)
-    network, _, known = network_of(state, config.backend)
-    network, classes = network.to(device), known.num_classes
-    if data.info.num_classes != classes:
-        raise DataError(f"{config.data_dir}: {data.info.num_classes} classes, but the checkpoint {path} has {classes}")
-    autocast = partial(torch.autocast, device.type, dtype=amp, enabled=amp is not None)
-    batch_size = config.batch_size if "batch_size" in given else EVAL_BATCH
-    try:
-        result = evaluate(network, data.test, classes, batch_size, autocast)
-    finally:
-        data.close()
-    skipped = distributed.gather(data.test.bad_images)
-    if not distributed.is_main():
-        return 0
-    print(f"{path}: {config.model_name} on the test split of {config.dataset}, {result.images} images")
-    for line in (line for lines in skipped for line in lines):
-        print(f"skipped {line}")
-    width = max(len(name) for name in data.info.class_names)
-    for name, accuracy, count in zip(
-        data.info.class_names, result.per_class_pct(), result.confusion.sum(1).tolist(), strict=True
-    ):
-        shown = "     -" if accuracy is None else f"{accuracy:6.2f}"
-        print(f"  {name:{width}}  {shown}%  of {count}")
-    print(f"test top-1 {result.top1_pct:.3f}%, top-5 {result.top5_pct:.3f}%, loss {result.loss:.4f}")
-    return 0
+    }
 
 
 if __name__ == "__main__":
-    sys.exit(main(COMMAND))
+    sys.exit(main(COMMAND, STOP))

@@ -119,14 +119,14 @@ def train_small(output: str, flags: str, spoil: Callable | None = None, norm: bo
 
     patch.setattr(DistributedDataParallel, "no_sync", counted)
 
-    def train_step(run, pairs):
-        figures = step(run, pairs)
-        losses.append(figures["train/loss"])
-        return figures
+    def train_step(*arguments):
+        done = step(*arguments)
+        losses.append(done.loss)
+        return done
 
-    def train_run(run):
-        code = whole(run)
-        held.update(model=run.model.state_dict(), scored=run.scored_model.state_dict(), step=run.progress.step)
+    def train_run(run, *more):
+        code = whole(run, *more)
+        held.update(model=run.model.state_dict(), scored=run.eval_model.state_dict(), step=run.progress.step)
         return code
 
     patch.setattr(train, "train_step", train_step)
@@ -164,8 +164,8 @@ def terminate(logits):
     return logits
 
 
-def fail(logits):
-    raise RuntimeError("this rank alone fails")
+def fail(_, why: str = "this rank alone fails"):
+    raise RuntimeError(why)
 
 
 def kill_once(logits):
@@ -200,29 +200,26 @@ def normalise(output: str) -> int:
 BATCH = 12
 
 
-def agree(output: str) -> int:
+def act_together(output: str) -> int:
     """What `distributed` promises of values, actions and errors; the main rank alone leaves files."""
     distributed.start()
     rank, size = distributed.rank(), distributed.world_size()
-    assert distributed.gather(rank) == list(range(size))
-    assert distributed.from_main(lambda: Path(output, f"main{rank}").touch() or rank) == 0
+    assert distributed.all_gather_object(rank) == list(range(size))
+    assert distributed.on_main_rank(lambda: Path(output, f"main{rank}").touch() or rank) == 0
     order = []
-    distributed.main_first(lambda: order.append(Path(output, "first").exists()) or Path(output, "first").touch())
+    distributed.main_rank_first(lambda: order.append(Path(output, "first").exists()) or Path(output, "first").touch())
     assert order == [rank > 0]
-    assert distributed.together(lambda: rank) == rank
+    assert distributed.on_all_ranks(lambda: rank) == rank
     for wrong in range(size):
-        try:
-            distributed.together(lambda wrong=wrong: [0][rank == wrong])
-        except IndexError as error:
-            assert distributed.known_to_all(error)
-        else:
-            raise AssertionError("not known to all")
-    try:
-        distributed.from_main(lambda: [][rank])
-    except IndexError as error:
-        assert distributed.known_to_all(error)
+        with pytest.raises(distributed.SharedError) as shared:
+            distributed.on_all_ranks(lambda wrong=wrong: [0][rank == wrong])
+        assert isinstance(shared.value.error, IndexError)
+    for act in (distributed.on_main_rank, distributed.main_rank_first):
+        with pytest.raises(distributed.SharedError, match="of the main rank"):
+            act(lambda: fail(None, "of the main rank") if rank == 0 else None)
     tensors = [torch.full((2,), float(rank)), torch.tensor(rank)]
-    distributed.copy_from_main(tensors)
+    distributed.broadcast(tensors)
     assert tensors[0].tolist() == [0, 0] and tensors[1] == 0
+    assert distributed.all_reduce_sum(torch.tensor(rank)) == size * (size - 1) // 2
     distributed.stop()
     return 0

@@ -74,10 +74,10 @@ def seen(monkeypatch):
     runs_seen.first = []
     original = train.train
 
-    def watched(run):
+    def watched(run, *more):
         runs_seen.append(run)
         runs_seen.first.append({k: v.clone() for k, v in run.model.state_dict().items()})
-        return original(run)
+        return original(run, *more)
 
     monkeypatch.setattr(train, "train", watched)
     yield runs_seen
@@ -102,7 +102,7 @@ def model_of(folder: Path, name: str = "last.pt") -> dict:
 
 
 def first_batches(run, count: int = 1) -> list:
-    batches = train.batches(run)
+    batches = run.batches()
     return [next(batches) for _ in range(count)]
 
 
@@ -147,8 +147,8 @@ def test_with_holdout_the_best_epoch_is_kept_and_the_test_set_is_scored_once(tmp
     """Epoch 1 of 3 is made the best; 40 - 8 images, 8 steps an epoch."""
     original, scores, sizes = train.evaluate, iter([50.0, 40.0, 50.0]), []
 
-    def evaluate(model, split, *args):
-        result = original(model, split, *args)
+    def evaluate(model, split, *args, **options):
+        result = original(model, split, *args, **options)
         sizes.append(len(split))
         if len(split) == 8:
             result.top1_pct = next(scores)
@@ -260,7 +260,7 @@ def test_the_papers_batch_norm_and_average(tmp_path, tiny, seen, monkeypatch):
     flags = BASE.replace("--ema 0", "--recipe paper --max-steps 1 --overwrite")
     assert small_runs.run(tmp_path, *flags.replace("--epochs 2", "--epochs 5000").split()) == 0
     assert seen[0].model.bn.momentum == 1e-4
-    assert seen[0].scored_model is seen[0].ema.module
+    assert seen[0].eval_model is seen[0].ema.module
     assert small_runs.run(tmp_path, *flags.split()) == 0
     saved = json.loads((seen[1].folder / "config.json").read_text())["ema"]
     assert (seen[0].config.ema, seen[1].config.ema, saved) == (0.9999, 0.75, 0.75)  # 20 steps: 1 - 5 / 20
@@ -268,13 +268,13 @@ def test_the_papers_batch_norm_and_average(tmp_path, tiny, seen, monkeypatch):
 
 def test_the_warm_up_and_rate_of_each_step_reach_the_optimizer(tmp_path, tiny, monkeypatch):
     rates = []
-    original = train.guard
+    original = train.check_finite
 
-    def guard(run, loss, norm, rate):
+    def check_finite(run, loss, norm, rate):
         rates.append((rate, *{group["lr"] for group in run.optimizer.param_groups}))
         original(run, loss, norm, rate)
 
-    monkeypatch.setattr(train, "guard", guard)
+    monkeypatch.setattr(train, "check_finite", check_finite)
     folder = go(tmp_path, "--lr 0.5 --warmup-epochs 1 --max-steps 11")
     assert [a for a, _ in rates[:10]] == pytest.approx([0.05 * i for i in range(1, 11)])
     assert all(a == b for a, b in rates)

@@ -37,8 +37,9 @@ from sasa.data.errors import DataError
 from sasa.data.images import Files
 from sasa.training import checkpoint
 from sasa.training.checkpoint import CheckpointError
+from sasa.training.device import pick_device
 from sasa.training.network import network_of
-from sasa.training.run import load_data, pick_device
+from sasa.training.run import load_data
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -99,11 +99,11 @@ def evaluate(
                 results += as_results(split, number, one)
         return seen, results
 
-    seen, results = distributed.together(own)
+    seen, results = distributed.on_all_ranks(own)
     model.train(training)
-    parts = distributed.gather((seen, results))
+    parts = distributed.all_gather_object((seen, results))
     everything = sorted(number for part in parts for number in part[0])
     if everything != list(range(len(split))):
         raise RuntimeError(f"evaluated {len(everything)} images of a split of {len(split)}")
-    figures = distributed.from_main(lambda: score(split, [result for part in parts for result in part[1]]))
+    figures = distributed.on_main_rank(lambda: score(split, [result for part in parts for result in part[1]]))
     return figures, results

@@ -19,12 +19,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from config import FIELDS, Config, flag_of
-from sasa.training import distributed
+from config import Config
+from sasa.console import one_line
+from sasa.files import replacing
+from sasa.training import distributed, format2
+from sasa.training.files import LAST, PREVIOUS
 
-FORMAT = 2  # 2: generators of every rank, and the global batch
-LAST, PREVIOUS, BEST = "last.pt", "previous.pt", "best.pt"
-RUN_KEYS = ("model", "optimizer", "scaler", "ema", "best", "progress", "generators")
+FORMAT = 3  # 3: the whole configuration, and what the recipe provided of it
+READ_ONLY_FORMAT = 2  # evaluated, initialised from and looked at, but not gone on with
+RUN_KEYS = ("recipe", "model", "optimizer", "scaler", "ema", "best", "progress", "generators")
 
 
 class CheckpointError(Exception):
@@ -50,6 +53,17 @@ class Progress:
     best_epoch: int | None = None
     rows: list[dict[str, Any]] = field(default_factory=list)  # of log.jsonl: the file is rebuilt from them on resume
 
+    def add(self, loss: float, correct: float, images: int, seconds: float) -> None:
+        """A step was done: its mean loss over so many images, the right predictions among them, and its time."""
+        self.batch += 1
+        self.step += 1
+        self.last_loss = loss
+        self.loss_sum += loss * images
+        self.correct += correct
+        self.images += images
+        self.seconds += seconds
+        self.epoch_seconds += seconds
+
     def open_epoch(self) -> None:
         """The next epoch begins."""
         self.epoch += 1
@@ -71,20 +85,26 @@ def set_generator_states(states: dict[str, Any]) -> None:
         torch.cuda.set_rng_state_all(states["cuda"])
 
 
-def run_state(config: Config, model: nn.Module, optimizer, scaler, ema, best, progress: Progress) -> dict[str, Any]:
+def run_state(
+    config: Config, recipe: dict[str, Any], model: nn.Module, optimizer, scaler, ema, best, progress: Progress
+) -> dict[str, Any]:
     """Everything that a run needs to go on exactly; tensors, numbers, strings, lists and dicts only.
 
     Called on every rank, as each has its own generators; the rest is the same on all, or the caller's own times.
-    `best` holds the weights selected so far, or None: a file of its own could be of another moment than this one.
+
+    Args:
+        recipe: what the recipe provided of the configuration; an edited one is noticed by it.
+        best: the weights selected so far, or None: a file of its own could be of another moment than this one.
     """
     return _header(config, "run") | {
+        "recipe": recipe,
         "model": model.state_dict(),
         "optimizer": optimizer.state_dict(),
         "scaler": scaler.state_dict() if scaler is not None else None,
         "ema": ema.state_dict() if ema is not None else None,
         "best": best,
         "progress": dataclasses.asdict(progress),
-        "generators": distributed.gather(generator_states()),
+        "generators": distributed.all_gather_object(generator_states()),
     }
 
 
@@ -115,7 +135,7 @@ def restore(state: dict[str, Any], model: nn.Module, optimizer, scaler, ema) -> 
                 part.load_state_dict(state[name])
         progress = Progress(**state["progress"])
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise CheckpointError(f"the checkpoint does not fit this version: {_one_line(error)}") from error
+        raise CheckpointError(f"the checkpoint does not fit this version: {one_line(error, 200)}") from error
     set_generator_states(state["generators"][distributed.rank() % len(state["generators"])])
     return progress
 
@@ -143,22 +163,6 @@ def weight_differences(wanted: dict[str, Tensor], got: dict[str, Tensor]) -> Ite
             yield f"{name} is {tuple(got[name].shape)} there and {tuple(wanted[name].shape)} here"
 
 
-def changed_keys(saved: dict[str, Any], config: Config) -> list[str]:
-    """What differs between a checkpoint's configuration and this run's and could change the result, one line each."""
-    ours = config.to_dict()
-    lines = []
-    for key in sorted(saved.keys() | ours.keys()):
-        if key in FIELDS and FIELDS[key].metadata["free"]:
-            continue
-        if key == "epochs" and config.schedule == "step" and ours[key] >= saved.get(key, 0):
-            continue  # the rate of the epochs already trained does not depend on how many follow
-        if key not in saved or key not in ours:
-            lines.append(f"{key} ({'only in the checkpoint' if key in saved else 'not in the checkpoint'})")
-        elif saved[key] != ours[key]:
-            lines.append(f"{flag_of(key)} was {saved[key]}, is {ours[key]}")
-    return lines
-
-
 # ---- on the disk ----------------------------------------------------------------------------------------------------
 
 
@@ -168,28 +172,16 @@ def save(state: dict[str, Any], folder: Path, name: str = LAST) -> None:
     Raises:
         OSError: the disk is full or refuses; the old files are as they were.
     """
-    path, temporary = folder / name, folder / f".{name}.tmp"
+    path = folder / name
     try:
-        with open(temporary, "wb") as file:
+        with replacing(path) as file:
             torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        if name == LAST and path.exists():
-            os.replace(path, folder / PREVIOUS)
-        os.replace(temporary, path)
-        _sync_folder(folder)
+            if name == LAST and path.exists():
+                file.flush()
+                os.fsync(file.fileno())
+                os.replace(path, folder / PREVIOUS)
     except (OSError, RuntimeError) as error:  # torch's writer turns a failed write into a RuntimeError
-        temporary.unlink(missing_ok=True)
-        raise OSError(f"{path} was not written: {_one_line(error)}") from error
-
-
-def _sync_folder(folder: Path) -> None:
-    """A rename is on the disk only when its folder is."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        raise OSError(f"{path} was not written: {one_line(error, 200)}") from error
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -206,8 +198,13 @@ def load(path: Path) -> dict[str, Any]:
     except IsADirectoryError:
         raise CheckpointError(f"{path}: is a folder, not a checkpoint") from None
     except Exception as error:  # whatever damaged bytes make the readers raise, it is a damaged file
-        raise CheckpointError(f"{path}: truncated, corrupted or not a checkpoint ({_one_line(error)})") from error
+        raise CheckpointError(f"{path}: truncated, corrupted or not a checkpoint ({one_line(error, 200)})") from error
     _check_form(path, state)
+    if state["format"] == READ_ONLY_FORMAT:
+        try:
+            state["config"] = format2.complete(state["config"])
+        except (KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{path}: its configuration is not one of format 2 ({one_line(error)})") from error
     return state
 
 
@@ -222,9 +219,10 @@ def _verify(path: Path) -> None:
 def _check_form(path: Path, state: Any) -> None:
     if not isinstance(state, dict) or "format" not in state:
         raise CheckpointError(f"{path}: not a checkpoint of train.py")
-    if state["format"] != FORMAT:
-        raise CheckpointError(f"{path}: format {state['format']}, this version reads format {FORMAT}")
-    wanted = ("kind", "torch", "config", "model", *(RUN_KEYS if state.get("kind") == "run" else ()))
+    if state["format"] not in (READ_ONLY_FORMAT, FORMAT):
+        raise CheckpointError(f"{path}: format {state['format']}, this version reads formats 2 and {FORMAT}")
+    run_keys = RUN_KEYS if state["format"] == FORMAT else RUN_KEYS[1:]
+    wanted = ("kind", "torch", "config", "model", *(run_keys if state.get("kind") == "run" else ()))
     missing = [key for key in wanted if key not in state]
     if missing:
         raise CheckpointError(f"{path}: lacks {', '.join(missing)}")
@@ -259,12 +257,12 @@ def load_run(path: Path) -> dict[str, Any]:
     state = load(path)
     if state["kind"] != "run":
         raise CheckpointError(f"{path}: holds weights only, a run cannot go on from it; --init-from can use it")
+    if state["format"] != FORMAT:
+        raise CheckpointError(
+            f"{path}: a run of format {state['format']} cannot go on under this version, whose format is {FORMAT}; "
+            "--evaluate and --init-from can use it"
+        )
     return state
-
-
-def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    return (text[:200] + "...") if len(text) > 200 else text or type(error).__name__
 
 
 # ---- weights from elsewhere -----------------------------------------------------------------------------------------

@@ -1,9 +1,55 @@
-"""Memory of the process."""
+"""The device of a run: which one, in which precision, and its memory."""
 
 import contextlib
 import ctypes
+import resource
 
+import torch
+
+from config import ConfigError
+from sasa.training import distributed
+
+AMP_NAMES = {None: "off", torch.bfloat16: "bf16", torch.float16: "fp16"}
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h of glibc
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of --device; of several ranks, each takes the GPU of its own number.
+
+    Raises:
+        ConfigError: there is no such device.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if distributed.is_distributed() and name.startswith("cuda"):
+        if name != "cuda":
+            raise ConfigError(f"--device {name}: every rank takes a GPU of its own; allowed are auto, cpu, cuda")
+        name = f"cuda:{distributed.local_rank()}"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ConfigError(f"--device {name}: allowed are auto, cpu, cuda, cuda:N") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"--device {name}: allowed are auto, cpu, cuda, cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices")
+    return device
+
+
+def pick_amp(name: str, device: torch.device) -> torch.dtype | None:
+    """The dtype of mixed precision, None for none.
+
+    Raises:
+        ConfigError: the device has not got it.
+    """
+    has_bf16 = device.type == "cpu" or torch.cuda.is_bf16_supported()
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" and has_bf16 else None
+    if name == "fp16" and device.type != "cuda":
+        raise ConfigError(f"--amp fp16: needs a CUDA device, this run is on {device.type}; allowed here are off, bf16")
+    if name == "bf16" and not has_bf16:
+        raise ConfigError("--amp bf16: this GPU has no bfloat16; allowed here are off, fp16")
+    return next(dtype for dtype, amp_name in AMP_NAMES.items() if amp_name == name)
 
 
 def keep_freed() -> None:
@@ -16,3 +62,10 @@ def keep_freed() -> None:
         libc = ctypes.CDLL(None)
         libc.mallopt(M_MMAP_MAX, 0)
         libc.mallopt(M_TRIM_THRESHOLD, -1)
+
+
+def peak_memory_mib(device: torch.device) -> float:
+    """The most memory so far, in MiB: of the device's allocator on CUDA, of the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10

@@ -6,9 +6,9 @@ torchrun says by the environment who is who. Rank 0 is the main rank: it alone r
 and downloads. Tensors on CUDA go by NCCL, everything on the CPU by Gloo. With one process every function here is the
 plain call.
 
-An error that all ranks come to know (`together`, `from_main`) is raised on all of them, and they end together. An error
-on one rank alone ends that one: Gloo's connections to it break at once and the others end with an error, while under
-NCCL they wait until torchrun, which has seen it end, ends them (SIGTERM, and SIGKILL 30 s later).
+An error that every rank has (`SharedError`, from `on_all_ranks`, `on_main_rank`, `main_rank_first`) ends them together.
+An error on one rank alone ends that one: Gloo's connections to it break at once and the others end with an error, while
+under NCCL they wait until torchrun, which has seen it end, ends them (SIGTERM, and SIGKILL 30 s later).
 """
 
 import os
@@ -23,6 +23,14 @@ from torch import Tensor
 Value = TypeVar("Value")
 TIMEOUT = timedelta(minutes=30)  # of a rank that is alive but silent: longer than any download or save
 CPU = torch.device("cpu")
+
+
+class SharedError(Exception):
+    """An error that every rank raises alike: `error` is the first rank's that had one."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(str(error))
+        self.error = error
 
 
 def start() -> None:
@@ -44,21 +52,22 @@ def start() -> None:
 
 def stop() -> None:
     """Wait for all ranks and part: the main one may still be writing."""
-    if several():
-        gather(None)
+    if is_distributed():
+        all_gather_object(None)
         dist.destroy_process_group()
 
 
-def several() -> bool:
+def is_distributed() -> bool:
+    """Whether there are several ranks."""
     return dist.is_available() and dist.is_initialized()
 
 
 def rank() -> int:
-    return dist.get_rank() if several() else 0
+    return dist.get_rank() if is_distributed() else 0
 
 
 def world_size() -> int:
-    return dist.get_world_size() if several() else 1
+    return dist.get_world_size() if is_distributed() else 1
 
 
 def local_rank() -> int:
@@ -73,25 +82,25 @@ def is_main() -> bool:
 # ---- values ---------------------------------------------------------------------------------------------------------
 
 
-def gather(value: Value) -> list[Value]:
+def all_gather_object(value: Value) -> list[Value]:
     """Every rank's value, in the order of the ranks, on every rank."""
-    if not several():
+    if not is_distributed():
         return [value]
     values = [None] * world_size()
     dist.all_gather_object(values, value)
     return values
 
 
-def add_up(x: Tensor) -> Tensor:
+def all_reduce_sum(x: Tensor) -> Tensor:
     """x becomes the sum of every rank's x, bitwise the same on all."""
-    if several():
+    if is_distributed():
         dist.all_reduce(x)
     return x
 
 
-def copy_from_main(tensors: Iterable[Tensor]) -> None:
+def broadcast(tensors: Iterable[Tensor]) -> None:
     """Each tensor becomes the main rank's."""
-    if several():
+    if is_distributed():
         for tensor in tensors:
             dist.broadcast(tensor, src=0)
 
@@ -99,18 +108,26 @@ def copy_from_main(tensors: Iterable[Tensor]) -> None:
 # ---- actions --------------------------------------------------------------------------------------------------------
 
 
-def together(action: Callable[[], Value]) -> Value:
-    """What `action` gives on this rank. An error of any rank is raised on all: the first rank's that has one."""
-    if not several():
+def on_all_ranks(action: Callable[[], Value]) -> Value:
+    """What `action` gives on this rank.
+
+    Raises:
+        SharedError: on every rank, where `action` fails on any of several.
+    """
+    if not is_distributed():
         return action()
     value, error = _attempt(action)
-    _raise_first(gather(error))
+    _raise_first(all_gather_object(error))
     return value
 
 
-def from_main(action: Callable[[], Value]) -> Value:
-    """What `action` gives on the main rank, the only one to run it. Its error is raised on all."""
-    if not several():
+def on_main_rank(action: Callable[[], Value]) -> Value:
+    """What `action` gives on the main rank, the only one to run it.
+
+    Raises:
+        SharedError: on every rank of several, where it fails.
+    """
+    if not is_distributed():
         return action()
     outcome = list(_attempt(action)) if is_main() else [None, None]
     dist.broadcast_object_list(outcome, src=0, device=CPU)
@@ -118,16 +135,18 @@ def from_main(action: Callable[[], Value]) -> Value:
     return outcome[0]
 
 
-def main_first(action: Callable[[], Value]) -> Value:
-    """`together`, where the other ranks begin when the main one is done: what it downloads is there for them."""
-    done: list[Value] = []
-    from_main(lambda: done.append(action()))
-    return together(lambda: done[0] if done else action())
-
-
-def known_to_all(error: Exception) -> bool:
-    """Whether every rank has raised this error: then the main one tells of it and all can end in step."""
-    return getattr(error, "known_to_all", False)
+def main_rank_first(action: Callable[[], Value]) -> Value:
+    """`on_all_ranks`, where the other ranks begin when the main one is done: what it downloads is there for them."""
+    if not is_distributed():
+        return action()
+    if is_main():
+        value, error = _attempt(action)
+        _raise_first(all_gather_object(error))
+    else:
+        _raise_first(all_gather_object(None))
+        value, error = _attempt(action)
+    _raise_first(all_gather_object(error))
+    return value
 
 
 def _attempt(action: Callable[[], Value]) -> tuple[Value | None, Exception | None]:
@@ -140,5 +159,4 @@ def _attempt(action: Callable[[], Value]) -> tuple[Value | None, Exception | Non
 def _raise_first(errors: list[Exception | None]) -> None:
     for error in errors:
         if error is not None:
-            error.known_to_all = True
-            raise error
+            raise SharedError(error) from error

@@ -1,15 +1,22 @@
 """A network's score on a split: loss, top-1, top-5, per class, the confusion matrix and some wrong predictions.
 
-Several ranks score their own part of the split each, and all get the whole score.
+Several ranks score their own part of the split each, and all get the whole score. Shapes: B images of a batch.
 """
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sasa.training import distributed
+from sasa.training.signals import StopRequest
+
+EVAL_BATCH = 256
+CONFUSION_CLASSES = 1000  # with more, right and wrong are counted by class: the matrix would be gigabytes
 
 
 @dataclass
@@ -20,54 +27,119 @@ class Evaluation:
     loss: float
     top1_pct: float
     top5_pct: float
-    confusion: Tensor  # (classes, classes): row the label, column the prediction
+    counts: Tensor  # (classes,) int64, images of each class
+    right: Tensor  # (classes,) int64, those of them that were predicted
+    confusion: Tensor | None = None  # (classes, classes) int64: row the label, column the prediction
     wrong: list[tuple[Tensor, int, int]] = field(default_factory=list)  # (3, H, W) as fed, label, prediction
 
     def per_class_pct(self) -> list[float | None]:
         """Accuracy of each class in percent; None for a class without images."""
-        counts, right = self.confusion.sum(1).tolist(), self.confusion.diagonal().tolist()
-        return [100 * r / n if n else None for r, n in zip(right, counts, strict=True)]
+        pairs = zip(self.right.tolist(), self.counts.tolist(), strict=True)
+        return [100 * right / count if count else None for right, count in pairs]
 
 
-@torch.no_grad()
-def evaluate(model: nn.Module, split, num_classes: int, batch_size: int, autocast, keep_wrong: int = 0) -> Evaluation:
+def evaluate(
+    model: nn.Module,
+    split,
+    num_classes: int,
+    batch_size: int,
+    autocast: Callable[[], AbstractContextManager],
+    keep_wrong: int = 0,
+    stop: StopRequest | None = None,
+) -> Evaluation | None:
     """Score `model` in eval mode (its mode is put back) on every image of `split` (see preprocess.py) once.
 
-    On several ranks every one must call it, with the same weights and buffers.
+    On several ranks every one must call it, with the same weights and buffers. Nothing waits for the device before the
+    last batch, but while wrong predictions are collected.
 
-    `autocast` makes the context to compute in. Top-5 is top-`num_classes` where there are fewer than five.
+    Args:
+        autocast: makes the context to compute in.
+        keep_wrong: how many wrong predictions to keep, the first ones.
+        stop: ends the evaluation at the next batch once a signal was received on this rank.
+
+    Returns:
+        The score, top-5 being top-`num_classes` where there are fewer than five; None where a rank was stopped.
 
     Raises:
         RuntimeError: the number of images seen is not the split's, less the unreadable ones that it skipped.
     """
     training = model.training
     model.eval()
-    own = distributed.together(lambda: _score(model, split, num_classes, batch_size, autocast, keep_wrong))
-    model.train(training)
-    parts = distributed.gather(own)
-    seen, loss_sum, top5, confusion = (sum(part[i] for part in parts) for i in range(4))
-    wrong = [item for part in parts for item in part[4]][:keep_wrong]
-    expected = len(split) - sum(part[5] for part in parts)
+    try:
+        own = distributed.on_all_ranks(
+            lambda: _score(model, split, num_classes, batch_size, autocast, keep_wrong, stop)
+        )
+    finally:
+        model.train(training)
+    parts = distributed.all_gather_object(own)
+    if any(part is None for part in parts):
+        return None
+    seen, loss_sum, top5, counts, right = (sum(part[i] for part in parts) for i in range(5))
+    expected = len(split) - sum(part.skipped for part in parts)
     if seen != expected:
         raise RuntimeError(f"evaluated {seen} images of a split of {expected}")
-    right = confusion.diagonal().sum().item()
-    return Evaluation(seen, loss_sum / seen, 100 * right / seen, 100 * top5 / seen, confusion, wrong)
+    confusion = None if own.confusion is None else sum(part.confusion for part in parts)
+    wrong = [item for part in parts for item in part.wrong][:keep_wrong]
+    top1 = right.sum().item()
+    return Evaluation(seen, loss_sum / seen, 100 * top1 / seen, 100 * top5 / seen, counts, right, confusion, wrong)
 
 
-def _score(model: nn.Module, split, num_classes: int, batch_size: int, autocast, keep_wrong: int) -> tuple:
-    """This rank's part: images, sum of losses, top-5, confusion matrix, wrong predictions, images that were skipped."""
-    confusion = torch.zeros(num_classes * num_classes, dtype=torch.int64)
-    loss_sum, top5, seen, wrong = 0.0, 0, 0, []
+class _Part(NamedTuple):
+    """One rank's sums, on the CPU."""
+
+    seen: int
+    loss_sum: float
+    top5: int
+    counts: Tensor
+    right: Tensor
+    confusion: Tensor | None
+    wrong: list[tuple[Tensor, int, int]]
+    skipped: int  # unreadable images
+
+
+@torch.inference_mode()
+def _score(model, split, num_classes, batch_size, autocast, keep_wrong, stop) -> _Part | None:
+    """This rank's part of `evaluate`; None where it was stopped."""
+    sums, wrong, seen = None, [], 0
     for images, labels in split.eval_batches(batch_size, distributed.rank(), distributed.world_size()):
+        if stop is not None and stop.received is not None:
+            return None
         with autocast():
             logits = model(images)
-        logits = logits.float()
+        logits = logits.float()  # (B, classes)
+        sums = _Sums(num_classes, logits.device) if sums is None else sums
         best = logits.topk(min(5, num_classes)).indices  # (B, 5)
-        loss_sum += F.cross_entropy(logits, labels, reduction="sum").item()
-        top5 += (best == labels[:, None]).any(1).sum().item()
-        predicted = best[:, 0]
-        confusion += torch.bincount((labels * num_classes + predicted).cpu(), minlength=num_classes**2)
+        sums.add(F.cross_entropy(logits, labels, reduction="sum"), best, labels)
         seen += len(labels)
-        for i in (predicted != labels).nonzero().flatten().tolist()[: keep_wrong - len(wrong)]:
-            wrong.append((images[i].cpu(), labels[i].item(), predicted[i].item()))
-    return seen, loss_sum, top5, confusion.view(num_classes, num_classes), wrong, len(split.bad_images)
+        if len(wrong) < keep_wrong:
+            for i in (best[:, 0] != labels).nonzero().flatten().tolist()[: keep_wrong - len(wrong)]:
+                wrong.append((images[i].cpu(), labels[i].item(), best[i, 0].item()))
+    sums = _Sums(num_classes, torch.device("cpu")) if sums is None else sums  # a rank without images
+    confusion = None if sums.confusion is None else sums.confusion.cpu().view(num_classes, num_classes)
+    return _Part(
+        seen, sums.loss.item(), int(sums.top5.item()), sums.counts.cpu(), sums.right.cpu(), confusion, wrong,
+        len(split.bad_images),
+    )  # fmt: skip
+
+
+class _Sums:
+    """Running sums on the device, which nothing reads before the end."""
+
+    def __init__(self, num_classes: int, device: torch.device) -> None:
+        self.num_classes = num_classes
+        self.loss = torch.zeros((), dtype=torch.float64, device=device)
+        self.top5 = torch.zeros((), dtype=torch.int64, device=device)
+        self.counts = torch.zeros(num_classes, dtype=torch.int64, device=device)
+        self.right = torch.zeros_like(self.counts)
+        keeps = num_classes <= CONFUSION_CLASSES
+        self.confusion = torch.zeros(num_classes**2, dtype=torch.int64, device=device) if keeps else None
+
+    def add(self, loss: Tensor, best: Tensor, labels: Tensor) -> None:
+        """loss: sum over the batch; best (B, 5) the predicted classes, the first one first; labels (B,)."""
+        predicted, one = best[:, 0], torch.ones_like(labels)
+        self.loss += loss
+        self.top5 += (best == labels[:, None]).sum()
+        self.counts.index_add_(0, labels, one)
+        self.right.index_add_(0, labels, (predicted == labels).long())
+        if self.confusion is not None:
+            self.confusion.index_add_(0, labels * self.num_classes + predicted, one)

@@ -1,7 +1,6 @@
 """What a person sees of a run: lines on the terminal, bars, log.jsonl, TensorBoard."""
 
 import json
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +10,7 @@ from tqdm import tqdm
 from config import Config
 from sasa.analysis import figures
 from sasa.analysis.attention_maps import LayerAttention, entropy, mean_distance
+from sasa.files import write_text
 from sasa.training.evaluation import Evaluation
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ class Monitor:
         from torch.utils.tensorboard import SummaryWriter  # half a second: only a run that trains pays it
 
         self.folder, self.bars = folder, bars
-        write_whole(folder / "log.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+        write_text(folder / "log.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
         # Steps done are the x axis: what was logged at `step` stays, what comes after it is written again.
         self.writer = SummaryWriter(str(folder), purge_step=step + 1)
 
@@ -131,14 +131,3 @@ class Silent:
 
     def __getattr__(self, name: str):
         return lambda *_: None
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Replace a small text file, whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
-
-
-def write_json(path: Path, values: dict[str, Any]) -> None:
-    write_whole(path, json.dumps(values, indent=2) + "\n")

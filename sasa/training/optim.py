@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from config import Config, recipe
+from config import Config
 
 # Rate / 10 every 30 epochs: the "step" schedule of the port's recipe.
 STEP_EPOCHS, STEP_FACTOR = 30, 0.1
@@ -54,16 +54,17 @@ def build_optimizer(model: nn.Module, config: Config, device: torch.device) -> t
     return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=nesterov, fused=fused)
 
 
-def ema_decay(config: Config, steps: int) -> float:
+def ema_decay(given: float | None, from_recipe: float | None, steps: int) -> float:
     """The decay of the moving average in a run of `steps` planned steps; --max-steps, which resumes may change, is not
     seen.
 
-    Without --ema it is the recipe's, but 1 / (1 - decay), the steps that the average spans, is at most a fifth of the
-    run: else the first weights would be a part of a short run's average, and it would score as chance.
+    `given` is taken as it is. Without it the decay is the recipe's, but 1 / (1 - decay), the steps that the average
+    spans, is at most a fifth of the run: else the first weights would be a part of a short run's average, and it would
+    score as chance.
     """
-    if config.ema is not None:
-        return config.ema
-    return round(min(recipe(config.recipe, config.dataset)["ema"], max(1 - 5 / steps, 0.0)), 6)
+    if given is not None:
+        return given
+    return round(min(from_recipe, max(1 - 5 / steps, 0.0)), 6)
 
 
 def build_ema(model: nn.Module, decay: float) -> AveragedModel | None:

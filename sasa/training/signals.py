@@ -1,33 +1,50 @@
-"""Signals that ask a run to stop: noted at once, obeyed at the next step boundary."""
+"""Signals that ask a run to stop: obeyed at once while there is no state to save, else at the next step boundary."""
 
+import contextlib
 import os
 import signal
 import time
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+STOP_SIGNALS = tuple(
+    getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP") if hasattr(signal, name)
+)
+STOPPED = 75  # exit code: stopped by a signal (EX_TEMPFAIL: the same command with --resume goes on)
 REPEAT_SECONDS = 5.0  # launchers send a signal twice: within this time a repeat counts as the same one
 
 
 class StopRequest:
-    """`received` is the name of the first stop signal, or None.
+    """Notes the stop signals of this process; `received` is the name of the first one, or None.
 
-    A second signal more than 5 s after the first ends the process at once, unsaved, with the shell's code for a signal
-    (128 + its number).
+    While `has_state` is False a signal ends the process at once with code 75 and a line. From then on it is noted, and
+    the run saves and ends where it next looks. A second signal more than 5 s after the first ends the process at once,
+    unsaved, with the shell's code for a signal (128 + its number).
     """
 
     def __init__(self) -> None:
         self.received: str | None = None
+        self.has_state = False
         self._first = 0.0
 
     def install(self) -> None:
+        """Take over the process's stop signals, but for those that it was started to ignore (nohup)."""
         for number in STOP_SIGNALS:
-            signal.signal(number, self._handle)
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, self._handle)
 
     def _handle(self, number: int, frame) -> None:
-        now = time.monotonic()
-        if self.received is None:
-            self.received, self._first = signal.Signals(number).name, now
-            # descriptor 2 at once: a signal may arrive inside print, which is not reentrant
-            os.write(2, f"\n{self.received}: saving at the next step\n".encode())
-        elif now - self._first > REPEAT_SECONDS:
-            os._exit(128 + number)
+        # Descriptor 2 at once: a signal may arrive inside print, which is not reentrant.
+        name, now = signal.Signals(number).name, time.monotonic()
+        if self.received is not None:
+            if now - self._first > REPEAT_SECONDS:
+                os._exit(128 + number)
+        elif self.has_state:
+            self.received, self._first = name, now
+            _write_line(f"{name}: saving at the next step")
+        else:
+            _write_line(f"{name}: stopped before the first step, there is nothing to save")
+            os._exit(STOPPED)
+
+
+def _write_line(text: str) -> None:
+    with contextlib.suppress(OSError):  # closed, or a pipe whose reader has gone: the signal is obeyed all the same
+        os.write(2, f"\n{text}\n".encode())

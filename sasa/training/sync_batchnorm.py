@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sasa.training.distributed import add_up, several
+from sasa.training.distributed import all_reduce_sum, is_distributed
 
 
 class SyncBatchNorm2d(nn.BatchNorm2d):
@@ -35,7 +35,7 @@ class _SyncNorm(torch.autograd.Function):
         variance, mean = torch.var_mean(x.to(wide), (0, 2, 3), correction=0)  # (C,), of this rank
         # A large mean would drown the variance in a sum of squares in fp32; in fp64 it does not.
         variance, mean, count = variance.double(), mean.double(), x.numel() // x.shape[1]
-        sums = add_up(count * torch.cat((mean.new_ones(1), mean, variance + mean.square())))  # (1 + 2 C,)
+        sums = all_reduce_sum(count * torch.cat((mean.new_ones(1), mean, variance + mean.square())))  # (1 + 2 C,)
         number, (mean, squares) = sums[:1], (sums[1:] / sums[0]).chunk(2)
         mean, variance, number = (v.to(wide) for v in (mean, squares - mean.square(), number))
         ctx.save_for_backward(x, weight, mean, (variance + eps).rsqrt(), number)
@@ -48,7 +48,7 @@ class _SyncNorm(torch.autograd.Function):
         grad = grad.to(mean.dtype)
         normal = (x - _maps(mean)) * _maps(scale)  # (B, C, H, W)
         grad_bias, grad_weight = grad.sum((0, 2, 3)), (grad * normal).sum((0, 2, 3))  # (C,), of this rank's images
-        by_mean, by_scale = add_up(torch.stack((grad_bias, grad_weight))) / number
+        by_mean, by_scale = all_reduce_sum(torch.stack((grad_bias, grad_weight))) / number
         grad_x = _maps(weight * scale) * (grad - _maps(by_mean) - normal * _maps(by_scale))
         return grad_x.to(x.dtype), grad_weight, grad_bias, None  # DDP adds up the parameters' own
 
@@ -60,7 +60,7 @@ def _maps(x: Tensor) -> Tensor:
 
 def sync_batch_norms(model: nn.Module, device: torch.device) -> nn.Module:
     """The model with every BatchNorm2d over all ranks; its parameters are new ones, with the same names."""
-    if not several():
+    if not is_distributed():
         return model
     if device.type == "cuda":
         return nn.SyncBatchNorm.convert_sync_batchnorm(model)

@@ -260,7 +260,7 @@ def test_a_resume_removes_nothing_before_its_first_save(held, monkeypatch):
     class Killed(BaseException):
         pass
 
-    def train_step(run, pairs):
+    def train_step(*_):
         raise Killed
 
     monkeypatch.setattr("train.train_step", train_step)

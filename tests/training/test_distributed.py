@@ -104,7 +104,7 @@ def test_one_rank_writes_and_prints(pair, tmp_path):
     out, other = ((pair / f"rank{rank}.txt").read_text() for rank in range(2))
     assert other == ""
     assert "ranks     2, each 1 x 6 images a step; batch norm over all ranks" in out
-    assert "a recipe's rate is scaled by 0.612372 here" in out  # sqrt(12 / 32)
+    assert "(the recipe's, times 0.612372 for this batch)" in out  # sqrt(12 / 32)
     assert len(list((pair / "run").glob("events.out.tfevents.*"))) == 1
 
 
@@ -161,7 +161,7 @@ def test_with_one_rank_batch_norm_stays():
 
 
 def test_values_actions_and_errors(tmp_path):
-    codes, outputs = ranks.launch(tmp_path, 3, ranks.agree, str(tmp_path))
+    codes, outputs = ranks.launch(tmp_path, 3, ranks.act_together, str(tmp_path))
     assert codes == [0] * 3, outputs
     assert (tmp_path / "main0").exists() and not (tmp_path / "main1").exists()
 

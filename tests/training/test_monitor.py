@@ -24,6 +24,7 @@ from sasa.analysis.attention_maps import entropy, lattice, mean_distance, record
 from sasa.training import monitor
 from sasa.training.evaluation import Evaluation, evaluate
 from sasa.training.monitor import Monitor
+from sasa.training.run import augmentation
 from test_train import Tiny, go, tiny  # noqa: F401 (a fixture)
 
 STEP_TAGS = {"train/loss", "train/top1_pct", "train/lr", "train/grad_norm"}
@@ -95,7 +96,7 @@ def test_the_images_text_and_hparams_are_there(events):
 
 def test_the_pictures_show_the_first_batch_and_the_test_splits_mistakes(events):
     info, train_data, _, test = preprocess.load(dataset="DIGITS", holdout=8)
-    augment = train.augment_config(resolve({}, "DIGITS"))
+    augment = augmentation(resolve({}, "DIGITS"))
     batch, _ = next(train_data.batches(0, batch_size=4, augment=augment))
     assert near(
         picture(events, "images/first_batch"), to_bytes(figures.image_grid(preprocess.denormalise(batch, info)))
@@ -147,12 +148,12 @@ def test_drawing_panels_leaves_the_network_as_it_was():
     """Its mode, its batch norms' statistics and torch's generator; the images are the first of the validation split."""
     _, _, _, test = preprocess.load(dataset="DIGITS")
     network, shown = ResNet26(10, small_images=True).train(), []
+    watcher = SimpleNamespace(attention=lambda step, layers: shown.append((step, layers)))
     run = SimpleNamespace(
-        scored_model=network, data=SimpleNamespace(val=test), autocast=nullcontext, progress=SimpleNamespace(step=5),
-        monitor=SimpleNamespace(attention=lambda step, layers: shown.append((step, layers))),
+        eval_model=network, data=SimpleNamespace(val=test), autocast=nullcontext, progress=SimpleNamespace(step=5),
     )  # fmt: skip
     before, generator = {k: v.clone() for k, v in network.state_dict().items()}, torch.get_rng_state()
-    train.show_attention(run)
+    train.show_attention(run, watcher)
     assert network.training and all(module.training for module in network.modules())
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
     assert torch.equal(torch.get_rng_state(), generator)

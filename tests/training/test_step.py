@@ -40,26 +40,26 @@ WAITS = ("aten::_local_scalar_dense", "aten::is_nonzero", "aten::nonzero", "aten
 
 
 def test_a_step_waits_for_the_device_once(tmp_path, monkeypatch):
-    """Batch, forward, backward, clipping and optimizer read no tensor's value; `agree` reads all figures at once.
+    """Batch, forward, backward, clipping and optimizer read no tensor's value; `sum_over_ranks` reads all at once.
 
     Counted on the CPU, whose steps take the way of CUDA's but for what kernels do inside. The moving average is left
     out: it reads its counter, which torch keeps on the CPU whatever the network's device.
     """
     small_runs.few_digits(monkeypatch)
-    original, agree, waits, reads = train.train_step, train.agree, [], []
+    original, sum_over_ranks, waits, reads = train.train_step, train.sum_over_ranks, [], []
 
-    def counted_agree(run, *figures):
+    def counted(*figures):
         reads.append(1)
-        return agree(run, *figures)
+        return sum_over_ranks(*figures)
 
-    def train_step(run, pairs):
+    def train_step(*arguments):
         with Calls() as calls:
-            figures = original(run, pairs)
+            figures = original(*arguments)
         waits.append([name for name, _ in calls.seen if name in WAITS])
         return figures
 
     monkeypatch.setattr(train, "train_step", train_step)
-    monkeypatch.setattr(train, "agree", counted_agree)
+    monkeypatch.setattr(train, "sum_over_ranks", counted)
     flags = "--dataset DIGITS --epochs 1 --batch-size 8 --max-steps 3 --ema 0 --mixup 0.2 --clip-grad 1 --name run"
     assert small_runs.run(tmp_path, *flags.split(), "--no-progress", "--device", "cpu") == 0
     assert waits == [[], [], []] and len(reads) == 3

@@ -1,0 +1,75 @@
+"""When a run's state is saved, and what becomes of a save that fails."""
+
+import time
+
+from config import Config
+from sasa.training import checkpoint, distributed
+from sasa.training.monitor import Monitor
+from sasa.training.run import Run
+
+SAVE_GAP_SECONDS = 60.0  # an epoch's end this soon after a save need not save again
+SAVE_FAILURES = 3  # in a row: then the run stops instead of training on without a checkpoint
+
+
+class TrainingError(Exception):
+    """The run cannot go on: exit code 1."""
+
+
+class Saver:
+    """Writes last.pt of one run. Every rank takes part; the main one writes, and its clock counts."""
+
+    def __init__(self, config: Config, monitor: Monitor) -> None:
+        self.seconds = 0.0  # spent on saves
+        self._config, self._monitor = config, monitor
+        self._saved_at: float | None = None
+        self._started_at = time.monotonic()
+        self._failures = 0  # in a row
+
+    def due_by_clock(self) -> bool:
+        """Whether --save-minutes have passed, on the main rank; on the others never."""
+        minutes, since = self._config.save_minutes, self._saved_at or self._started_at
+        return distributed.is_main() and minutes > 0 and time.monotonic() - since >= 60 * minutes
+
+    def due_by_epoch(self, epochs: int) -> bool:
+        """Whether the end of this many epochs is to be saved: the same on every rank."""
+        every = self._config.save_every
+        if not every or epochs % every:
+            return False
+        return distributed.on_main_rank(
+            lambda: self._saved_at is None or time.monotonic() - self._saved_at >= SAVE_GAP_SECONDS
+        )
+
+    def save(self, run: Run) -> bool:
+        """Write the state; a failure (a full disk) is reported and survived, up to SAVE_FAILURES in a row.
+
+        Raises:
+            TrainingError: too many failures in a row.
+        """
+        started = time.monotonic()
+        self._monitor.flush()
+        state = run.state()
+        self._saved_at = time.monotonic()
+        problem = distributed.on_main_rank(lambda: _attempt_save(state, run))
+        if problem is None:
+            self.seconds += time.monotonic() - started
+            self._failures = 0
+            return True
+        self._failures += 1
+        self._monitor.say(f"save failed ({self._failures} in a row): {problem}; the last whole file is kept")
+        if self._failures >= SAVE_FAILURES:
+            raise TrainingError(f"{SAVE_FAILURES} saves failed in a row: stopping at step {run.progress.step}")
+        return False
+
+    def save_or_end(self, run: Run) -> None:
+        """A save that the run cannot go on without. Raises TrainingError."""
+        if not self.save(run):
+            raise TrainingError("the state could not be saved")
+
+
+def _attempt_save(state: dict, run: Run) -> str | None:
+    """What was wrong, or None."""
+    try:
+        checkpoint.save(state, run.folder)
+    except OSError as error:
+        return str(error)
+    return None
