@@ -121,7 +121,7 @@ def train(run: Run, stop: StopRequest, overwrite: bool = False) -> int:
     first = distributed.on_all_ranks(lambda: next(run.batches())[0]) if fresh else None  # wrong data: no file changed
     distributed.on_main_rank(partial(claim_folder, run.folder, config, overwrite))
     if distributed.is_main():
-        monitor = Monitor(run.folder, progress.rows, progress.step, bars=config.progress and sys.stderr.isatty())
+        monitor = Monitor(run.folder, progress, run.steps_per_epoch, config.progress and sys.stderr.isatty())
     else:
         monitor = Silent()
     saver = Saver(config, monitor)
@@ -181,10 +181,11 @@ def train_epoch(run: Run, monitor: Monitor, saver: Saver, stop: StopRequest) -> 
             requests = Requests(stop.received is not None, saver.due_by_clock())
             step = train_step(run, islice(pairs, run.micro_batches), requests)
             progress.add(step.loss, step.correct, step.images, time.perf_counter() - started)
+            progress.figures = step.figures()
             bar.update()
             bar.set_postfix(loss=f"{step.loss:.3f}", top1=f"{100 * progress.correct / progress.images:.1f}%",
                             images=f"{progress.images / progress.epoch_seconds:.0f}/s", refresh=False)  # fmt: skip
-            monitor.step(progress.step, step.figures())
+            monitor.step(progress.step, progress.figures)
             if step.requests.stop:
                 saver.save_or_end(run)
                 return False

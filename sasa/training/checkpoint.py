@@ -49,6 +49,7 @@ class Progress:
     global_batch: int = 0  # images of a step over all ranks: of the run, not of the ranks that happen to do it
     skipped: int = 0  # steps that fp16's scaler has skipped in a row
     last_loss: float | None = None  # the last finite one
+    figures: dict[str, float] = field(default_factory=dict)  # of the last step, as TensorBoard has them
     best_top1: float | None = None
     best_epoch: int | None = None
     rows: list[dict[str, Any]] = field(default_factory=list)  # of log.jsonl: the file is rebuilt from them on resume

@@ -11,6 +11,7 @@ from config import Config
 from sasa.analysis import figures
 from sasa.analysis.attention_maps import LayerAttention, entropy, mean_distance
 from sasa.files import write_text
+from sasa.training.checkpoint import Progress
 from sasa.training.evaluation import Evaluation
 
 if TYPE_CHECKING:
@@ -21,18 +22,23 @@ BATCH_SHOWN, WRONG_SHOWN = 32, 24  # images
 
 
 class Monitor:
-    """Writes log.jsonl and TensorBoard's files of one run's folder; `rows` are the log's rows so far.
+    """Writes log.jsonl and TensorBoard's files of one run's folder.
 
-    On a resumed run log.jsonl is rebuilt from `rows`, and what TensorBoard holds past `step` is purged.
+    On a resumed run log.jsonl is rebuilt from the rows of `progress`, and what TensorBoard holds of later steps is
+    purged.
     """
 
-    def __init__(self, folder: Path, rows: list[dict[str, Any]], step: int, bars: bool) -> None:
+    def __init__(self, folder: Path, progress: Progress, steps_per_epoch: int, bars: bool) -> None:
         from torch.utils.tensorboard import SummaryWriter  # half a second: only a run that trains pays it
 
         self.folder, self.bars = folder, bars
-        write_text(folder / "log.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-        # Steps done are the x axis: what was logged at `step` stays, what comes after it is written again.
-        self.writer = SummaryWriter(str(folder), purge_step=step + 1)
+        write_text(folder / "log.jsonl", "".join(json.dumps(row) + "\n" for row in progress.rows))
+        # Steps done are the x axis: what was logged at this one stays, what comes after it is written again; and of an
+        # epoch whose steps are done, its end, whose figures stand at this step too.
+        ended = progress.batch >= steps_per_epoch
+        self.writer = SummaryWriter(str(folder), purge_step=progress.step + (not ended))
+        if ended:
+            self.step(progress.step, progress.figures)
 
     def epochs(self, total: int, done: int) -> tqdm:
         return tqdm(total=total, initial=done, desc="epochs", unit="epoch", disable=not self.bars, position=0)

@@ -184,7 +184,7 @@ def load_data(config: Config, device: torch.device | str) -> Data:
     evaluation["eval_crop"] = config.eval_crop
     usual = {"eval_size": config.img_size, "eval_crop": 0.875 if SIDES[config.dataset] is None else 1.0}
     usual["eval_interpolation"] = "bilinear"
-    evaluation = {key: value for key, value in evaluation.items() if value != usual[key]}
+    evaluation = {key: value for key, value in evaluation.items() if value not in (None, usual[key])}
     load = partial(
         preprocess.load, dataset=config.dataset, data_dir=config.data_dir, img_size=config.img_size,
         train_images=config.train_images, holdout=holdout, seed=config.seed, skip_bad_images=config.skip_bad_images,

@@ -22,6 +22,7 @@ from model import ResNet26
 from sasa.analysis import figures
 from sasa.analysis.attention_maps import entropy, lattice, mean_distance, record_attention
 from sasa.training import monitor
+from sasa.training.checkpoint import Progress
 from sasa.training.evaluation import Evaluation, evaluate
 from sasa.training.monitor import Monitor
 from sasa.training.run import augmentation
@@ -126,7 +127,7 @@ def test_the_attention_panels_read_back(tmp_path):
     network = ResNet26(10, stem=True, small_images=True).eval()
     with torch.no_grad(), record_attention(network, pixels=lattice(9)) as layers:
         network(torch.randn(2, 3, 12, 12))
-    writer = Monitor(tmp_path, [], 0, bars=False)
+    writer = Monitor(tmp_path, Progress(), 1, bars=False)
     writer.attention(7, layers)
     writer.close()
     events = EventAccumulator(str(tmp_path), size_guidance={"histograms": 0}).Reload()
@@ -202,7 +203,7 @@ def test_bars_on_a_terminal_unless_told_not_to(tmp_path, tiny, capsys, monkeypat
 
 def test_the_log_is_rebuilt_from_the_rows(tmp_path):
     (tmp_path / "log.jsonl").write_text('{"epoch": 1}\n{"epoch": 2}\n{"epo')
-    Monitor(tmp_path, [{"epoch": 1}], 4, bars=False).close()
+    Monitor(tmp_path, Progress(rows=[{"epoch": 1}], step=4), 4, bars=False).close()
     assert (tmp_path / "log.jsonl").read_text() == '{"epoch": 1}\n'
 
 
