@@ -23,7 +23,7 @@ from torch import Tensor
 
 from sasa.data.augment import AugmentConfig, stream
 from sasa.data.batches import DataInfo, denormalise, epoch_order
-from sasa.data.datasets import SMALL_SETS, SPECS, canonical_name, default_augment
+from sasa.data.datasets import SMALL_SETS, SPECS, canonical_name
 from sasa.data.download import resolve_auto
 from sasa.data.errors import DataError, WorkerError
 from sasa.data.fingerprint import of_tensors
@@ -35,7 +35,7 @@ from sasa.data.trees import read_trees
 
 __all__ = [
     "DATASETS", "AugmentConfig", "DataError", "DataInfo", "FolderData", "Split", "TensorData", "WorkerError",
-    "canonical_name", "channel_stats", "data_identity", "default_augment", "denormalise", "epoch_order",
+    "canonical_name", "channel_stats", "data_identity", "denormalise", "epoch_order",
     "info_without_files", "load", "resolve_auto",
 ]  # fmt: skip
 

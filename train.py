@@ -178,8 +178,7 @@ def train_epoch(run: Run, monitor: Monitor, saver: Saver, stop: StopRequest) -> 
     with monitor.batches(run.steps_per_epoch, progress.batch, progress.epoch) as bar:
         while progress.batch < run.steps_per_epoch and not at_max_steps(run):
             started = time.perf_counter()
-            requests = Requests(stop.received is not None, saver.due_by_clock())
-            step = train_step(run, islice(pairs, run.micro_batches), requests)
+            step = train_step(run, islice(pairs, run.micro_batches), stop, saver)
             progress.add(step.loss, step.correct, step.images, time.perf_counter() - started)
             progress.figures = step.figures()
             bar.update()
@@ -220,13 +219,11 @@ class Step(NamedTuple):
         }
 
 
-def train_step(run: Run, pairs: Iterator[tuple[Tensor, Tensor]], requests: Requests) -> Step:
+def train_step(run: Run, pairs: Iterator[tuple[Tensor, Tensor]], stop: StopRequest, saver: Saver) -> Step:
     """One optimizer step over the pairs, this rank's micro-batches.
 
-    The gradient and every figure are of the global batch: the mean over its images, whatever rank has how many.
-
-    Args:
-        requests: this rank's; those that come back are of any rank, the same on all.
+    The gradient and every figure are of the global batch: the mean over its images, whatever rank has how many. The
+    requests that come back are those of any rank by the step's end, the same on all.
 
     Raises:
         TrainingError: a loss or gradient that is not finite, on whatever rank; nothing was updated on any.
@@ -254,7 +251,8 @@ def train_step(run: Run, pairs: Iterator[tuple[Tensor, Tensor]], requests: Reque
         run.scaler.unscale_(run.optimizer)
     parameters = [p for p in run.model.parameters() if p.grad is not None]
     norm = torch.nn.utils.clip_grad_norm_(parameters, config.clip_grad or math.inf)
-    loss, norm, correct, requests = sum_over_ranks(loss, norm, correct, requests)
+    own = Requests(stop.received is not None, saver.due_by_clock())
+    loss, norm, correct, requests = sum_over_ranks(loss, norm, correct, own)
     check_finite(run, loss, norm, rate)
     if run.scaler is None:
         run.optimizer.step()

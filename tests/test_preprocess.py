@@ -24,7 +24,7 @@ from torchvision import datasets
 from torchvision.transforms import v2
 
 import preprocess
-from preprocess import DataError, DataInfo, TensorData, default_augment, load
+from preprocess import DataError, DataInfo, TensorData, load
 from sasa.data import augment as aug
 from sasa.data import datasets as sources
 from sasa.data import download, randaugment
@@ -504,15 +504,6 @@ def test_augmentation_settings_are_checked():
             AugmentConfig(**wrong)
 
 
-def test_recipes_augmentation():
-    assert not any(default_augment(n, r).flip for n in ("DIGITS", "MNIST") for r in ("default", "seed", "paper"))
-    assert default_augment("cifar10", "seed") == AugmentConfig(pad=4, flip=True)
-    assert default_augment("DIGITS", "seed") == AugmentConfig(pad=1)
-    assert default_augment("DIGITS", "seed", 32) == AugmentConfig(pad=4)
-    assert default_augment("IMAGENET", "paper", 160) == AugmentConfig(flip=True)
-    assert default_augment("DIGITS").rotate and default_augment("CIFAR10", "default", 64).pad == 8
-
-
 # ---- CIFAR and MNIST files ------------------------------------------------------------------------------------------
 
 
@@ -738,7 +729,7 @@ def test_folder_of_jpegs(tree):
     assert (info.name, info.num_classes, info.class_names) == ("FOLDER", 2, ("cat", "dog"))
     assert (info.image_size, info.train_size, info.holdout_size, info.test_size) == (16, 20, 2, 14)
     assert load(dataset="FOLDER", data_dir=tree)[0].image_size == 224
-    epoch = batches(train, batch_size=6, augment=default_augment("FOLDER"))
+    epoch = batches(train, batch_size=6, augment=AugmentConfig(flip=True))
     assert [x.shape for x, _ in epoch] == [(6, 3, 16, 16)] * 3 and epoch[0][0].dtype == torch.float32
     assert all(x.is_contiguous() for x, _ in epoch)
     # evaluation by hand: shorter side to 18 (16 * 256 / 224), centre 16 x 16, normalised

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from sasa.console import one_line
-from sasa.data.augment import AugmentConfig
 from sasa.data.download import download
 from sasa.data.errors import DataError
 
@@ -42,20 +41,17 @@ class Spec:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     side: int | None  # pixels; None where images differ
-    augment: AugmentConfig  # the default recipe's
-    mirror: bool  # whether a mirrored image keeps its class
 
 
-_DIGIT_MOVES = AugmentConfig(rotate=10, translate=0.1, zoom=0.1)
 SPECS = {
-    "DIGITS": Spec((0.3054,), (0.3753,), 8, _DIGIT_MOVES, False),
-    "CIFAR10": Spec((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616), 32, AugmentConfig(4, True, cutout=8), True),
-    "CIFAR100": Spec((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762), 32, AugmentConfig(4, True, cutout=8), True),
-    "MNIST": Spec((0.1307,), (0.3081,), 28, _DIGIT_MOVES, False),
-    "FashionMNIST": Spec((0.2860,), (0.3530,), 28, AugmentConfig(2, True), True),
-    "IMAGENET": Spec(*_IMAGENET_STATS, None, AugmentConfig(flip=True), True),
-    "FOLDER": Spec(*_IMAGENET_STATS, None, AugmentConfig(flip=True), True),
-    "WEBDATASET": Spec(*_IMAGENET_STATS, None, AugmentConfig(flip=True), True),
+    "DIGITS": Spec((0.3054,), (0.3753,), 8),
+    "CIFAR10": Spec((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616), 32),
+    "CIFAR100": Spec((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762), 32),
+    "MNIST": Spec((0.1307,), (0.3081,), 28),
+    "FashionMNIST": Spec((0.2860,), (0.3530,), 28),
+    "IMAGENET": Spec(*_IMAGENET_STATS, None),
+    "FOLDER": Spec(*_IMAGENET_STATS, None),
+    "WEBDATASET": Spec(*_IMAGENET_STATS, None),
 }
 
 
@@ -69,21 +65,6 @@ def canonical_name(text: str) -> str:
         if name.lower() == text.lower():
             return name
     raise ValueError(f"unknown data set {text!r}, expected one of {', '.join(SPECS)}")
-
-
-def default_augment(name: str, recipe: str = "default", img_size: int | None = None) -> AugmentConfig:
-    """The augmentation of a recipe (default, port, paper) for a data set fed at img_size (None: its own size).
-
-    port and paper: the CIFAR-10 family's crop with padding 4 at 32 pixels (an eighth of the side elsewhere) and flip;
-    no flip where a mirror image is another class. Image trees: random resized crop (always) and flip in every recipe.
-    """
-    spec = SPECS[canonical_name(name)]
-    if recipe == "default" or spec.side is None:
-        config = spec.augment
-    else:
-        config = AugmentConfig(pad=spec.side // 8, flip=spec.mirror)
-    scale = 1 if img_size is None or spec.side is None else img_size / spec.side
-    return AugmentConfig(**{**vars(config), "pad": round(config.pad * scale), "cutout": round(config.cutout * scale)})
 
 
 # ---- small sets -----------------------------------------------------------------------------------------------------

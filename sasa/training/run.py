@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import preprocess
 from attention import LocalAttention2d
-from config import SIDES, Config, ConfigError, nominal_batch, rate_factor
+from config import Config, ConfigError, nominal_batch, rate_factor
 from preprocess import AugmentConfig, DataInfo
 from sasa.analysis.flops import count_flops, count_parameters
 from sasa.training import checkpoint, distributed
@@ -167,7 +167,7 @@ def settle(config: Config, data: Data, amp: torch.dtype | None, nominal: int, pl
     return dataclasses.replace(
         config,
         form=("small" if small else "imagenet") if config.form == "auto" else config.form,
-        img_size=info.image_size, eval_size=config.eval_size or info.image_size, amp=AMP_NAMES[amp], lr=lr,
+        img_size=info.image_size, eval_size=info.eval_size or info.image_size, amp=AMP_NAMES[amp], lr=lr,
         ema=ema_decay(config.ema, plan.recipe.get("ema"), config.epochs * data.train.steps_per_epoch(nominal)),
         name=plan.folder.name,
     )  # fmt: skip
@@ -180,15 +180,11 @@ def load_data(config: Config, device: torch.device | str) -> Data:
         SharedError: what is wrong with it.
     """
     holdout = config.holdout if config.holdout < 1 else int(config.holdout)
-    evaluation = {"eval_size": config.eval_size, "eval_interpolation": config.eval_interpolation}
-    evaluation["eval_crop"] = config.eval_crop
-    usual = {"eval_size": config.img_size, "eval_crop": 0.875 if SIDES[config.dataset] is None else 1.0}
-    usual["eval_interpolation"] = "bilinear"
-    evaluation = {key: value for key, value in evaluation.items() if value not in (None, usual[key])}
     load = partial(
         preprocess.load, dataset=config.dataset, data_dir=config.data_dir, img_size=config.img_size,
         train_images=config.train_images, holdout=holdout, seed=config.seed, skip_bad_images=config.skip_bad_images,
-        num_workers=config.num_workers, device=device, **evaluation,
+        num_workers=config.num_workers, device=device, eval_size=config.eval_size, eval_crop=config.eval_crop,
+        eval_interpolation=config.eval_interpolation,
     )  # fmt: skip
     return Data(*distributed.main_rank_first(load))
 

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 import preprocess
-from preprocess import default_augment, load
+from preprocess import AugmentConfig, load
 from sasa.data import datasets as sources
 from sasa.data import shards
 
@@ -64,7 +64,7 @@ def test_shards_are_the_tree_bitwise(tree, packed, workers):
                                                          num_workers=workers)]  # fmt: skip
     for infos in zip(*(vars(data[0]).items() for data in sets), strict=True):
         assert infos[0] == infos[1] or infos[0][0] == "name"
-    options = {"batch_size": 4, "seed": 5, "augment": default_augment("WEBDATASET"), "rank": 1, "world_size": 2}
+    options = {"batch_size": 4, "seed": 5, "augment": AugmentConfig(flip=True), "rank": 1, "world_size": 2}
     assert same(*(data[1].batches(2, 1, **options) for data in sets))
     for split in (2, 3):
         assert same(*(data[split].eval_batches(3) for data in sets))
