@@ -51,3 +51,17 @@ def test_every_command_has_its_line_and_every_line_its_command():
     commands = {path for path in ours if 'if __name__ == "__main__"' in path.read_text(encoding="utf-8")}
     modules = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__main__") for path in commands}
     assert listed == modules
+
+
+def test_what_the_readme_names_to_read_is_there():
+    named = re.findall(r"`(\w+)` in\s+`([\w/]+\.py)`", (ROOT / "README.md").read_text(encoding="utf-8"))
+    assert len(named) == 4
+    for what, file in named:
+        assert re.search(rf"^(def|class) {what}\b", (ROOT / file).read_text(encoding="utf-8"), flags=re.M), what
+
+
+def test_the_layer_in_six_lines_is_what_the_readme_says(capsys):
+    block = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.S)[1]
+    exec(block, {})
+    shape = re.search(r"print\(.*#\s*(\(.*\))", block)[1]
+    assert capsys.readouterr().out.strip() == f"torch.Size([{shape[1:-1]}])"
