@@ -28,7 +28,7 @@ FLOPS_TOLERANCE = 170_000_000  # wide enough for "q.r only" (0.11 B) and for m =
 PARAMETERS_TOLERANCE = 50_000
 MIXTURES = (8, 4)  # the stem's value matrices that are counted
 _M = "(the paper does not give m, the stem's value matrices: 8 fits its FLOPs best, 4 is the default here)"
-NOTES = {
+REMARKS = {
     "1": f"full attention is the attention stem + attention\n{_M}",
     "4": "conv stem (the paper: no more parameters; here the embeddings grow a little)",
     "7": _M,
@@ -135,7 +135,7 @@ def main(arguments: list[str] | None = None) -> int:
     tables = {"": CIFAR} if args.cifar else {n: TABLES[n] for n in ([args.table] if args.table else TABLES)}
     documents = [
         {
-            "title": "\n".join(filter(None, (table.title, NOTES.get(name)))),
+            "title": "\n".join(filter(None, (table.title, REMARKS.get(name)))),
             "image_size": FORMS[form][1],
             "rows": [audit_row(row, form) for row in audited(table)],
         }
