@@ -15,6 +15,7 @@ import torch
 import oracle
 from sasa.kernels import choose_backend, local_attention, local_attention_packed
 from sasa.kernels import triton_backend as cuda
+from sasa.kernels import triton_tiles as tiles
 from sasa.kernels.interface import CallKind
 
 NAMES = ("query", "key", "value", "rel_row", "rel_col")
@@ -107,6 +108,44 @@ def errors(case, dtype, device="cpu"):
         name: (largest(got[name].cpu() - x), rms(got[name].cpu() - x), rms(plain[name] - x), largest(x))
         for name, x in expected(case).items()
     }
+
+
+@contextlib.contextmanager
+def settings_of_tiles(settings):
+    """Names of triton_tiles.py with other values."""
+    before = {name: getattr(tiles, name) for name in settings}
+    for name, value in settings.items():
+        setattr(tiles, name, value)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(tiles, name, value)
+
+
+def errors_with(settings, case, dtype):
+    """`errors` with other settings of triton_tiles.py."""
+    with settings_of_tiles(settings):
+        return errors(case, dtype)
+
+
+def heads_of_a_program(settings, num_heads):
+    """How many heads one program serves of a call of few tiles."""
+    with settings_of_tiles(settings):
+        return tiles.heads_per_program(num_heads, 4)
+
+
+def error_of_far_rows(height, stride):
+    """Relative error of out for a map of rows `stride` elements apart, in fp16."""
+    width, heads, head_dim = 3, 2, 8
+    room = torch.empty((height - 1) * stride + 1000, dtype=torch.float16)  # virtual memory, not touched
+    shape, strides = (1, 3, heads, head_dim, height, width), (0, heads * head_dim, head_dim, 1, stride, 48)
+    qkv = room.as_strided(shape, strides)
+    qkv.copy_(torch.randn(shape, generator=torch.Generator().manual_seed(0)))
+    query, key, value = qkv.unbind(1)
+    out = local_attention(query, key, value, None, None, kernel_size=3, backend="triton")
+    exact = local_attention(*(x.double() for x in (query, key, value)), None, None, kernel_size=3, backend="reference")
+    return ((out - exact).abs().max() / exact.abs().max()).item()
 
 
 def errors_of_mutant(path, case):

@@ -1,14 +1,15 @@
 """Backend "triton": local attention as fused Triton kernels for CUDA, forward and backward in linear memory.
 
-This is the host side: what the kernels take, how a call is cut into tiles, buffers and launches. The device side is
-triton_kernels.py, and triton is imported when the first call runs, not before. With TRITON_INTERPRET=1 set,
-the same kernels are interpreted on CPU tensors: slow, for checking the mathematics without a GPU, and only where
-backend="triton" is asked for by name.
+This is the host side: what the kernels take, memory layouts, buffers and launches. triton_tiles.py cuts a call into
+tiles, the device side is triton_kernels.py, and triton is imported when the first call runs, not before. With
+TRITON_INTERPRET=1 set, the same kernels are interpreted on CPU tensors: slow, for checking the mathematics without a
+GPU, and only where backend="triton" is named.
 
-Maps with channels innermost (channels_last), slices of a fused projection among them, are read and written in place; of
-any other layout one copy is made. Nothing is kept but out and log-sum-exp; backward adds delta, a number per pixel and
-head, and one partial sum of the embeddings' gradient per strip of tiles. Sums have a fixed order: results repeat bit
-for bit. There is no host synchronisation, so that CUDA graphs can capture a call.
+Maps with channels innermost (channels_last) and equal strides are read and written in place, slices of a fused
+projection by one address for the three; of any other layout one copy is made. Nothing is kept but out and log-sum-exp;
+backward adds delta, a number per pixel and head, and one partial sum of the embeddings' gradient per strip of tiles.
+Sums have a fixed order: results repeat bit for bit. There is no host synchronisation, so that CUDA graphs can capture a
+call.
 
 A number that is not finite makes its whole tile NaN, not only the windows that hold it.
 
@@ -18,7 +19,7 @@ Shapes: B batch, N heads, D head width, H x W map, K window side. Source: Ramach
 import contextlib
 import functools
 import importlib.util
-import json
+import itertools
 import os
 import re
 from pathlib import Path
@@ -26,15 +27,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from sasa.kernels import triton_tiles as tiles
 from sasa.kernels.interface import AttentionOptions, CallKind
 
-TABLE = Path(__file__).with_name("triton_table.json")  # written by `python -m sasa.kernels.tune`
-STAGES = ("forward", "query", "key")  # the kernels; the last two are the backward
 MAX_KERNEL_SIZE, MAX_HEAD_DIM = 13, 64
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CAPABILITY = (8, 0)  # the oldest GPUs with bf16 products
 TRITON = (3, 3)  # the oldest version with tl.gather
-STRIP = 8  # tiles of a strip: long enough that partial sums are small, short enough to fill the GPU
+SMALLEST_SCALE = 1e-20  # of logits: times MASKED in triton_kernels.py it still excludes a pair
 
 
 def interpreted() -> bool:
@@ -94,66 +94,6 @@ def unsupported(kind: CallKind) -> str | None:
     return _too_old(torch.cuda.get_device_capability(kind.device)) if device == "cuda" else None
 
 
-# Tiles ---------------------------------------------------------------------------------------------------------------
-
-Tile = tuple[int, int, int, int]  # rows and columns of the tile, rows of a chunk of its patch, warps
-
-
-@functools.cache
-def table() -> dict[str, dict]:
-    return json.loads(TABLE.read_text())["tiles"]
-
-
-def bucket(value: int, bounds: tuple[int, ...]) -> int:
-    """The smallest bound that `value` does not exceed, else the largest."""
-    return next((bound for bound in bounds if value <= bound), bounds[-1])
-
-
-# The table's rows; 56: and larger. fp32 is there to be right, not fast, and has one tile for all maps.
-WINDOWS, WIDTHS, SIDES = (3, 5, 7, 13), (16, 32, 64), {"half": (4, 8, 16, 56), "float": (56,)}
-
-
-def table_key(kernel_size: int, head_dim: int, side: int, dtype: torch.dtype) -> str:
-    """The row of the table for a map whose longer side is `side`."""
-    kind = "float" if dtype == torch.float32 else "half"
-    sizes = bucket(kernel_size, WINDOWS), bucket(head_dim, WIDTHS), bucket(side, SIDES[kind])
-    return "K{} d{} map{} {}".format(*sizes, kind)
-
-
-def _power(value: int) -> int:
-    return 1 << (value - 1).bit_length()
-
-
-def constants(
-    stage: str, tile: Tile, kernel_size: int, shape: tuple[int, int, int], mask: bool, content: bool, relative: bool
-) -> dict[str, int]:
-    """What a kernel is compiled for; shape = (D, H, W)."""
-    head_dim, height, width = shape
-    tile_h, tile_w, rows, _ = tile
-    span_h, span_w = tile_h + kernel_size - 1, tile_w + kernel_size - 1
-    if mask or stage == "key":  # the patch need not reach over the border
-        span_h, span_w = min(span_h, height), min(span_w, width)
-    rows = min(rows, _power(span_h))
-    patch_w = max(_power(span_w), 16 // rows)  # a product takes 16 pixels at least
-    found = {
-        "K": kernel_size, "D": head_dim, "DP": max(_power(head_dim), 16), "TH": tile_h, "TW": tile_w,
-        "ROWS": rows, "PW": patch_w, "CHUNKS": -(-span_h // rows), "MASK": mask, "CONTENT": content,
-        "RELATIVE": relative, "STRIP": STRIP,
-    }  # fmt: skip
-    leave_out = {"forward": ("STRIP",), "query": (), "key": ("MASK", "STRIP")}[stage]
-    return {name: value for name, value in found.items() if name not in leave_out}
-
-
-def _cut(stage: str, query: Tensor, key, rel_row, kernel_size: int, border: str) -> tuple[int, int, dict]:
-    """Rows and columns of tiles, and the keywords of the launch."""
-    tile = tuple(table()[table_key(kernel_size, query.shape[2], max(query.shape[3:]), query.dtype)][stage]["tile"])
-    found = constants(
-        stage, tile, kernel_size, tuple(query.shape[2:]), border == "mask", key is not None, rel_row is not None
-    )
-    launch = found | {"num_warps": tile[3], "num_stages": 1}
-    return -(-query.shape[3] // tile[0]), -(-query.shape[4] // tile[1]), launch
-
-
 # Layout --------------------------------------------------------------------------------------------------------------
 
 
@@ -168,14 +108,42 @@ def _empty_inner(x: Tensor) -> Tensor:
     return x.new_empty((b, h, w, n, d)).permute(0, 3, 4, 1, 2)
 
 
-def _inner(x: Tensor | None) -> Tensor | None:
+def _inner(x: Tensor) -> Tensor:
     """x, or a copy with channels innermost."""
-    return x if x is None or _is_inner(x) else _empty_inner(x).copy_(x)
+    return x if _is_inner(x) else _empty_inner(x).copy_(x)
 
 
-def _strides(*maps: Tensor | None) -> tuple[int, ...]:
-    """Of B, H and W, map by map; an absent map is not read."""
-    return tuple(stride for x in maps for stride in ((0, 0, 0) if x is None else (x.stride(0), *x.stride()[3:])))
+def _strides(x: Tensor) -> tuple[int, int, int]:
+    """Of B, H and W; 0 along an axis of one, whose stride may be any number."""
+    return tuple(0 if x.shape[axis] == 1 else x.stride(axis) for axis in (0, 3, 4))
+
+
+def _alike(*maps: Tensor | None) -> list[Tensor | None]:
+    """The maps with channels innermost and the same strides, so that one set of offsets serves them; else copies."""
+    found = [None if x is None else _inner(x) for x in maps]
+    if len({_strides(x) for x in found if x is not None}) > 1:
+        found = [None if x is None else _empty_inner(x).copy_(x) for x in found]
+    return found
+
+
+def _follow(*maps: Tensor | None) -> bool:
+    """Whether each map lies N * D elements behind the one before it, with the same strides."""
+    present = [x for x in maps if x is not None]
+    step = present[0].shape[1] * present[0].shape[2] * present[0].element_size()
+    return all(
+        y.data_ptr() - x.data_ptr() == step and _strides(x) == _strides(y) for x, y in itertools.pairwise(present)
+    )
+
+
+def _room(maps: tuple[Tensor | None, ...], targets: tuple[Tensor | None, ...]) -> list[Tensor | None]:
+    """Where to write gradients of `maps`: the targets if the kernels can write there, else new maps."""
+    fits = all(x is None or (y is not None and _is_inner(y)) for x, y in zip(maps, targets, strict=True))
+    if fits and len({_strides(y) for x, y in zip(maps, targets, strict=True) if x is not None}) <= 1:
+        return [None if x is None else y for x, y in zip(maps, targets, strict=True)]
+    return [None if x is None else _empty_inner(x) for x in maps]
+
+
+# Launches ------------------------------------------------------------------------------------------------------------
 
 
 def _device(x: Tensor):
@@ -186,75 +154,115 @@ def _device(x: Tensor):
 @functools.cache
 def _kernels():
     """The device side, on first use."""
-    from sasa.kernels import triton_kernels as cuda_kernels
+    from sasa.kernels import triton_kernels
 
     if interpreted():
-        from sasa.kernels import triton_interpreter as interpreter
+        from sasa.kernels import triton_interpreter
 
-        interpreter.repair()
-    return cuda_kernels
+        triton_interpreter.repair()
+    return triton_kernels
+
+
+def _launch(stage: str, call: tiles.Call, query: Tensor, arguments: tuple, strides: tuple, numbers: tuple) -> None:
+    """Runs a kernel over the batch; `arguments` are its tensors, `numbers` what follows the map's sizes.
+
+    Raises:
+        ValueError: a size is beyond the kernels' limits.
+    """
+    tile, batch = tiles.tile_of(stage, call, query.dtype), query.shape[0]
+    tiles_h, tiles_w = -(-call.height // tile[0]), -(-call.width // tile[1])
+    heads = 1 if stage == "query" else tiles.heads_per_program(call.num_heads, batch * tiles_h * tiles_w)
+    constant = tiles.constants(stage, tile, call, query.dtype, heads)
+    reason = tiles.exceeded(constant, call, strides)
+    if reason is not None:
+        raise ValueError(f"backend='triton' does not take this call: {reason}")
+    strips = -(-tiles_h // tiles.STRIP)
+    kernel = getattr(_kernels(), f"{stage}_kernel")
+    options = constant | {"num_warps": tile[3], "num_stages": 1}
+    if not interpreted():
+        options["enable_fp_fusion"] = True  # Triton's default changes with its version
+    rows = strips if stage == "query" else tiles_h
+    sizes = (tiles_h, strips) if stage == "query" else ()
+    with _device(query):
+        for first in range(0, batch, tiles.MAX_GRID):
+            grid = (call.num_heads // heads * tiles_w, rows, min(batch - first, tiles.MAX_GRID))
+            kernel[grid](*arguments, *strides, first, call.height, call.width, *sizes, *numbers, **options)
+
+
+def _positive(query: Tensor, scale: float) -> tuple[Tensor, float]:
+    """The same logits with a scale that the kernels take: 0 and negative ones go into the query."""
+    return (query, scale) if scale >= SMALLEST_SCALE else (query * scale, 1.0)
+
+
+def _call(query: Tensor, key, rel_row, options: AttentionOptions, fused: bool) -> tiles.Call:
+    _, n, d, h, w = query.shape
+    return tiles.Call(
+        n, d, h, w, options.kernel_size, options.border == "mask", key is not None, rel_row is not None, fused
+    )
 
 
 # Passes --------------------------------------------------------------------------------------------------------------
 
 
 def forward(query, key, value, rel_row, rel_col, *options) -> tuple[Tensor, Tensor]:
-    """-> out (B, N, D, H, W) in the input's dtype, channels innermost; log-sum-exp of the logits (B, N, H, W), fp32."""
-    kernel_size, border, scale = AttentionOptions(*options)
-    query, key, value = (_inner(x) for x in (query, key, value))
+    """-> out (B, N, D, H, W) in the input's dtype, channels innermost; log-sum-exp of the logits (B, N, H, W), fp32.
+
+    Raises:
+        ValueError: a size is beyond the kernels' limits.
+    """
+    options = AttentionOptions(*options)
+    query, scale = _positive(query, options.scale)
+    query, key, value = _alike(query, key, value)
     rel_row, rel_col = (None if x is None else x.contiguous() for x in (rel_row, rel_col))
     b, n, _, h, w = query.shape
     out, lse = _empty_inner(query), query.new_empty((b, n, h, w), dtype=torch.float32)
-    if out.numel() == 0:
-        return out, lse
-    tiles_h, tiles_w, launch = _cut("forward", query, key, rel_row, kernel_size, border)
-    with _device(query):
-        _kernels().forward_kernel[(b * tiles_h * tiles_w * n,)](
-            query, key, value, rel_row, rel_col, out, lse, *_strides(query, key, value, out),
-            n, h, w, tiles_h, tiles_w, scale, **launch,
-        )  # fmt: skip
+    if out.numel():
+        call = _call(query, key, rel_row, options, _follow(query, key, value))
+        maps = (query, *((None, None) if call.fused else (key, value)))
+        strides = (*_strides(query), *_strides(out))
+        _launch("forward", call, query, (*maps, rel_row, rel_col, out, lse), strides, (scale,))
     return out, lse
 
 
 def backward(grad_out, query, key, value, rel_row, rel_col, out, lse, *options, into=None):
-    """Gradients of query, key, value, rel_row, rel_col (None where the input is None)."""
-    kernel_size, border, scale = AttentionOptions(*options)
-    grad_out, query, key, value, out = (_inner(x) for x in (grad_out, query, key, value, out))
+    """Gradients of query, key, value, rel_row, rel_col (None where the input is None).
+
+    The first three are written to the tensors of `into` (any strides) unless that is None.
+
+    Raises:
+        ValueError: a size is beyond the kernels' limits.
+    """
+    options = AttentionOptions(*options)
+    query, scale = _positive(query, options.scale)
+    grad_out, out = _inner(grad_out), _inner(out)
+    query, key, value = _alike(query, key, value)
     rel_row, rel_col = (None if x is None else x.contiguous() for x in (rel_row, rel_col))
     lse = lse.contiguous()
     b, n, d, h, w = query.shape
     targets = (None,) * 3 if into is None else into
-    present = (query, key, value)
-    maps = [
-        None if x is None else target if target is not None and _is_inner(target) else _empty_inner(x)
-        for x, target in zip(present, targets, strict=True)
-    ]
-    grad_query, grad_key, grad_value = maps
+    (grad_query,) = _room((query,), targets[:1])
+    grad_key, grad_value = _room((key, value), targets[1:])
     delta = torch.empty_like(lse)
-    tiles_h, tiles_w, launch = _cut("query", query, key, rel_row, kernel_size, border)
-    strips = -(-tiles_h // STRIP)
+    call = _call(query, key, rel_row, options, _follow(query, key, value))
+    tile_h, tile_w, *_ = tiles.tile_of("query", call, query.dtype)
     partial = None
     if rel_row is not None:
-        partial = query.new_empty((b, strips, tiles_w, n, d, kernel_size), dtype=torch.float32)
+        strips = (b, -(-h // (tile_h * tiles.STRIP)), -(-w // tile_w))
+        partial = query.new_empty((*strips, n, d, options.kernel_size), dtype=torch.float32)
     if query.numel():
-        device_side = _kernels()
-        with _device(query):
-            device_side.query_kernel[(b * strips * tiles_w * n,)](
-                grad_out, query, key, value, rel_row, rel_col, out, lse, delta, grad_query, partial,
-                *_strides(grad_out, query, key, value, out, grad_query),
-                n, h, w, tiles_h, tiles_w, strips, scale, **launch,
-            )  # fmt: skip
-            tiles_h, tiles_w, launch = _cut("key", query, key, rel_row, kernel_size, border)
-            device_side.key_kernel[(b * tiles_h * tiles_w * n,)](
-                grad_out, query, key, value, rel_row, rel_col, lse, delta, grad_key, grad_value,
-                *_strides(grad_out, query, key, value, grad_key, grad_value),
-                n, h, w, tiles_h, tiles_w, scale, **launch,
-            )  # fmt: skip
+        maps = (grad_out, query, *((None, None) if call.fused else (key, value)), rel_row, rel_col)
+        read = (*_strides(grad_out), *_strides(query))
+        strides = (*read, *_strides(out), *_strides(grad_query))
+        _launch("query", call, query, (*maps, out, lse, delta, grad_query, partial), strides, (scale,))
+        call = call._replace(fused=call.fused and _follow(grad_key, grad_value))
+        maps = (grad_out, query, *((None, None) if call.fused else (key, value)), rel_row, rel_col)
+        grads = (grad_key, None) if call.fused and call.content else (grad_key, grad_value)
+        _launch("key", call, query, (*maps, lse, delta, *grads), (*read, *_strides(grad_value)), (scale,))
+    if scale != options.scale:
+        grad_query *= options.scale
     grad_row = grad_col = None
     if partial is not None:
         grad_row, grad_col = partial.sum((0, 1, 2)).to(rel_row.dtype).chunk(2, 1)  # (N, D/2, K) each
-    maps = [
-        target.copy_(x) if target is not None and target is not x else x
-        for x, target in zip(maps, targets, strict=True)
-    ]
-    return *maps, grad_row, grad_col
+    grads = (grad_query, grad_key, grad_value)
+    grads = [y.copy_(x) if y is not None and y is not x else x for x, y in zip(grads, targets, strict=True)]
+    return *grads, grad_row, grad_col

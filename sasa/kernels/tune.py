@@ -1,324 +1,195 @@
 """python -m sasa.kernels.tune: choose the tiles of backend "triton" by compiling for GPUs that need not be here.
 
-Candidates whose patch is not much larger than need be are compiled for compute capability 9.0 and disassembled with the
-tools that triton brings, larger ones where none of these fits. Those fit that keep all of their numbers in registers
-and at most 48 KiB in shared memory. Of them the one with the fewest executed instructions a pixel wins, and among those
-within 5% of it the one of which most warps fit on a multiprocessor, if it fits on 8.0 and 10.0 as well. Where none
-fits, the one that spills least is taken, and its row says so. The choice and the figures behind it are written to
-triton_table.json. Nothing is timed.
+`count` compiles candidates with the version of triton that is installed and writes what each needs into
+triton_table.json, beside the figures of other versions; `choose` takes the tile of each row and kernel from all of
+them. A candidate fits where it keeps to 255 registers, 64 bytes of stack and 48 KiB of shared memory with every version
+and compute capability that was counted. Of those that fit, the one with the fewest executed instructions a pixel wins
+(compute capability 9.0, the mean over versions of the ratio to the best), and among those within 5% of it the one of
+which most warps fit on a multiprocessor. Where none fits, the one with the fewest instructions is taken: the
+instructions that spills cost are among them. Nothing is timed.
 
-Executed instructions are those of the disassembly, its loops multiplied by their known trips, over the pixels of the
-map that the tile stands for (pixels of ragged tiles are paid for and not counted). Shapes as in cuda.py.
+A whole table takes one `count` with each version of triton, then `choose`:
+
+    PYTHONPATH=<where triton 3.6 is> python -m sasa.kernels.tune count
+    python -m sasa.kernels.tune choose
+    python -m sasa.kernels.tune count --chosen --capability 80 100 120
+    python -m sasa.kernels.tune show
 """
 
-import argparse
-import collections
-import dataclasses
-import functools
 import itertools
 import json
-import multiprocessing
-import os
 import re
-import subprocess
 import sys
-import tempfile
 import time
-from pathlib import Path
 
 import torch
 
-from sasa.kernels import triton_backend as cuda
+from sasa import console, files
+from sasa.kernels import triton_builds as builds
+from sasa.kernels import triton_tiles as tiles
 
-CHOOSING = 90  # compute capability, times ten, of the builds that choose
-CAPABILITIES = (80, 90, 100)  # a choice has to fit on all of them
+CHOOSING = 90  # compute capability, times ten, whose instructions count
 MAX_REGISTERS, MAX_STACK, MAX_SHARED = 255, 64, 48 * 1024
-WARP_REGISTERS, WARPS, SHARED = 65536 // 32, 64, 227 * 1024  # of a multiprocessor of compute capability 9.0
-WASTE = 1.15  # patches so much larger than the smallest are built only where no other fits
 CLOSE = 1.05  # instructions within which occupancy decides
-MAPS = {4: 4, 8: 7, 16: 14, 56: 56}  # bucket of the table -> the side of a ResNet's map that stands for it
+HEADS = 8  # of a program in the counted builds
+MAPS = {4: 4, 8: 7, 56: 56}  # bucket of the table -> the side of a ResNet's map that stands for it
 DTYPES = {"half": torch.bfloat16, "float": torch.float32}
-POINTER = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
-WIDE = ("lse", "delta", "partial")  # buffers in fp32 whatever the maps are
+FIGURES = ("instructions", "registers", "stack", "shared")  # of a build in the table, in this order
 
-# Tiles by kind and bucket of the map: rows, columns, rows of a chunk, warps. Found by hand to be worth a build; fp32
-# has no tensor cores here and wants small ones.
-CANDIDATES = {
-    "half": {
-        4: ((4, 4, 4, 1),),
-        8: ((2, 8, 4, 1), (4, 8, 2, 2), (8, 8, 2, 4), (8, 8, 4, 4), (8, 8, 8, 4)),
-        16: ((2, 8, 2, 1), (2, 8, 4, 1), (4, 4, 2, 1), (4, 8, 2, 2)),
-    },
-    "float": {56: ((4, 4, 1, 2),)},
+# Candidates by window and map, found by hand to be worth a build: the patches of others are larger.
+_SMALL = ((4, 4, 4, 1, 0),)  # maps that are one tile
+_WHOLE = ((8, 8, 8, 4, 1), (8, 8, 4, 4, 0), (8, 8, 4, 4, 1), (2, 8, 8, 1, 1), (2, 8, 4, 1, 0))
+_LARGE = {
+    3: ((2, 8, 4, 1, 1), (2, 8, 2, 1, 0)),
+    5: ((2, 8, 8, 1, 1), (2, 8, 2, 1, 0), (2, 8, 2, 1, 1)),
+    7: ((2, 8, 8, 1, 1), (2, 8, 4, 1, 1), (2, 8, 4, 1, 0), (2, 8, 2, 1, 0)),
+    13: ((4, 4, 4, 1, 0), (4, 4, 2, 1, 0)),
 }
-CANDIDATES["half"][56] = CANDIDATES["half"][16]
 
 
-@dataclasses.dataclass(frozen=True)
-class Build:
-    """What a compiled kernel needs. Instructions are executed warp instructions a tile."""
-
-    registers: int
-    stack: int  # bytes a thread; above 0 is a spill
-    spills: int  # instructions that read or write it
-    shared: int  # bytes
-    instructions: dict[str, float]  # by the first word of the operation, and "all"
-    widest_load: int  # bytes a thread
-    atomics: int  # in the PTX
-
-    @property
-    def fits(self) -> bool:
-        return not self.stack and not self.spills and self.registers <= MAX_REGISTERS and self.shared <= MAX_SHARED
+def candidates(stage: str, kernel_size: int, width: int, bucket: int, kind: str) -> tuple[tiles.Tile, ...]:
+    """The tiles worth a build; fp32 has no tensor cores here and wants a small one."""
+    if kind == "float":
+        return ((4, 4, 1, 2, 0),)
+    found = {4: _SMALL, 8: _WHOLE, 56: _LARGE[kernel_size]}[bucket]
+    if stage == "forward":  # which has no unrolled form
+        found = tuple(dict.fromkeys((*tile[:4], 0) for tile in found))
+    return found
 
 
-def warps_resident(build: Build, warps: int) -> int:
-    """Warps that a multiprocessor of compute capability 9.0 holds at once."""
-    per_warp = -(-build.registers // 8) * 8
-    programs = min(WARP_REGISTERS // (per_warp * warps), SHARED // (build.shared + 1024), WARPS // warps)
-    return programs * warps
+def rows() -> list[tuple[str, tuple[int, int, int, str]]]:
+    """The table's rows: key -> (K, head width, bucket of the map, kind of dtype), the most used first."""
+    return [
+        (tiles.table_key(size, width, side, DTYPES[kind]), (size, width, side, kind))
+        for kind in DTYPES
+        for size in sorted(tiles.WINDOWS, key=lambda k: k != 7)
+        for side, width in itertools.product(tiles.SIDES[kind][::-1], tiles.WIDTHS)
+    ]
 
 
-# Compiling -----------------------------------------------------------------------------------------------------------
+def count(tile: tiles.Tile, stage: str, row: tuple[int, int, int, str], capability: int) -> list[float]:
+    """`FIGURES` of a build with the installed version of triton."""
+    size, width, bucket, kind = row
+    side = MAPS[bucket]
+    call = tiles.Call(HEADS, width, side, side, size)
+    build = builds.compile_stage(stage, tile, call, DTYPES[kind], capability=capability, heads=HEADS)
+    return [round(builds.per_pixel(build, tile, side), 1), build.registers, build.stack, build.shared]
 
 
-def _source(stage: str, found: dict, dtype: torch.dtype):
-    """The kernel with its arguments as a call with channels innermost and aligned has them."""
-    from triton.compiler import ASTSource
-
-    from sasa.kernels import triton_kernels as cuda_kernels
-
-    function = getattr(cuda_kernels, f"{stage}_kernel")
-    absent = {name for name in ("key", "grad_key") if not found["CONTENT"]}
-    absent |= {name for name in ("rel_row", "rel_col", "partial") if not found["RELATIVE"]}
-    signature, constexprs, attributes = {}, {}, {}
-    for i, name in enumerate(function.arg_names):
-        if name in found or name in absent:
-            signature[name], constexprs[(i,)] = "constexpr", found.get(name)
-        elif name in cuda_kernels.SIZES:
-            signature[name] = "i32"
-        elif name == "scale":
-            signature[name] = "fp32"
-        else:  # a stride or a pointer
-            is_stride = re.search(r"_[bhw]$", name)
-            signature[name] = "i32" if is_stride else "*fp32" if name in WIDE else POINTER[dtype]
-            attributes[(i,)] = [["tt.divisibility", 16]]
-    return ASTSource(function, signature, constexprs, attributes)
+def name(tile: tiles.Tile) -> str:
+    """A tile as the table's key."""
+    return " ".join(map(str, tile))
 
 
-def compile_stage(
-    stage: str, tile: cuda.Tile, kernel_size: int, shape: tuple[int, int, int], dtype: torch.dtype,
-    *, capability: int = CHOOSING, mask: bool = True, content: bool = True, relative: bool = True,
-) -> Build:  # fmt: skip
-    """Compiles a kernel of triton_kernels.py for a GPU that need not be here; shape = (D, H, W)."""
-    found = cuda.constants(stage, tile, kernel_size, shape, mask, content, relative)
-    return _compile(stage, tuple(found.items()), tile[3], dtype, capability)
+def fits(figures: list[float]) -> bool:
+    """Whether a build keeps to the limits."""
+    _, registers, stack, shared = figures
+    return registers <= MAX_REGISTERS and stack <= MAX_STACK and shared <= MAX_SHARED
 
 
-@functools.cache
-def _compile(stage: str, constants: tuple, warps: int, dtype: torch.dtype, capability: int) -> Build:
-    import triton
-    from triton.backends.compiler import GPUTarget
+def choose(found: dict[str, dict[str, list[float]]]) -> tiles.Tile:
+    """The best tile of one kernel's builds: tile -> "<version> <capability>" -> figures."""
+    versions = set.intersection(*({key for key in x if key.endswith(f" {CHOOSING}")} for x in found.values()))
+    if not versions:
+        raise ValueError(f"no version of triton has counted every candidate for compute capability {CHOOSING / 10}")
+    fitting = {tile: x for tile, x in found.items() if all(fits(figures) for figures in x.values())} or found
+    best = {v: min(x[v][0] for x in fitting.values()) for v in versions}
+    cost = {tile: sum(x[v][0] / best[v] for v in versions) / len(versions) for tile, x in fitting.items()}
 
-    found = dict(constants)
-    options = {"num_warps": warps, "num_stages": 1}
-    kernel = triton.compile(_source(stage, found, dtype), target=GPUTarget("cuda", capability, 32), options=options)
-    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(kernel.asm["cubin"])
-        file.flush()
-        usage, listing = (
-            subprocess.run([tools / tool, option, file.name], capture_output=True, text=True, check=True).stdout
-            for tool, option in (("cuobjdump", "-res-usage"), ("nvdisasm", "-c"))
-        )
-    instructions = executed(listing, stage, found["CHUNKS"])
-    ptx = kernel.asm["ptx"]
-    # 64-bit accesses say .b64 or .v2.b32, 128-bit ones .v4.b32 or .v2.b64
-    widths = [int(n or 1) * int(bits) // 8 for n, bits in re.findall(r"ld\.global\S*?(?:\.v(\d))?\.b(\d+)", ptx)]
-    return Build(
-        registers=int(re.search(r"REG:(\d+)", usage)[1]),
-        stack=int(re.search(r"STACK:(\d+)", usage)[1]),
-        spills=len(re.findall(r"\b(?:LDL|STL)\b", listing)),
-        shared=kernel.metadata.shared,
-        instructions=instructions,
-        widest_load=max(widths),
-        atomics=len(re.findall(r"\b(?:atom|red)\.", ptx)),
-    )
-
-
-def executed(listing: str, stage: str, chunks: int) -> dict[str, float]:
-    """Executed instructions of a tile by operation: those inside a loop count once a trip.
-
-    The loop over the chunks of a patch is the innermost; the query kernel has the loop over the strip around it, whose
-    body is one tile, and what is outside it is shared by a strip.
-    """
-    labels, operations, jumps = {}, [], []
-    for line in listing.splitlines():
-        if label := re.match(r"\s*(\.L_\w+):", line):
-            labels[label[1]] = len(operations)
-        elif found := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][A-Z0-9]*)", line):
-            if found[1] == "BRA" and (target := re.search(r"\((\.L_\w+)\)", line)):
-                jumps.append((target[1], len(operations)))
-            operations.append(found[1])
-    loops = [(labels[name], end) for name, end in jumps if name in labels and labels[name] < end]
-    weights = [1.0 / cuda.STRIP if stage == "query" else 1.0] * len(operations)
-    for i in range(len(operations)):
-        depth = sum(start <= i <= end for start, end in loops)
-        if stage == "query" and depth:
-            weights[i] = float(chunks) ** (depth - 1)
-        elif depth:
-            weights[i] = float(chunks)
-    total = collections.Counter({"all": sum(weights)})
-    for name, weight in zip(operations, weights, strict=True):
-        total[name] += weight
-    return dict(total)
-
-
-# Choosing ------------------------------------------------------------------------------------------------------------
-
-
-def per_pixel(build: Build, tile: cuda.Tile, side: int, operation: str = "all") -> float:
-    """Executed warp instructions a pixel of a side x side map."""
-    tiles = -(-side // tile[0]) * -(-side // tile[1])
-    return build.instructions.get(operation, 0.0) * tile[3] * tiles / side**2
-
-
-def patch(stage: str, tile: cuda.Tile, kernel_size: int, shape: tuple[int, int, int]) -> int:
-    """Pixels of a tile's patch: the pairs that a pixel pays for, K * K of them in its window."""
-    found = cuda.constants(stage, tile, kernel_size, shape, True, True, True)
-    return found["ROWS"] * found["PW"] * found["CHUNKS"]
-
-
-def ranking(builds: dict[cuda.Tile, Build], cost: dict[cuda.Tile, float]) -> list[cuda.Tile]:
-    """Best first: those close to the cheapest by how many warps are resident, then the others by cost."""
-
-    def rank(tile: cuda.Tile) -> tuple[bool, float, float]:
+    def rank(tile: str) -> tuple[bool, float, float]:
+        warps = int(tile.split()[3])
+        resident = min(builds.warps_resident(*fitting[tile][v][1::2], warps) for v in versions)
         is_close = cost[tile] <= CLOSE * min(cost.values())
-        return not is_close, -warps_resident(builds[tile], tile[3]) if is_close else 0, cost[tile]
+        return not is_close, -resident if is_close else 0, cost[tile]
 
-    return sorted(builds, key=rank)
-
-
-def choose(arguments: tuple[int, int, int, str]) -> tuple[str, dict]:
-    """(K, width, bucket of the map, kind of dtype) -> the table's key and row."""
-    kernel_size, width, bucket, kind = arguments
-    dtype, side = DTYPES[kind], MAPS[bucket]
-    row = {}
-    for stage in cuda.STAGES:
-        shape = (width, side, side)
-        pairs = {tile: patch(stage, tile, kernel_size, shape) for tile in CANDIDATES[kind][bucket]}
-        near = [tile for tile in pairs if pairs[tile] <= WASTE * min(pairs.values())]
-        builds: dict[cuda.Tile, Build] = {}
-        for tile in near + [tile for tile in pairs if tile not in near]:
-            if tile in near or not any(build.fits for build in builds.values()):
-                builds[tile] = compile_stage(stage, tile, kernel_size, shape, dtype)
-        fitting = {tile: build for tile, build in builds.items() if build.fits}
-        if not fitting:
-            fitting = dict([min(builds.items(), key=lambda item: item[1].stack)])
-        cost = {tile: per_pixel(build, tile, side) for tile, build in fitting.items()}
-        ranked = ranking(fitting, cost)
-        everywhere = (
-            tile
-            for tile in ranked
-            if all(compile_stage(stage, tile, kernel_size, shape, dtype, capability=c).fits for c in CAPABILITIES)
-        )
-        tile = next(everywhere, ranked[0])
-        build = fitting[tile]
-        row[stage] = {
-            "tile": tile, "registers": build.registers, "stack": build.stack, "shared": build.shared,
-            "instructions": round(cost[tile], 1), "warps": warps_resident(build, tile[3]),
-            "candidates": len(builds), "fitting": sum(build.fits for build in builds.values()),
-        }  # fmt: skip
-    return cuda.table_key(kernel_size, width, bucket, dtype), row
+    return tuple(map(int, min(fitting, key=rank).split()))
 
 
-# Roofline ------------------------------------------------------------------------------------------------------------
-
-FLOPS = 2 * 2048  # of a product instruction, m16n8k16
-PRODUCT = ("HMMA", "HGMMA", "UTCHMMA")
-OPERATIONS = {"forward": 5, "query": 7, "key": 5}  # a pair needs: bias, exp2, maximum or gradient, sums
-PRODUCTS = {"forward": 2, "query": 3, "key": 4}  # multiply-adds a pair and channel
-MAPS_MOVED = {"forward": 4, "query": 6, "key": 6}  # q k v out; q k v g out dq; q k v g dk dv
-SCALARS = {"forward": 1, "query": 2, "key": 2}  # fp32 a pixel: log-sum-exp, delta
-LAYERS = ((8, 56), (16, 28), (32, 14), (64, 7))  # head width and map of a ResNet's stages
+# The table ----------------------------------------------------------------------------------------------------------
 
 
-def roofline(stage: str, head_dim: int, side: int, kernel_size: int = 7) -> dict[str, float]:
-    """Bytes and instructions a pixel and head in bf16, and the least that they could be.
-
-    Bytes: what programs ask for, so pixels of neighbouring tiles' halos count again (caches serve them), and the ideal,
-    each number once. Instructions: executed in warps, and the ideal, which takes K * K pairs a pixel and no others,
-    whole product instructions, 16-byte loads and stores.
-    """
-    dtype, size = torch.bfloat16, 2
-    tile = tuple(cuda.table()[cuda.table_key(kernel_size, head_dim, side, dtype)][stage]["tile"])
-    build = compile_stage(stage, tile, kernel_size, (head_dim, side, side), dtype)
-    tiles = -(-side // tile[0]) * -(-side // tile[1])
-    patches = patch(stage, tile, kernel_size, (head_dim, side, side)) * tiles / side**2  # pixels of patches a pixel
-    ideal_bytes = MAPS_MOVED[stage] * head_dim * size + 4 * SCALARS[stage]
-    again = head_dim * size * 2 + (
-        8 if stage == "key" else 0
-    )  # two maps come by patches, to the key kernel scalars too
-    read = ideal_bytes + (patches - 1) * again
-    pairs = kernel_size**2
-    ideal = pairs * OPERATIONS[stage] / 32 + pairs * PRODUCTS[stage] * head_dim * 2 / FLOPS + ideal_bytes / 16 / 32
-    instructions, products = per_pixel(build, tile, side), sum(per_pixel(build, tile, side, name) for name in PRODUCT)
-    return {
-        "kernel": stage, "D": head_dim, "map": side, "tile": "x".join(map(str, tile[:2])), "warps": tile[3],
-        "registers": build.registers, "shared": build.shared, "warps an SM": warps_resident(build, tile[3]),
-        "bytes": round(read), "ideal bytes": ideal_bytes, "bytes / ideal": round(read / ideal_bytes, 1),
-        "instructions": round(instructions, 1), "ideal instructions": round(ideal, 1),
-        "instructions / ideal": round(instructions / ideal, 1), "products": round(products, 1),
-        "exp2": round(per_pixel(build, tile, side, "MUFU"), 1),
-    }  # fmt: skip
+def read() -> dict[str, dict]:
+    """The table as it is in the file, or an empty one."""
+    return json.loads(tiles.TABLE.read_text(encoding="utf-8")) if tiles.TABLE.exists() else {}
 
 
-def print_roofline() -> None:
-    """As a Markdown table."""
-    print("bf16, K = 7, compiled for compute capability 9.0; bytes and warp instructions a pixel and head:\n")
-    rows = [roofline(stage, head_dim, side) for stage, (head_dim, side) in itertools.product(cuda.STAGES, LAYERS)]
-    print(f"| {' | '.join(rows[0])} |\n{'|---' * len(rows[0])}|")
-    for row in rows:
-        print(f"| {' | '.join(map(str, row.values()))} |")
+def write(table: dict[str, dict]) -> None:
+    """Row by row, kernel by kernel, a build a line."""
+    text = json.dumps(table, indent=1, sort_keys=True)
+    text = re.sub(r"\[[^\[\]{}]*\]", lambda found: " ".join(found[0].split()), text)  # a list in one line
+    text = text.replace("[ ", "[").replace(" ]", "]")
+    files.write_text(tiles.TABLE, text + "\n")
 
 
-def write(key: str, row: dict) -> None:
-    """One row of the table, a line of the file: an interrupted run keeps what it has."""
-    table = json.loads(cuda.TABLE.read_text())["tiles"] if cuda.TABLE.exists() else {}
-    table[key] = row
-    rows = ",\n".join(f" {json.dumps(key)}: {json.dumps(table[key])}" for key in sorted(table))
-    cuda.TABLE.write_text(f'{{"tiles": {{\n{rows}\n}}}}\n')
+def count_missing(version: str, capabilities: list[int], sizes: list[int], only_chosen: bool, seconds: float) -> int:
+    """Counts what the table lacks for this version, for at most `seconds`; -> how many builds it made."""
+    start, made, table = time.monotonic(), 0, read()
+    for (key, row), stage in itertools.product(rows(), tiles.STAGES):
+        if row[0] not in sizes:
+            continue
+        entry = table.setdefault(key, {}).setdefault(stage, {"builds": {}})
+        for tile, capability in itertools.product(candidates(stage, *row), capabilities):
+            column, built = f"{version} {capability}", entry["builds"].setdefault(name(tile), {})
+            if column in built or (only_chosen and list(tile) != entry.get("tile")):
+                continue
+            if time.monotonic() - start > seconds:
+                write(table)
+                return made
+            built[column] = count(tile, stage, row, capability)
+            made += 1
+            print(f"{column}  {key}  {stage} {tile}: {built[column]}", flush=True)
+    write(table)
+    return made
+
+
+def show(kernel_size: int = 7) -> str:
+    """The chosen tiles' figures with each version as a Markdown table."""
+    table, lines = read(), []
+    columns = sorted({c for row in table.values() for s in row.values() for b in s["builds"].values() for c in b})
+    columns = [column for column in columns if column.endswith(f" {CHOOSING}")]
+    lines.append(f"| row | kernel | tile | {' | '.join(c.split()[0] for c in columns)} |")
+    lines.append("|---|---|---|" + "---|" * len(columns))
+    for (key, row), stage in itertools.product(rows(), tiles.STAGES):
+        if row[0] != kernel_size or row[3] != "half":
+            continue
+        entry = table[key][stage]
+        built = entry["builds"][name(entry["tile"])]
+        cells = ["{:.1f}, {:.0f} r, {:.0f} B".format(*built[c]) if c in built else "-" for c in columns]
+        lines.append(f"| {key} | {stage} | {name(entry['tile'])} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 # Command line --------------------------------------------------------------------------------------------------------
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m sasa.kernels.tune", description=__doc__.splitlines()[0])
-    parser.add_argument("--kernel-size", type=int, nargs="+", default=cuda.WINDOWS, help="only the rows of these")
-    parser.add_argument("--head-dim", type=int, nargs="+", default=cuda.WIDTHS, help="only the rows of these")
-    parser.add_argument("--roofline", action="store_true", help="choose nothing, only print the table of rooflines")
-    parser.add_argument("--quiet", action="store_true", help="leave the rooflines out")
-    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)))
+    parser = console.Parser(prog="python -m sasa.kernels.tune", description=__doc__.splitlines()[0])
+    parser.add_argument("command", choices=("count", "choose", "show"))
+    parser.add_argument(
+        "--capability", type=int, nargs="+", default=[CHOOSING], help="count: compute capabilities, times ten"
+    )
+    parser.add_argument(
+        "--kernel-size", type=int, nargs="+", default=tiles.WINDOWS, choices=tiles.WINDOWS, help="only these rows"
+    )
+    parser.add_argument("--chosen", action="store_true", help="count: the chosen tiles alone")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="count: start no build after so long")
     args = parser.parse_args(argv)
-    if not args.roofline:
-        start = time.monotonic()
-        sizes, widths = (
-            sorted({cuda.bucket(value, bounds) for value in given})
-            for given, bounds in ((args.kernel_size, cuda.WINDOWS), (args.head_dim, cuda.WIDTHS))
-        )
-        work = [
-            (size, width, side, kind)
-            for size, width, kind in itertools.product(sizes, widths, DTYPES)
-            for side in cuda.SIDES[kind]
-        ]
-        with multiprocessing.get_context("spawn").Pool(args.jobs) as pool:
-            for key, row in pool.imap_unordered(choose, work):
-                write(key, row)
-                print(key, *(f"{stage} {row[stage]['tile']}" for stage in row), flush=True)
-        print(f"{len(work)} rows in {time.monotonic() - start:.0f} s")
-        cuda.table.cache_clear()
-    if not args.quiet:
-        print_roofline()
+    if args.command == "count":
+        import triton
+
+        version = ".".join(triton.__version__.split(".")[:2])
+        made = count_missing(version, args.capability, args.kernel_size, args.chosen, args.seconds)
+        print(f"{made} builds with triton {version}")
+    elif args.command == "choose":
+        table = read()
+        for (key, row), stage in itertools.product(rows(), tiles.STAGES):
+            wanted = {name(tile) for tile in candidates(stage, *row)}
+            found = {tile: x for tile, x in table[key][stage]["builds"].items() if tile in wanted}
+            table[key][stage]["tile"] = choose(found)
+        write(table)
+    else:
+        for size in args.kernel_size:
+            print(show(size), end="\n\n")
     return 0
 
 

@@ -21,6 +21,8 @@ import triton_cases
 from sasa import kernels
 from sasa.kernels import dispatch, tune
 from sasa.kernels import triton_backend as cuda
+from sasa.kernels import triton_builds as builds
+from sasa.kernels import triton_tiles as tiles
 from sasa.kernels.interface import CallKind
 
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -92,6 +94,8 @@ CASES = [
     case(1, 5, 3, 6, 7, embeddings=False),  # without embeddings an odd head width is fine
     case(1, 1, 4, 4, 5, "zero", embeddings=False),
     case(1, 16, 7, 5, 6, scale=0.25),
+    case(1, 8, 3, 4, 5, scale=-0.5),
+    case(1, 8, 3, 4, 5, scale=0.0),
 ]
 NARROW_CASES = [*(CASES[i] for i in (0, 3, 10, 12, 22, 24)), case(1, 8, 7, 11, 18), case(1, 64, 7, 7, 7)]
 
@@ -287,20 +291,24 @@ MUTANTS = {
     "patch clamped to the first rows": (
         "first = tl.maximum(first, 0)", "first = tl.minimum(tl.maximum(first, 0), 1)", LARGE,
     ),
-    "flipped offset": (
-        "shift_row, shift_col = top - rows + (K - 1) // 2", "shift_row, shift_col = rows - top + (K - 1) // 2", LARGE,
+    "flipped offset": ("shift_row = (top - row +", "shift_row = (row - top +", LARGE),
+    "flipped offset, key kernel": ("key_row = (row - top +", "key_row = (top - row +", LARGE),
+    "window of an even K the other way": (
+        "_origin(row - (K - 1) // 2, MASK)", "_origin(row - K // 2, MASK)", case(1, 8, 4, 6, 5, "zero"),
     ),
-    "flipped offset, key kernel": ("tile_row * TH - query_rows +", "query_rows - tile_row * TH +", LARGE),
-    "window of an even K the other way": ("- (K - 1) // 2, MASK)", "- K // 2, MASK)", case(1, 8, 4, 6, 5, "zero")),
-    "queries of an even K the other way": ("- K // 2, True)", "- (K - 1) // 2, True)", case(1, 8, 4, 6, 5)),
-    "no border mask, rows": ("(top + place_row < H) | (not MASK)", "place_row >= 0", case(1, 8, 3, 5, 4)),
-    "no border mask, columns": ("(left + place_col < W) | (not MASK)", "place_col >= 0", case(1, 8, 3, 4, 5)),
-    "border always masked": ("(top + place_row < H) | (not MASK)", "top + place_row < H", case(1, 8, 3, 5, 6, "zero")),
-    "swapped embeddings": ("_embedding(rel_row", "_embedding(rel_col", case(1, 8, 3, 5, 6)),
-    "swapped halves of their gradient": ("tl.where(channel < half, q, 0.0)", "tl.where(channel < half, 0.0, q)",
+    "queries of an even K the other way": (
+        "_origin(row - K // 2, True)", "_origin(row - (K - 1) // 2, True)", case(1, 8, 4, 6, 5),
+    ),
+    "no border mask, rows": ("_counted(top, place, H, MASK)", "(place >= 0)", case(1, 8, 3, 5, 4)),
+    "no border mask, columns": ("_counted(left, place, W, MASK)", "(place >= 0)", case(1, 8, 3, 4, 5)),
+    "border always masked": ("_counted(top, place, H, MASK)", "(top + place < H)", case(1, 8, 3, 5, 6, "zero")),
+    "keys outside a zero border": ("(top + row >= 0) &", "(top + row >= -9) &", case(1, 8, 3, 5, 6, "zero")),
+    "queries outside the map": ("mask=inside, other=-FLOOR", "mask=inside, other=0.0", case(1, 8, 3, 5, 4)),
+    "swapped embeddings": ("tl.load(rel_row + channel", "tl.load(rel_col + channel", case(1, 8, 3, 5, 6)),
+    "swapped halves of their gradient": ("tl.where(channel < half, slot,", "tl.where(channel >= half, slot,",
                                          case(1, 8, 3, 5, 6)),
-    "no fade of the online softmax": ("total * fade", "total", case(1, 8, 3, 5, 6)),
-    "no delta": ("- mean[:, None]", "", case(1, 8, 3, 5, 6)),
+    "no fade of the online softmax": ("total * fade", "total", case(1, 8, 9, 5, 6)),
+    "no delta": ("tl.broadcast_to(-mean[:, None]", "tl.broadcast_to(0 * mean[:, None]", case(1, 8, 3, 5, 6)),
     "no scale": ("grad_k * scale", "grad_k", case(1, 8, 3, 5, 6, scale=0.25)),
     "rows beyond the strip": ("tl.minimum(strip * STRIP + STRIP, tiles_h)", "tiles_h", case(1, 8, 3, 33, 2)),
 }  # fmt: skip
@@ -328,8 +336,8 @@ ARCHITECTURES = (80, 90, 100)
 
 def build(stage, width, dtype, capability, kernel_size=7, **parts):
     side = LAYERS[width]
-    tile = tuple(cuda.table()[cuda.table_key(kernel_size, width, side, dtype)][stage]["tile"])
-    return tune.compile_stage(stage, tile, kernel_size, (width, side, side), dtype, capability=capability, **parts)
+    call = tiles.Call(8, width, side, side, kernel_size, **parts)
+    return builds.compile_stage(stage, tiles.tile_of(stage, call, dtype), call, dtype, capability=capability)
 
 
 def check_build(got):
@@ -355,7 +363,7 @@ def build_folder(tmp_path_factory):
 
 @needs_builds
 @needs_compiler
-@pytest.mark.parametrize("stage", cuda.STAGES)
+@pytest.mark.parametrize("stage", tiles.STAGES)
 @pytest.mark.parametrize(
     ("width", "dtype", "capability"),
     [*((width, "bf16", 90) for width in LAYERS), (64, "bf16", 80), (64, "bf16", 100), (8, "fp16", 90)],
@@ -367,12 +375,14 @@ def test_builds_keep_to_registers_without_atomics(stage, width, dtype, capabilit
 @pytest.mark.slow
 @needs_builds
 @needs_compiler
-@pytest.mark.parametrize("stage", cuda.STAGES)
+@pytest.mark.parametrize("stage", tiles.STAGES)
 @pytest.mark.parametrize("capability", ARCHITECTURES)
 @pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.parametrize("width", LAYERS)
 @pytest.mark.parametrize(
-    "parts", [{}, {"mask": False}, {"content": False}, {"relative": False}], ids=lambda p: " ".join(p) or "all"
+    "parts",
+    [{}, {"mask": False}, {"content": False}, {"relative": False}, {"fused": False}],
+    ids=lambda p: " ".join(p) or "all",
 )
 def test_every_build_keeps_to_registers_without_atomics(parts, width, dtype, capability, stage):
     check_build(build(stage, width, HALF[dtype], capability, **parts))
@@ -380,25 +390,51 @@ def test_every_build_keeps_to_registers_without_atomics(parts, width, dtype, cap
 
 def test_the_table_has_a_row_for_every_call():
     for size, width, side, dtype in itertools.product(range(1, 14), range(1, 65), (1, 5, 9, 17, 500), DTYPES.values()):
-        row = cuda.table()[cuda.table_key(size, width, side, dtype)]
-        assert set(row) == set(cuda.STAGES)
-    for row in cuda.table().values():
+        row = tiles.table()[tiles.table_key(size, width, side, dtype)]
+        assert set(row) == set(tiles.STAGES)
+    for row in tiles.table().values():
         for stage in row.values():
-            height, width, rows, warps = stage["tile"]
+            height, width, rows, warps, unroll = stage["tile"]
             assert height * width >= 16  # what a product takes
-            assert all(n & (n - 1) == 0 for n in (height, width, rows, warps))
-            assert stage["registers"] <= 255
-            assert stage["shared"] <= 48 * 1024
+            assert all(n & (n - 1) == 0 for n in (height, width, rows, warps)) and unroll in (0, 1)
+
+
+def test_the_choice_follows_from_the_counts():
+    for key, row in tiles.table().items():
+        for stage, entry in row.items():
+            assert tuple(entry["tile"]) == tune.choose(entry["builds"]), (key, stage)
+
+
+def test_a_choice_fits_everywhere_or_is_the_cheapest():
+    a, b, c = "2 8 8 1 0", "2 8 4 1 0", "2 8 2 1 0"
+    counts = {a: {"3.8 90": [50, 200, 0, 0], "3.9 90": [50, 200, 0, 0]}, b: {"3.8 90": [60, 128, 0, 0]}}
+    counts[b]["3.9 90"] = [60, 128, 0, 0]
+    assert tune.choose(counts) == (2, 8, 8, 1, 0)
+    counts[a]["3.8 80"] = [50, 255, 65, 0]  # spills with one version on one architecture
+    assert tune.choose(counts) == (2, 8, 4, 1, 0)
+    counts[c] = {"3.8 90": [62, 64, 0, 0], "3.9 90": [62, 64, 0, 0]}  # within 5%, and twice the warps
+    assert tune.choose(counts) == (2, 8, 2, 1, 0)
+    spilling = {tile: {v: [*f[:2], 99, 0] for v, f in x.items()} for tile, x in counts.items()}
+    assert tune.choose(spilling) == (2, 8, 8, 1, 0)
 
 
 def test_executed_instructions_count_loops_by_their_trips():
     lines = ["MOV R1, R2", ".L_1:", "LDG R1", ".L_2:", "@!P0 HMMA R1", "@P1 BRA `(.L_2)", "@P0 BRA `(.L_1)", "EXIT"]
     listing = "\n".join(x if x.endswith(":") else f"        /*0010*/   {x} ;" for x in lines)
-    found = tune.executed(listing, "query", 3)
-    assert found["HMMA"] == 3
-    assert found["LDG"] == 1
-    assert found["all"] == pytest.approx(2 / cuda.STRIP + 1 + 3 * 2 + 1)
-    assert tune.executed("\n".join(listing.splitlines()[3:6]), "forward", 5)["HMMA"] == 5
+    found = builds.executed(listing, (8, 3))
+    assert (found["MOV"], found["LDG"], found["HMMA"]) == (1, 8, 24)
+    assert found["all"] == 2 + 8 * 2 + 24 * 2
+    assert builds.executed(listing, (8,))["HMMA"] == 8  # an inner loop whose trips are not known counts once
+
+
+@needs_builds
+@needs_compiler
+def test_products_are_as_many_as_the_pairs_need():
+    """Counted instructions stand and fall with the trips of loops: the products' number is known beforehand."""
+    for chunk in (8, 4):  # in one chunk, and in a loop of two
+        tile, call = (2, 8, chunk, 1, 0), tiles.Call(8, 16, 28, 28, 7)
+        found = builds.compile_stage("forward", tile, call, torch.bfloat16).instructions["HMMA"]
+        assert found == (16 * 128 * 16 * 2 + 16 * 16 * 16) / (16 * 8 * 16)  # q.k and P.v, the embeddings
 
 
 # ---- GPU -----------------------------------------------------------------------------------------------------------

@@ -1,0 +1,152 @@
+"""Builds of the Triton kernels for GPUs that need not be here: compiled, disassembled, and their instructions counted.
+
+Nothing is run and nothing is timed. Executed instructions are those of the disassembly, its loops multiplied by their
+known trips. Shapes as in triton_kernels.py.
+"""
+
+import collections
+import dataclasses
+import functools
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+
+from sasa.kernels import triton_tiles as tiles
+
+POINTER = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
+WIDE = ("lse", "delta", "partial")  # buffers in fp32 whatever the maps are
+WARP_REGISTERS, WARPS, SHARED = 65536 // 32, 64, 227 * 1024  # of a multiprocessor of compute capability 9.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Build:
+    """What a compiled kernel needs. Instructions are executed warp instructions a tile and head."""
+
+    registers: int
+    stack: int  # bytes a thread; above 0 is a spill
+    shared: int  # bytes
+    instructions: dict[str, float]  # by the first word of the operation, and "all"
+    widest_load: int  # bytes a thread
+    atomics: int  # in the PTX
+
+
+def warps_resident(registers: int, shared: int, warps: int) -> int:
+    """Warps that a multiprocessor of compute capability 9.0 holds at once, of programs of `warps`."""
+    per_warp = -(-registers // 8) * 8
+    programs = min(WARP_REGISTERS // (per_warp * warps), SHARED // (shared + 1024), WARPS // warps)
+    return programs * warps
+
+
+def compile_stage(
+    stage: str, tile: tiles.Tile, call: tiles.Call, dtype: torch.dtype, *, capability: int = 90, heads: int = 8
+) -> Build:
+    """Compiles a kernel of triton_kernels.py for a compute capability, times ten.
+
+    Args:
+        stage: one of `tiles.STAGES`.
+        tile: how the kernel cuts its map.
+        call: what it is compiled for, channels innermost and aligned.
+        dtype: of the maps.
+        capability: 80, 90, 100, ...
+        heads: of a program, a divisor of call.num_heads; the query kernel serves one.
+    """
+    return _compile(stage, tile, call, dtype, capability, 1 if stage == "query" else heads)
+
+
+@functools.cache
+def _compile(stage, tile, call, dtype, capability, heads) -> Build:
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    constant = tiles.constants(stage, tile, call, dtype, heads)
+    options = {"num_warps": tile[3], "num_stages": 1, "enable_fp_fusion": True}
+    target = GPUTarget("cuda", capability, 32)
+    kernel = triton.compile(_source(stage, constant, dtype), target=target, options=options)
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        usage, listing = (
+            subprocess.run([tools / tool, option, file.name], capture_output=True, text=True, check=True).stdout
+            for tool, option in (("cuobjdump", "-res-usage"), ("nvdisasm", "-c"))
+        )
+    ptx = kernel.asm["ptx"]
+    # 64-bit accesses say .b64 or .v2.b32, 128-bit ones .v4.b32 or .v2.b64
+    widths = [int(n or 1) * int(bits) // 8 for n, bits in re.findall(r"ld\.global\S*?(?:\.v(\d))?\.b(\d+)", ptx)]
+    outer = tiles.STRIP if stage == "query" else heads
+    counted = executed(listing, trips(stage, constant, heads))
+    return Build(
+        registers=int(re.search(r"REG:(\d+)", usage)[1]),
+        stack=int(re.search(r"STACK:(\d+)", usage)[1]),
+        shared=kernel.metadata.shared,
+        instructions={name: count / outer for name, count in counted.items()},
+        widest_load=max(widths),
+        atomics=len(re.findall(r"\b(?:atom|red)\.", ptx)),
+    )
+
+
+def _source(stage: str, constant: dict, dtype: torch.dtype):
+    """The kernel with its arguments as a call with channels innermost and aligned has them."""
+    from triton.compiler import ASTSource
+
+    from sasa.kernels import triton_kernels
+
+    absent = set()
+    if constant["FUSED"]:
+        absent |= {"key", "value"} | ({"grad_value"} if constant["CONTENT"] else set())
+    if not constant["CONTENT"]:
+        absent |= {"key", "grad_key"}
+    if not constant["RELATIVE"]:
+        absent |= {"rel_row", "rel_col", "partial"}
+    function = getattr(triton_kernels, f"{stage}_kernel")
+    signature, constexprs, attributes = {}, {}, {}
+    for i, name in enumerate(function.arg_names):
+        if name in constant or name in absent:
+            signature[name], constexprs[(i,)] = "constexpr", constant.get(name)
+        elif name in triton_kernels.SIZES:
+            signature[name] = "i32"
+        elif name == "scale":
+            signature[name] = "fp32"
+        else:  # a stride or a pointer
+            is_stride = re.search(r"_[bhw]$", name)
+            signature[name] = "i32" if is_stride else "*fp32" if name in WIDE else POINTER[dtype]
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    return ASTSource(function, signature, constexprs, attributes)
+
+
+def trips(stage: str, constant: dict, heads: int) -> tuple[int, ...]:
+    """How often the body of each loop of a kernel runs, outermost first: over heads or the strip, over chunks."""
+    outer = (tiles.STRIP,) if stage == "query" else (heads,) if heads > 1 else ()
+    rolled = constant["CHUNKS"] > 1 and not constant.get("UNROLL", False)
+    return outer + ((constant["CHUNKS"],) if rolled else ())
+
+
+def executed(listing: str, loop_trips: tuple[int, ...]) -> dict[str, float]:
+    """Executed instructions of a disassembly by operation: those inside a loop count once a trip."""
+    labels, operations, jumps = {}, [], []
+    for line in listing.splitlines():
+        if label := re.match(r"\s*(\.L_\w+):", line):
+            labels[label[1]] = len(operations)
+        elif found := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][A-Z0-9]*)", line):
+            if found[1] == "BRA" and (target := re.search(r"\((\.L_\w+)\)", line)):
+                jumps.append((target[1], len(operations)))
+            operations.append(found[1])
+    loops = [(labels[name], end) for name, end in jumps if name in labels and labels[name] < end]
+    total = collections.Counter()
+    for i, name in enumerate(operations):
+        depth = min(sum(start <= i <= end for start, end in loops), len(loop_trips))
+        weight = 1.0
+        for count in loop_trips[:depth]:
+            weight *= count
+        total[name] += weight
+        total["all"] += weight
+    return dict(total)
+
+
+def per_pixel(build: Build, tile: tiles.Tile, side: int, operation: str = "all") -> float:
+    """Executed warp instructions a pixel and head of a side x side map; a ragged tile's pixels are paid for as well."""
+    tiles_of_map = -(-side // tile[0]) * -(-side // tile[1])
+    return build.instructions.get(operation, 0.0) * tile[3] * tiles_of_map / side**2

@@ -1,0 +1,117 @@
+"""How backend "triton" cuts a call into tiles: the table of tiles, and what each kernel is compiled for.
+
+Pure functions of numbers; neither torch's CUDA side nor triton is needed. The table (triton_table.json) is written by
+`python -m sasa.kernels.tune` from the instructions it counts with each version of triton.
+
+Shapes: B batch, N heads, D head width, H x W map, K window side.
+"""
+
+import functools
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+TABLE = Path(__file__).with_name("triton_table.json")
+STAGES = ("forward", "query", "key")  # the kernels; the last two are the backward
+STRIP = 8  # tiles of a strip: long enough that partial sums are small, short enough to fill the GPU
+HEADS = (8, 4, 2, 1)  # that one program serves in turn, sharing what does not depend on the head
+ENOUGH = 4096  # programs of a launch: four times what the largest GPUs hold at once
+LARGEST = 2**31 - 1  # of an offset inside a patch, in elements: 32 bits
+MAX_GRID = 65535  # of the grid's second and third axis
+
+# Rows and columns of the tile, rows of a chunk of its patch, warps, and whether the loop over chunks is unrolled (that
+# of the forward kernel never is).
+Tile = tuple[int, int, int, int, int]
+
+
+class Call(NamedTuple):
+    """What a kernel's build depends on besides its tile and dtype."""
+
+    num_heads: int
+    head_dim: int
+    height: int
+    width: int
+    kernel_size: int
+    mask: bool = True  # the border: keys outside the map are left out
+    content: bool = True  # there are keys
+    relative: bool = True  # there are embeddings
+    fused: bool = True  # query, key and value are slices of one projection, and their gradients of another
+
+
+@functools.cache
+def table() -> dict[str, dict]:
+    """Row (see `table_key`) -> stage -> the chosen "tile" and the "builds" that were counted."""
+    return json.loads(TABLE.read_text(encoding="utf-8"))
+
+
+def bucket(value: int, bounds: tuple[int, ...]) -> int:
+    """The smallest bound that `value` does not exceed, else the largest."""
+    return next((bound for bound in bounds if value <= bound), bounds[-1])
+
+
+# The table's rows; 56: and larger, whose patches no border clamps. fp32 is there to be right, not fast, and has one
+# tile for all maps.
+WINDOWS, WIDTHS, SIDES = (3, 5, 7, 13), (16, 32, 64), {"half": (4, 8, 56), "float": (56,)}
+
+
+def table_key(kernel_size: int, head_dim: int, side: int, dtype: torch.dtype) -> str:
+    """The row of the table for a map whose longer side is `side`."""
+    kind = "float" if dtype == torch.float32 else "half"
+    sizes = bucket(kernel_size, WINDOWS), bucket(head_dim, WIDTHS), bucket(side, SIDES[kind])
+    return "K{} d{} map{} {}".format(*sizes, kind)
+
+
+def tile_of(stage: str, call: Call, dtype: torch.dtype) -> Tile:
+    """The table's choice."""
+    row = table()[table_key(call.kernel_size, call.head_dim, max(call.height, call.width), dtype)]
+    return tuple(row[stage]["tile"])
+
+
+def power(value: int) -> int:
+    """The smallest power of two that `value` does not exceed."""
+    return 1 << (value - 1).bit_length()
+
+
+def constants(stage: str, tile: Tile, call: Call, dtype: torch.dtype, heads: int = 1) -> dict[str, int]:
+    """What a kernel is compiled for; `heads` of N are served by one program (the query kernel always serves one)."""
+    tile_h, tile_w, rows, _, unroll = tile
+    span_h, span_w = tile_h + call.kernel_size - 1, tile_w + call.kernel_size - 1
+    if call.mask or stage == "key":  # the patch need not reach over the border
+        span_h, span_w = min(span_h, call.height), min(span_w, call.width)
+    rows = min(rows, power(span_h))
+    patch_w = max(power(span_w), 16 // rows)  # a product takes 16 pixels at least
+    chunks, sums = -(-span_h // rows), dtype != torch.float32
+    found = {
+        "N": call.num_heads, "HEADS": heads, "K": call.kernel_size, "WINDOW": 8 if call.kernel_size <= 8 else 16,
+        "D": call.head_dim, "DP": max(power(call.head_dim), 16), "TH": tile_h, "TW": tile_w, "ROWS": rows,
+        "PW": patch_w, "CHUNKS": chunks, "MASK": call.mask, "CONTENT": call.content,
+        "RELATIVE": call.relative, "FUSED": call.fused, "STRIP": STRIP, "SUMS": sums,
+        "COLS": max(patch_w, 16) if sums else patch_w, "UNROLL": bool(unroll),
+    }  # fmt: skip
+    of_query = ("STRIP", "SUMS", "COLS")
+    leave_out = {"forward": (*of_query, "UNROLL"), "query": ("HEADS",), "key": (*of_query, "MASK")}[stage]
+    return {name: value for name, value in found.items() if name not in leave_out}
+
+
+def heads_per_program(num_heads: int, tiles: int) -> int:
+    """As many heads in one program as divide N and leave enough programs; `tiles` of the whole batch."""
+    return next(h for h in HEADS if num_heads % h == 0 and (h == 1 or tiles * (num_heads // h) >= ENOUGH))
+
+
+def exceeded(constant: dict[str, int], call: Call, strides: tuple[int, ...]) -> str | None:
+    """Which limit the sizes of a call exceed, or None; `strides` of B, H and W, map by map, in elements.
+
+    A tile's own address is computed in 64 bits, so only what one patch spans is limited, not the map.
+    """
+    rows = min(constant["ROWS"] * constant["CHUNKS"], call.height) - 1
+    cols = min(constant["PW"], call.width) - 1
+    for stride_h, stride_w in zip(strides[1::3], strides[2::3], strict=True):
+        span = rows * stride_h + cols * stride_w + call.head_dim
+        if span > LARGEST:
+            return f"{rows + 1} rows of a map span {span} elements in memory, it takes up to {LARGEST}"
+    tiles_h = -(-call.height // constant["TH"])
+    if tiles_h > MAX_GRID:
+        return f"a map of {call.height} rows, it takes up to {MAX_GRID * constant['TH']}"
+    return None
