@@ -146,9 +146,22 @@ def _room(maps: tuple[Tensor | None, ...], targets: tuple[Tensor | None, ...]) -
 # Launches ------------------------------------------------------------------------------------------------------------
 
 
-def _device(x: Tensor):
+def device(x: Tensor):
     """Triton launches on the current device."""
     return torch.cuda.device(x.device) if x.device.type == "cuda" else contextlib.nullcontext()
+
+
+def load() -> None:
+    """Before the first launch: repairs the interpreter where it is on."""
+    if interpreted():
+        from sasa.kernels import triton_interpreter
+
+        triton_interpreter.repair()
+
+
+def compiler_options() -> dict[str, bool]:
+    """Of every launch. Products and sums are fused, whatever the version's default."""
+    return {} if interpreted() else {"enable_fp_fusion": True}
 
 
 @functools.cache
@@ -156,10 +169,7 @@ def _kernels():
     """The device side, on first use."""
     from sasa.kernels import triton_kernels
 
-    if interpreted():
-        from sasa.kernels import triton_interpreter
-
-        triton_interpreter.repair()
+    load()
     return triton_kernels
 
 
@@ -178,12 +188,10 @@ def _launch(stage: str, call: tiles.Call, query: Tensor, arguments: tuple, strid
         raise ValueError(f"backend='triton' does not take this call: {reason}")
     strips = -(-tiles_h // tiles.STRIP)
     kernel = getattr(_kernels(), f"{stage}_kernel")
-    options = constant | {"num_warps": tile[3], "num_stages": 1}
-    if not interpreted():
-        options["enable_fp_fusion"] = True  # Triton's default changes with its version
+    options = constant | {"num_warps": tile[3], "num_stages": 1} | compiler_options()
     rows = strips if stage == "query" else tiles_h
     sizes = (tiles_h, strips) if stage == "query" else ()
-    with _device(query):
+    with device(query):
         for first in range(0, batch, tiles.MAX_GRID):
             grid = (call.num_heads // heads * tiles_w, rows, min(batch - first, tiles.MAX_GRID))
             kernel[grid](*arguments, *strides, first, call.height, call.width, *sizes, *numbers, **options)
