@@ -321,20 +321,32 @@ class AttentionStem(nn.Module):
         return stem_operator.attend(x, *weights, self.window, self.border, self.backend)
 
     def can_pool(self, x: Tensor) -> bool:
-        """Whether `pooled` serves this input: blocks, values of one pixel, no autocast, and the C++ kernel."""
-        if self.window != "block" or self.values == "conv" or autocast_dtype(x.device) is not None:
+        """Whether `pooled` serves this input: blocks, values of one pixel, and a kernel; on a CPU no autocast."""
+        if self.window != "block" or self.values == "conv" or x.dtype != accumulate_dtype(x.dtype):
             return False
-        served = stem_operator.kernel_serves(x.device.type, x.dtype, self.in_channels, self.backend)
-        return served and x.dtype == accumulate_dtype(x.dtype)
+        return self.kernel(x.device.type, x.dtype) == "triton" or (
+            autocast_dtype(x.device) is None and self.kernel(x.device.type, x.dtype) is not None
+        )
+
+    def kernel(self, device: str, dtype: torch.dtype) -> str | None:
+        """The kernel that serves images of this device's type and dtype: "cpu", "triton", or None for PyTorch."""
+        if self.values == "conv":
+            return None
+        mixtures = self.num_mixtures if self.values == "mixture" else 1
+        sizes = (self.block_size, mixtures, self.head_dim)
+        return stem_operator.kernel_for(device, dtype, self.in_channels, self.backend, *sizes)
 
     def pooled(self, x: Tensor, norm: nn.BatchNorm2d) -> Tensor:
         """The largest value of each block of norm(forward(x)), without that map; only where `can_pool(x)`.
 
-        (B, in_channels, H, W) -> (B, out_channels, ceil(H / S), ceil(W / S)).
+        (B, in_channels, H, W) -> (B, out_channels, ceil(H / S), ceil(W / S)), in autocast's dtype where it is on.
         """
         _check_input(x, self.in_channels)
-        weights = (self._forms(), self._mixture(), self._value_weight())
-        return stem_operator.attend_normalise_pool(x, *weights, self.border, norm)
+        dtype = autocast_dtype(x.device)
+        with without_autocast(x.device):  # as in `forward`
+            weights = (self._forms(), self._mixture(), self._value_weight())
+            out = stem_operator.attend_normalise_pool(x, *weights, self.border, norm, self.backend)
+        return out if dtype is None else out.to(dtype)
 
     def _forms(self) -> Tensor:
         return stem_kernels.logit_forms(self.query.weight.flatten(1), self.key.weight.flatten(1), self.num_heads)

@@ -13,7 +13,6 @@ from attention import AttentionStem, LocalAttention2d
 from model import MIN_SIZE, VARIANTS, build
 from sasa import kernels
 from sasa.console import Parser
-from sasa.kernels import stem_operator
 from tools.arguments import positive, usable_device
 
 
@@ -43,12 +42,8 @@ def choice(layer: LocalAttention2d | AttentionStem, shape: torch.Size, device: t
     size = layer.block_size if isinstance(layer, AttentionStem) else layer.kernel_size
     line = f"B {batch}  N {heads}  D {head_dim:<3}  H {height:<3}  W {width:<3}  K {size:<2}"
     if isinstance(layer, AttentionStem) and not (layer.window == "sliding" and layer.values == "conv"):
-        served = stem_operator.kernel_serves(device.type, dtype, layer.in_channels, layer.backend)
-        by = (
-            "cpu (sasa/kernels/csrc/stem.cpp)"
-            if served and layer.values != "conv"
-            else "PyTorch (sasa/kernels/stem.py)"
-        )
+        sources = {"cpu": "cpu (sasa/kernels/csrc/stem.cpp)", "triton": "triton (sasa/kernels/triton_stem.py)"}
+        by = sources.get(layer.kernel(device.type, dtype), "PyTorch (sasa/kernels/stem.py)")
         return f"{line}  {by}, {layer.window} windows of the image"
     # One number, seen as the whole query: the choice asks for device, dtype and shape only.
     query = torch.empty((), dtype=dtype, device=device).expand(batch, heads, head_dim, height, width)

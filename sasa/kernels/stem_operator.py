@@ -1,4 +1,6 @@
-"""Attention of the stem: the one way in, `attend`, and the registered operator of its C++ kernel.
+"""Attention of the stem: the one way in, `attend`, and the registered operator of its kernels.
+
+The C++ kernel (cpu.py) serves CPU tensors, the Triton kernel (triton_stem.py) CUDA tensors, PyTorch everything else.
 
 The operator `sasa::stem_attention` keeps the image and the weights between the passes and nothing else.
 
@@ -11,7 +13,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from sasa.kernels import cpu
+from sasa.kernels import cpu, triton_stem
 from sasa.kernels.dispatch import choose_backend
 from sasa.kernels.interface import accumulate_dtype, empty_like_map, empty_map
 from sasa.kernels.stem import block_attention, mixed_block_values, sliding_attention
@@ -22,13 +24,14 @@ def attend(
 ) -> Tensor:
     """Attention of each pixel over its window ("block" or "sliding"), with values mixed by the place in the window.
 
-    x (B, C, H, W), forms (N, C, C), mixture p (P, M), value_weight (M, N * D, C) -> (B, N * D, H, W). The C++ kernel
-    serves 3 channels on a CPU where backend "cpu" is the choice, PyTorch everything else.
+    x (B, C, H, W), forms (N, C, C), mixture p (P, M), value_weight (M, N * D, C) -> (B, N * D, H, W). A kernel serves
+    where `kernel_for` names one, PyTorch everything else.
     """
-    if kernel_serves(x.device.type, x.dtype, x.shape[1], backend):
+    kernel = _kernel_of(x, forms, mixture, value_weight, backend)
+    if kernel is not None:
         wide = accumulate_dtype(x.dtype)
         tensors = (y.to(wide) for y in (x, forms, mixture, value_weight))
-        return _stem_attention(*tensors, window, border, x.requires_grad, False)[0].to(x.dtype)
+        return _stem_attention(*tensors, window, border, x.requires_grad, False, kernel)[0].to(x.dtype)
     if window == "sliding":
         return sliding_attention(x, forms, mixture, value_weight, border)
     size = math.isqrt(mixture.shape[0])
@@ -36,24 +39,25 @@ def attend(
 
 
 def attend_normalise_pool(
-    x: Tensor, forms: Tensor, mixture: Tensor, value_weight: Tensor, border: str, norm: nn.BatchNorm2d
+    x: Tensor, forms: Tensor, mixture: Tensor, value_weight: Tensor, border: str, norm: nn.BatchNorm2d, backend: str
 ) -> Tensor:
-    """Block attention, batch norm and the largest value of each block, where `kernel_serves` this image.
+    """Block attention, batch norm and the largest value of each block, where `kernel_for` names a kernel.
 
     The norm is a rising or falling line for each channel, so the largest value of a block after it is that of the
     largest, or of the smallest, before it: the kernel finds it, and the map of H x W never exists. In training the
     running statistics of `norm` are updated as its own forward does.
 
     Args:
-        x, forms, mixture, value_weight, border: as for `attend`; fp32 or fp64.
+        x, forms, mixture, value_weight, border, backend: as for `attend`; fp32 or fp64.
         norm: affine, with running statistics and a momentum.
 
     Returns:
         (B, N * D, ceil(H / S), ceil(W / S)).
     """
     sign = torch.where(norm.weight.detach() < 0, -1.0, 1.0).to(x.dtype)  # the smallest is the largest of -value
-    value_weight = value_weight * sign[:, None]
-    largest, _, moments = _stem_attention(x, forms, mixture, value_weight, "block", border, x.requires_grad, True)
+    weights = (forms, mixture, value_weight * sign[:, None])
+    kernel = _kernel_of(x, *weights, backend)
+    largest, _, moments = _stem_attention(x, *weights, "block", border, x.requires_grad, True, kernel)
     mean, variance = moments.unbind()  # (N * D) in fp64, the biased variance, over the whole (B, H, W) map
     if norm.training:
         with torch.no_grad():
@@ -69,11 +73,35 @@ def attend_normalise_pool(
 
 
 @torch.compiler.assume_constant_result  # a compiler does not trace what it needs to ask: whether there is a kernel
-def kernel_serves(device: str, dtype: torch.dtype, channels: int, backend: str) -> bool:
-    """Whether the C++ kernel is the choice for an image of that device, dtype and number of channels."""
-    if device != "cpu" or channels != cpu.STEM_CHANNELS or dtype not in cpu.DTYPES:
-        return False
-    return choose_backend(torch.empty(1, 1, 1, 1, 1, dtype=dtype), 1, backend) == "cpu"
+def kernel_for(
+    device: str, dtype: torch.dtype, channels: int, backend: str, side: int, mixtures: int, head_dim: int
+) -> str | None:
+    """The kernel that is the choice for a stem: "cpu", "triton", or None for PyTorch.
+
+    Args:
+        device, dtype, channels: of the image; a device's type.
+        backend: "auto" or a name of `backends()`.
+        side, mixtures, head_dim: S, M and D.
+
+    Raises:
+        ValueError: the named backend (or that of SASA_BACKEND) is unknown or not usable here.
+    """
+    if channels == cpu.STEM_CHANNELS and dtype in cpu.DTYPES and device == "cpu":
+        query = torch.empty(1, 1, 1, 1, 1, dtype=torch.float32 if backend == "triton" else dtype)
+        chosen = choose_backend(query, 1, backend)
+    elif device == "cuda":
+        chosen = choose_backend(torch.empty(1, 1, 1, 1, 1, dtype=torch.float32, device=device), 1, backend)
+    else:
+        return None
+    if chosen == "triton":
+        wide = accumulate_dtype(dtype)
+        return None if triton_stem.unsupported(channels, side, mixtures, head_dim, wide) else chosen
+    return chosen if chosen == device == "cpu" else None
+
+
+def _kernel_of(x: Tensor, forms: Tensor, mixture: Tensor, value_weight: Tensor, backend: str) -> str | None:
+    side, head_dim = math.isqrt(mixture.shape[0]), value_weight.shape[1] // forms.shape[0]
+    return kernel_for(x.device.type, x.dtype, x.shape[1], backend, side, mixture.shape[1], head_dim)
 
 
 def _empty_outputs(x: Tensor, mixture: Tensor, value_weight: Tensor, pooled: bool) -> tuple[Tensor, Tensor]:
@@ -93,14 +121,16 @@ def _stem_attention(
     border: str,
     image_gradient: bool,
     pooled: bool,
+    kernel: str = "cpu",
 ) -> tuple[Tensor, Tensor, Tensor]:
     weights, (out, index) = (forms, mixture, value_weight), _empty_outputs(x, mixture, value_weight, pooled)
-    moments = cpu.stem_forward(weights, x, window, border, out, index if pooled else None)
+    forward = triton_stem.forward if kernel == "triton" else cpu.stem_forward
+    moments = forward(weights, x, window, border, out, index if pooled else None)
     return out, index, x.new_empty(0, dtype=torch.float64) if moments is None else moments
 
 
 @_stem_attention.register_fake
-def _(x, forms, mixture, value_weight, window, border, image_gradient, pooled):
+def _(x, forms, mixture, value_weight, window, border, image_gradient, pooled, kernel="cpu"):
     moments = x.new_empty((2, value_weight.shape[1]) if pooled else 0, dtype=torch.float64)
     return *_empty_outputs(x, mixture, value_weight, pooled), moments
 
@@ -118,15 +148,17 @@ def _stem_attention_backward(
     border: str,
     image_gradient: bool,
     pooled: bool,
+    kernel: str = "cpu",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     weights, grad_x = (forms, mixture, value_weight), empty_like_map(x) if image_gradient else None
     extra = (index, slopes.contiguous()) if pooled else ()
-    grads = cpu.stem_backward(weights, x, window, border, grad_out, grad_x, *extra)
+    backward = triton_stem.backward if kernel == "triton" else cpu.stem_backward
+    grads = backward(weights, x, window, border, grad_out, grad_x, *extra)
     return x.new_empty(0) if grad_x is None else grad_x, *grads
 
 
 @_stem_attention_backward.register_fake
-def _(grad_out, index, slopes, x, forms, mixture, value_weight, window, border, image_gradient, pooled):
+def _(grad_out, index, slopes, x, forms, mixture, value_weight, window, border, image_gradient, pooled, kernel="cpu"):
     grad_x = empty_like_map(x) if image_gradient else x.new_empty(0)
     return grad_x, *(torch.empty_like(y, memory_format=torch.contiguous_format) for y in (forms, mixture, value_weight))
 
@@ -134,18 +166,18 @@ def _(grad_out, index, slopes, x, forms, mixture, value_weight, window, border, 
 def _setup_context(ctx, inputs, output):
     ctx.save_for_backward(*inputs[:4], *output[1:])
     ctx.mark_non_differentiable(output[1])
-    ctx.options = inputs[4:]
+    ctx.options = inputs[4:]  # window, border, image_gradient, pooled, kernel
 
 
 def _backward(ctx, grad_out, grad_index, grad_moments):
     *inputs, index, moments = ctx.saved_tensors
-    x, pooled = inputs[0], ctx.options[-1]
+    x, pooled = inputs[0], ctx.options[3]
     slopes = moments
     if pooled:  # of the mean, sum(o) / n, and of the variance, sum((o - mean)^2) / n
         of_mean, of_variance = grad_moments / (x.shape[0] * x.shape[2] * x.shape[3])
         slopes = torch.stack((of_mean - 2 * of_variance * moments[0], 2 * of_variance)).to(x.dtype)
     grad_x, *grads = _stem_attention_backward(grad_out, index, slopes, *inputs, *ctx.options)
-    return grad_x if ctx.options[2] else None, *grads, None, None, None, None
+    return grad_x if ctx.options[2] else None, *grads, *(None,) * len(ctx.options)
 
 
 torch.library.register_autograd("sasa::stem_attention", _backward, setup_context=_setup_context)

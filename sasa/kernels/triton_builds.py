@@ -23,7 +23,7 @@ WARP_REGISTERS, WARPS, SHARED = 65536 // 32, 64, 227 * 1024  # of a multiprocess
 
 @dataclasses.dataclass(frozen=True)
 class Build:
-    """What a compiled kernel needs. Instructions are executed warp instructions a tile and head."""
+    """What a compiled kernel needs. Instructions are executed warp instructions, of local attention a tile and head."""
 
     registers: int
     stack: int  # bytes a thread; above 0 is a spill
@@ -31,6 +31,13 @@ class Build:
     instructions: dict[str, float]  # by the first word of the operation, and "all"
     widest_load: int  # bytes a thread
     atomics: int  # in the PTX
+
+
+def triton_version() -> str:
+    """Major and minor version of the installed triton."""
+    import triton
+
+    return ".".join(triton.__version__.split(".")[:2])
 
 
 def warps_resident(registers: int, shared: int, warps: int) -> int:
@@ -58,13 +65,53 @@ def compile_stage(
 
 @functools.cache
 def _compile(stage, tile, call, dtype, capability, heads) -> Build:
+    from sasa.kernels import triton_kernels
+
+    constant = tiles.constants(stage, tile, call, dtype, heads)
+    absent = set()
+    if call.fused:
+        absent |= {"key", "value"} | ({"grad_value"} if call.content else set())
+    if not call.content:
+        absent |= {"key", "grad_key"}
+    if not call.relative:
+        absent |= {"rel_row", "rel_col", "partial"}
+    function = getattr(triton_kernels, f"{stage}_kernel")
+    kernel = _source(function, constant, absent & set(function.arg_names), triton_kernels.SIZES, dtype)
+    built = _build(kernel, tile[3], capability, trips(stage, constant, heads))
+    outer = tiles.STRIP if stage == "query" else heads
+    per_tile = {name: count / outer for name, count in built.instructions.items()}
+    return dataclasses.replace(built, instructions=per_tile)
+
+
+@functools.cache
+def compile_stem(stage: str, form: str, *, capability: int = 90) -> Build:
+    """Compiles a kernel of triton_stem_kernels.py for the paper's stem: 4 heads of 16, 4 mixtures, blocks of 4 x 4.
+
+    Args:
+        stage: "forward" or "backward".
+        form: "pooled", "block" or "sliding".
+        capability: compute capability, times ten.
+    """
+    from sasa.kernels import triton_stem, triton_stem_kernels
+
+    sizes = triton_stem.Sizes.of((1, 3, 224, 224), heads=4, depth=16, mixtures=4, side=4, sliding=form == "sliding")
+    constant = triton_stem.constants(sizes, mask=True, pooled=form == "pooled")
+    absent = set() if form == "pooled" else {"place", "slopes", "moments"}
+    if stage == "backward":
+        constant |= {"IMAGE": False}
+        absent |= {"grad_image"}
+    function = getattr(triton_stem_kernels, f"stem_{stage}_kernel")
+    kernel = _source(function, constant, absent & set(function.arg_names), triton_stem_kernels.SIZES, torch.float32)
+    queries = 1 if form == "sliding" else 16
+    return _build(kernel, triton_stem.warps(sizes), capability, (4, queries) if queries > 1 else (4,))
+
+
+def _build(kernel_source, warps: int, capability: int, loop_trips: tuple[int, ...]) -> Build:
     import triton
     from triton.backends.compiler import GPUTarget
 
-    constant = tiles.constants(stage, tile, call, dtype, heads)
-    options = {"num_warps": tile[3], "num_stages": 1, "enable_fp_fusion": True}
-    target = GPUTarget("cuda", capability, 32)
-    kernel = triton.compile(_source(stage, constant, dtype), target=target, options=options)
+    options = {"num_warps": warps, "num_stages": 1, "enable_fp_fusion": True}
+    kernel = triton.compile(kernel_source, target=GPUTarget("cuda", capability, 32), options=options)
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
@@ -76,42 +123,30 @@ def _compile(stage, tile, call, dtype, capability, heads) -> Build:
     ptx = kernel.asm["ptx"]
     # 64-bit accesses say .b64 or .v2.b32, 128-bit ones .v4.b32 or .v2.b64
     widths = [int(n or 1) * int(bits) // 8 for n, bits in re.findall(r"ld\.global\S*?(?:\.v(\d))?\.b(\d+)", ptx)]
-    outer = tiles.STRIP if stage == "query" else heads
-    counted = executed(listing, trips(stage, constant, heads))
     return Build(
         registers=int(re.search(r"REG:(\d+)", usage)[1]),
         stack=int(re.search(r"STACK:(\d+)", usage)[1]),
         shared=kernel.metadata.shared,
-        instructions={name: count / outer for name, count in counted.items()},
+        instructions=executed(listing, loop_trips),
         widest_load=max(widths),
         atomics=len(re.findall(r"\b(?:atom|red)\.", ptx)),
     )
 
 
-def _source(stage: str, constant: dict, dtype: torch.dtype):
-    """The kernel with its arguments as a call with channels innermost and aligned has them."""
+def _source(function, constant: dict, absent: set[str], sizes: list[str], dtype: torch.dtype):
+    """A kernel with its arguments as a call with channels innermost and aligned has them."""
     from triton.compiler import ASTSource
 
-    from sasa.kernels import triton_kernels
-
-    absent = set()
-    if constant["FUSED"]:
-        absent |= {"key", "value"} | ({"grad_value"} if constant["CONTENT"] else set())
-    if not constant["CONTENT"]:
-        absent |= {"key", "grad_key"}
-    if not constant["RELATIVE"]:
-        absent |= {"rel_row", "rel_col", "partial"}
-    function = getattr(triton_kernels, f"{stage}_kernel")
     signature, constexprs, attributes = {}, {}, {}
     for i, name in enumerate(function.arg_names):
         if name in constant or name in absent:
             signature[name], constexprs[(i,)] = "constexpr", constant.get(name)
-        elif name in triton_kernels.SIZES:
+        elif name in sizes:
             signature[name] = "i32"
         elif name == "scale":
             signature[name] = "fp32"
         else:  # a stride or a pointer
-            is_stride = re.search(r"_[bhw]$", name)
+            is_stride = re.search(r"_[bchw]$", name)
             signature[name] = "i32" if is_stride else "*fp32" if name in WIDE else POINTER[dtype]
             attributes[(i,)] = [["tt.divisibility", 16]]
     return ASTSource(function, signature, constexprs, attributes)

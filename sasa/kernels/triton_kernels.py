@@ -110,7 +110,10 @@ def _spread(by_offset, offset, counted, FIRST: tl.constexpr, K: tl.constexpr, WI
 @triton.jit
 def _collect(sums, place, wanted, n: tl.constexpr):
     """The transpose of `_spread`: sums [M, n or more] by row of the patch -> by offset; place [M, 2 * WINDOW]."""
-    near = tl.gather(sums, tl.minimum(tl.maximum(place, 0), n - 1), 1)
+    if n == 1:  # a gather from one column stops the compiler of Triton 3.3 to 3.8 in programs of several warps
+        near = tl.broadcast_to(sums, place.shape[0], place.shape[1])
+    else:
+        near = tl.gather(sums, tl.minimum(tl.maximum(place, 0), n - 1), 1)
     return tl.where((place >= 0) & (place < n) & wanted, near, 0.0)
 
 

@@ -9,6 +9,7 @@ positions of a window. Source: Ramachandran et al. 2019, section 3.3; the mathem
 
 import functools
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from sasa.kernels import triton_backend
 from sasa.kernels.reference import sum_windows
-from sasa.kernels.triton_tiles import power
+from sasa.kernels.triton_tiles import LARGEST, power
 
 CHANNELS = 3
 MAX_POSITIONS, MAX_MIXED, MAX_HEAD_DIM = 64, 32, 64  # of P, M * C and D: what a program's registers hold
@@ -42,36 +43,88 @@ def _kernels():
     return triton_stem_kernels
 
 
-class _Plan:
-    """Sizes of a call: what the kernels are compiled for, and the grid."""
+class Sizes(NamedTuple):
+    """Of a call: what the kernels are compiled for, and the grid."""
 
-    def __init__(self, x: Tensor, forms: Tensor, mixture: Tensor, weight: Tensor, window: str, border: str) -> None:
-        self.batch, _, self.height, self.width = x.shape
-        self.heads, (self.positions, self.mixtures) = forms.shape[0], mixture.shape
-        self.side, self.depth = math.isqrt(self.positions), weight.shape[1] // self.heads
-        self.sliding = window == "sliding"
-        step = 1 if self.sliding else self.side
-        self.units = (-(-self.height // step), -(-self.width // step))
-        self.tiles = -(-self.units[0] * self.units[1] // UNITS)
-        self.programs = self.batch * self.tiles
-        padded = (max(power(n), 16) for n in (self.depth, self.mixtures * CHANNELS, self.positions))
-        self.depth_padded, self.mixed, self.positions_padded = padded
-        largest = max(self.depth_padded, self.mixed, self.positions_padded)
-        self.constants = {
-            "N": self.heads, "D": self.depth, "M": self.mixtures, "S": self.side, "T": UNITS,
-            "DP": self.depth_padded, "MC": self.mixed, "PP": self.positions_padded, "SLIDING": self.sliding,
-            "MASK": border == "mask", "num_warps": largest // 16, "num_stages": 1,
-        }  # fmt: skip
+    batch: int
+    height: int
+    width: int
+    heads: int
+    depth: int
+    mixtures: int
+    side: int
+    sliding: bool
+    units: tuple[int, int]  # rows and columns of blocks, or of pixels
+    tiles: int  # programs an image
+
+    @classmethod
+    def of(cls, shape: tuple[int, ...], *, heads: int, depth: int, mixtures: int, side: int, sliding: bool) -> "Sizes":
+        """Those of an image of `shape` (B, C, H, W)."""
+        batch, _, height, width = shape
+        step = 1 if sliding else side
+        units = (-(-height // step), -(-width // step))
+        tiles = -(-units[0] * units[1] // UNITS)
+        return cls(batch, height, width, heads, depth, mixtures, side, sliding, units, tiles)
 
     @property
-    def sizes(self) -> tuple[int, ...]:
+    def padded(self) -> tuple[int, int, int]:
+        """DP, MC and PP: D, M * C and P padded to what a product takes."""
+        sizes = (self.depth, self.mixtures * CHANNELS, self.side**2)
+        return tuple(max(power(n), 16) for n in sizes)
+
+    @property
+    def programs(self) -> int:
+        return self.batch * self.tiles
+
+    @property
+    def numbers(self) -> tuple[int, ...]:
+        """The kernels' plain numbers."""
         return self.height, self.width, *self.units, self.tiles
 
-    def matrices(self, mixture: Tensor) -> Tensor:
-        """(P, M) -> MIX of the kernels, (C, MC, PP): mixture[p, m] at row m * C + c of the c-th matrix."""
-        spread = torch.einsum("pm,ck->cmkp", mixture, torch.eye(CHANNELS, dtype=mixture.dtype, device=mixture.device))
-        spread = spread.flatten(1, 2)  # (C, M * C, P)
-        return F.pad(spread, (0, self.positions_padded - self.positions, 0, self.mixed - spread.shape[1])).contiguous()
+
+def constants(sizes: Sizes, mask: bool, pooled: bool) -> dict[str, int]:
+    """What both kernels are compiled for."""
+    depth, mixed, positions = sizes.padded
+    return {
+        "N": sizes.heads, "D": sizes.depth, "M": sizes.mixtures, "S": sizes.side, "T": UNITS, "DP": depth, "MC": mixed,
+        "PP": positions, "SLIDING": sizes.sliding, "MASK": mask, "POOLED": pooled,
+    }  # fmt: skip
+
+
+def warps(sizes: Sizes) -> int:
+    """Of a program: as its matrices grow; with one for the paper's stem, backward would spill 576 bytes a thread."""
+    return max(sizes.padded) // 8
+
+
+def exceeded(shape: tuple[int, ...], strides: tuple[int, ...]) -> str | None:
+    """Whether one image (B, C, H, W) spans more elements than 32-bit offsets reach, or None."""
+    span = 1 + sum((n - 1) * stride for n, stride in zip(shape[1:], strides[1:], strict=True))
+    return f"an image spans {span} elements in memory, it takes up to {LARGEST}" if span > LARGEST else None
+
+
+def _sizes(weights, x: Tensor, window: str, *maps: Tensor) -> Sizes:
+    forms, mixture, weight = weights
+    for y in (x, *maps):
+        if reason := exceeded(y.shape, y.stride()):
+            raise ValueError(f"the stem's triton kernel does not take this call: {reason}")
+    heads, side = forms.shape[0], math.isqrt(mixture.shape[0])
+    depth = weight.shape[1] // heads
+    return Sizes.of(
+        x.shape, heads=heads, depth=depth, mixtures=mixture.shape[1], side=side, sliding=window == "sliding"
+    )
+
+
+def _matrices(mixture: Tensor, sizes: Sizes) -> Tensor:
+    """(P, M) -> MIX of the kernels, (C, MC, PP): mixture[p, m] at row m * C + c of the c-th matrix."""
+    _, mixed, positions = sizes.padded
+    spread = torch.einsum("pm,ck->cmkp", mixture, torch.eye(CHANNELS, dtype=mixture.dtype, device=mixture.device))
+    spread = spread.flatten(1, 2)  # (C, M * C, P)
+    return F.pad(spread, (0, positions - spread.shape[2], 0, mixed - spread.shape[1])).contiguous()
+
+
+def _options(sizes: Sizes, border: str, pooled: bool) -> dict:
+    launch = {"num_warps": warps(sizes), "num_stages": 1}
+    return constants(sizes, border == "mask", pooled) | launch | triton_backend.compiler_options()
 
 
 def forward(weights, x: Tensor, window: str, border: str, out: Tensor, index: Tensor | None = None) -> Tensor | None:
@@ -86,39 +139,38 @@ def forward(weights, x: Tensor, window: str, border: str, out: Tensor, index: Te
         x: (B, C, H, W), fp32, any strides.
     """
     forms, mixture, weight = (y.contiguous() for y in weights)
-    plan = _Plan(x, forms, mixture, weight, window, border)
-    pooled = index is not None
-    moments = x.new_empty((plan.programs, 2, weight.shape[1])) if pooled else None
+    sizes, pooled = _sizes((forms, mixture, weight), x, window, out), index is not None
+    moments = x.new_empty((sizes.programs, 2, weight.shape[1])) if pooled else None
     if out.numel():
         with triton_backend.device(x):
-            _kernels().stem_forward_kernel[(plan.programs,)](
-                x, forms, plan.matrices(mixture), weight, out, index, moments, *x.stride(), *out.stride(), *plan.sizes,
-                **plan.constants, POOLED=pooled, **triton_backend.compiler_options(),
+            _kernels().stem_forward_kernel[(sizes.programs,)](
+                x, forms, _matrices(mixture, sizes), weight, out, index, moments, *x.stride(), *out.stride(),
+                *sizes.numbers, **_options(sizes, border, pooled),
             )  # fmt: skip
-    return _moments(moments, plan) if pooled else None
+    return _moments(moments, sizes) if pooled else None
 
 
-def _moments(partial: Tensor, plan: _Plan) -> Tensor:
+def _moments(partial: Tensor, sizes: Sizes) -> Tensor:
     """Mean and variance over all pixels from each program's mean and sum of squared deviations, in fp64."""
-    if not plan.programs:
+    if not sizes.programs:
         return partial.new_zeros((2, partial.shape[2]), dtype=torch.float64)
     means, squares = partial.double().unbind(1)  # (programs, N * D)
-    count = _pixels(plan, partial.device)[:, None]
-    total = plan.batch * plan.height * plan.width
+    count = _pixels(sizes, partial.device)[:, None]
+    total = sizes.batch * sizes.height * sizes.width
     mean = (means * count).sum(0) / total
     variance = (squares + count * (means - mean).square()).sum(0) / total
     return torch.stack((mean, variance))
 
 
-def _pixels(plan: _Plan, device: torch.device) -> Tensor:
+def _pixels(sizes: Sizes, device: torch.device) -> Tensor:
     """How many pixels the blocks of each program hold, in fp64: (programs,)."""
 
     def lengths(size: int, units: int) -> Tensor:
-        return (size - plan.side * torch.arange(units, device=device)).clamp(max=plan.side)
+        return (size - sizes.side * torch.arange(units, device=device)).clamp(max=sizes.side)
 
-    blocks = lengths(plan.height, plan.units[0])[:, None] * lengths(plan.width, plan.units[1])
-    blocks = F.pad(blocks.flatten(), (0, plan.tiles * UNITS - blocks.numel()))
-    return blocks.unflatten(0, (plan.tiles, UNITS)).sum(1).double().repeat(plan.batch)
+    blocks = lengths(sizes.height, sizes.units[0])[:, None] * lengths(sizes.width, sizes.units[1])
+    blocks = F.pad(blocks.flatten(), (0, sizes.tiles * UNITS - blocks.numel()))
+    return blocks.unflatten(0, (sizes.tiles, UNITS)).sum(1).double().repeat(sizes.batch)
 
 
 def backward(
@@ -129,28 +181,29 @@ def backward(
     With `index`, grad_out is of the largest values; slopes (2, N * D) adds slopes[0] + slopes[1] * value at each pixel.
     """
     forms, mixture, weight = (y.contiguous() for y in weights)
-    plan = _Plan(x, forms, mixture, weight, window, border)
-    if not grad_out.numel():
-        return [torch.zeros_like(y) for y in (forms, mixture, weight)]
     if index is not None and grad_out.stride() != index.stride():
         grad_out = torch.empty_like(index).copy_(grad_out)
-    of_forms = x.new_empty((plan.programs, *forms.shape))
-    of_mix = x.new_empty((plan.programs, plan.mixed, plan.positions_padded))
-    of_weight = x.new_empty((plan.programs, *weight.shape))
+    sizes = _sizes((forms, mixture, weight), x, window, grad_out)
+    if not grad_out.numel():
+        return [torch.zeros_like(y) for y in (forms, mixture, weight)]
+    _, mixed, positions = sizes.padded
+    of_forms = x.new_empty((sizes.programs, *forms.shape))
+    of_mix = x.new_empty((sizes.programs, mixed, positions))
+    of_weight = x.new_empty((sizes.programs, *weight.shape))
     shares = None
     if grad_x is not None:
-        shares = x.new_empty((plan.batch, *plan.units, CHANNELS, plan.side, plan.side))
+        shares = x.new_empty((sizes.batch, *sizes.units, CHANNELS, sizes.side, sizes.side))
     with triton_backend.device(x):
-        _kernels().stem_backward_kernel[(plan.programs,)](
-            grad_out, index, slopes, x, forms, plan.matrices(mixture), weight, shares, of_forms, of_mix, of_weight,
-            *grad_out.stride(), *x.stride(), *plan.sizes,
-            **plan.constants, POOLED=index is not None, IMAGE=shares is not None, **triton_backend.compiler_options(),
+        _kernels().stem_backward_kernel[(sizes.programs,)](
+            grad_out, index, slopes, x, forms, _matrices(mixture, sizes), weight, shares, of_forms, of_mix, of_weight,
+            *grad_out.stride(), *x.stride(), *sizes.numbers,
+            **_options(sizes, border, index is not None), IMAGE=shares is not None,
         )  # fmt: skip
     if shares is not None:
         shares = shares.permute(0, 3, 1, 2, 4, 5)  # (B, C, units_h, units_w, S, S)
-        if plan.sliding:
-            grad_x.copy_(sum_windows(shares, plan.side))
+        if sizes.sliding:
+            grad_x.copy_(sum_windows(shares, sizes.side))
         else:
-            grad_x.copy_(shares.transpose(3, 4).flatten(4, 5).flatten(2, 3)[..., : plan.height, : plan.width])
-    rows = of_mix.sum(0)[: plan.mixtures * CHANNELS, : plan.positions].unflatten(0, (plan.mixtures, CHANNELS))
+            grad_x.copy_(shares.transpose(3, 4).flatten(4, 5).flatten(2, 3)[..., : sizes.height, : sizes.width])
+    rows = of_mix.sum(0)[: sizes.mixtures * CHANNELS, : sizes.side**2].unflatten(0, (sizes.mixtures, CHANNELS))
     return [of_forms.sum(0), rows.sum(1).t().contiguous(), of_weight.sum(0)]

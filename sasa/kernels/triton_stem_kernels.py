@@ -174,8 +174,10 @@ def stem_backward_kernel(
     if POOLED:
         place += batch * g_b
     if IMAGE:
-        grad_x0, grad_x1, grad_x2 = tl.zeros([PP, T], tl.float32), tl.zeros([PP, T], tl.float32), tl.zeros(
-            [PP, T], tl.float32
+        grad_x0, grad_x1, grad_x2 = (
+            tl.zeros([PP, T], tl.float32),
+            tl.zeros([PP, T], tl.float32),
+            tl.zeros([PP, T], tl.float32),
         )
     of_mix0 = tl.zeros([MC, PP], tl.float32)
     of_mix1 = tl.zeros([MC, PP], tl.float32)

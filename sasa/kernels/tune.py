@@ -14,6 +14,7 @@ A whole table takes one `count` with each version of triton, then `choose`:
     python -m sasa.kernels.tune choose
     python -m sasa.kernels.tune count --chosen --capability 80 100 120
     python -m sasa.kernels.tune show
+    python -m sasa.kernels.tune roofline
 """
 
 import itertools
@@ -26,6 +27,7 @@ import torch
 
 from sasa import console, files
 from sasa.kernels import triton_builds as builds
+from sasa.kernels import triton_roofline
 from sasa.kernels import triton_tiles as tiles
 
 CHOOSING = 90  # compute capability, times ten, whose instructions count
@@ -45,13 +47,14 @@ _LARGE = {
     7: ((2, 8, 8, 1, 1), (2, 8, 4, 1, 1), (2, 8, 4, 1, 0), (2, 8, 2, 1, 0)),
     13: ((4, 4, 4, 1, 0), (4, 4, 2, 1, 0)),
 }
+_WIDE = ((2, 8, 2, 1, 0), (2, 8, 4, 1, 0), (2, 8, 1, 1, 0), (4, 8, 2, 2, 0))  # K = 7, heads of 64
 
 
 def candidates(stage: str, kernel_size: int, width: int, bucket: int, kind: str) -> tuple[tiles.Tile, ...]:
     """The tiles worth a build; fp32 has no tensor cores here and wants a small one."""
     if kind == "float":
         return ((4, 4, 1, 2, 0),)
-    found = {4: _SMALL, 8: _WHOLE, 56: _LARGE[kernel_size]}[bucket]
+    found = {4: _SMALL, 8: _WHOLE, 56: _WIDE if (kernel_size, width) == (7, 64) else _LARGE[kernel_size]}[bucket]
     if stage == "forward":  # which has no unrolled form
         found = tuple(dict.fromkeys((*tile[:4], 0) for tile in found))
     return found
@@ -67,12 +70,15 @@ def rows() -> list[tuple[str, tuple[int, int, int, str]]]:
     ]
 
 
-def count(tile: tiles.Tile, stage: str, row: tuple[int, int, int, str], capability: int) -> list[float]:
-    """`FIGURES` of a build with the installed version of triton."""
+def count(tile: tiles.Tile, stage: str, row: tuple[int, int, int, str], capability: int) -> list[float] | None:
+    """`FIGURES` of a build with the installed version of triton; None where its compiler fails."""
     size, width, bucket, kind = row
     side = MAPS[bucket]
     call = tiles.Call(HEADS, width, side, side, size)
-    build = builds.compile_stage(stage, tile, call, DTYPES[kind], capability=capability, heads=HEADS)
+    try:
+        build = builds.compile_stage(stage, tile, call, DTYPES[kind], capability=capability, heads=HEADS)
+    except RuntimeError:
+        return None
     return [round(builds.per_pixel(build, tile, side), 1), build.registers, build.stack, build.shared]
 
 
@@ -81,14 +87,23 @@ def name(tile: tiles.Tile) -> str:
     return " ".join(map(str, tile))
 
 
-def fits(figures: list[float]) -> bool:
+def fits(figures: list[float] | None) -> bool:
     """Whether a build keeps to the limits."""
+    if figures is None:
+        return False
     _, registers, stack, shared = figures
     return registers <= MAX_REGISTERS and stack <= MAX_STACK and shared <= MAX_SHARED
 
 
-def choose(found: dict[str, dict[str, list[float]]]) -> tiles.Tile:
-    """The best tile of one kernel's builds: tile -> "<version> <capability>" -> figures."""
+def choose(found: dict[str, dict[str, list[float] | None]]) -> tiles.Tile:
+    """The best tile of one kernel's builds: tile -> "<version> <capability>" -> figures.
+
+    Raises:
+        ValueError: no version has counted every tile, or none of them compiles everywhere.
+    """
+    found = {tile: x for tile, x in found.items() if None not in x.values()}
+    if not found:
+        raise ValueError("no candidate compiles with every version of triton")
     versions = set.intersection(*({key for key in x if key.endswith(f" {CHOOSING}")} for x in found.values()))
     if not versions:
         raise ValueError(f"no version of triton has counted every candidate for compute capability {CHOOSING / 10}")
@@ -128,17 +143,14 @@ def count_missing(version: str, capabilities: list[int], sizes: list[int], only_
         if row[0] not in sizes:
             continue
         entry = table.setdefault(key, {}).setdefault(stage, {"builds": {}})
-        for tile, capability in itertools.product(candidates(stage, *row), capabilities):
+        wanted = [tile for tile in candidates(stage, *row) if not only_chosen or list(tile) == entry["tile"]]
+        for tile, capability in itertools.product(wanted, capabilities):
             column, built = f"{version} {capability}", entry["builds"].setdefault(name(tile), {})
-            if column in built or (only_chosen and list(tile) != entry.get("tile")):
-                continue
-            if time.monotonic() - start > seconds:
-                write(table)
-                return made
-            built[column] = count(tile, stage, row, capability)
-            made += 1
-            print(f"{column}  {key}  {stage} {tile}: {built[column]}", flush=True)
-    write(table)
+            if column not in built and time.monotonic() - start < seconds:
+                built[column] = count(tile, stage, row, capability)
+                made += 1
+                print(f"{column}  {key}  {stage} {tile}: {built[column]}", flush=True)
+        write(table)  # an interrupted run keeps what it has
     return made
 
 
@@ -164,7 +176,7 @@ def show(kernel_size: int = 7) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     parser = console.Parser(prog="python -m sasa.kernels.tune", description=__doc__.splitlines()[0])
-    parser.add_argument("command", choices=("count", "choose", "show"))
+    parser.add_argument("command", choices=("count", "choose", "show", "roofline"))
     parser.add_argument(
         "--capability", type=int, nargs="+", default=[CHOOSING], help="count: compute capabilities, times ten"
     )
@@ -175,9 +187,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=float("inf"), help="count: start no build after so long")
     args = parser.parse_args(argv)
     if args.command == "count":
-        import triton
-
-        version = ".".join(triton.__version__.split(".")[:2])
+        version = builds.triton_version()
         made = count_missing(version, args.capability, args.kernel_size, args.chosen, args.seconds)
         print(f"{made} builds with triton {version}")
     elif args.command == "choose":
@@ -187,6 +197,8 @@ def main(argv: list[str] | None = None) -> int:
             found = {tile: x for tile, x in table[key][stage]["builds"].items() if tile in wanted}
             table[key][stage]["tile"] = choose(found)
         write(table)
+    elif args.command == "roofline":
+        print(triton_roofline.markdown())
     else:
         for size in args.kernel_size:
             print(show(size), end="\n\n")

@@ -108,13 +108,15 @@ def test_opcheck(image_gradient, pooled):
 
 
 def test_is_the_choice_and_can_be_refused(monkeypatch):
-    served = stem_operator.kernel_serves
-    assert served("cpu", torch.float32, 3, "auto") and served("cpu", torch.bfloat16, 3, "cpu")
-    assert not served("cpu", torch.float32, 4, "auto") and not served("cuda", torch.float32, 3, "auto")
-    assert not served("cpu", torch.float32, 3, "tiled")
+    def served(dtype, channels, backend):
+        return stem_operator.kernel_for("cpu", dtype, channels, backend, 4, 4, 16) == "cpu"
+
+    assert served(torch.float32, 3, "auto") and served(torch.bfloat16, 3, "cpu")
+    assert not served(torch.float32, 4, "auto")
+    assert not served(torch.float32, 3, "tiled")
     monkeypatch.setenv("SASA_BACKEND", "reference")
     dispatch.forget()
-    assert not served("cpu", torch.float32, 3, "auto") and served("cpu", torch.float32, 3, "cpu")
+    assert not served(torch.float32, 3, "auto") and served(torch.float32, 3, "cpu")
 
 
 def test_keeps_nothing_but_the_image_and_the_weights():

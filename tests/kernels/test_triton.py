@@ -340,11 +340,16 @@ def build(stage, width, dtype, capability, kernel_size=7, **parts):
     return builds.compile_stage(stage, tiles.tile_of(stage, call, dtype), call, dtype, capability=capability)
 
 
-def check_build(got):
-    """The same on every version of triton: a few spilled bytes come and go with the version, and cost little."""
-    assert got.stack <= tune.MAX_STACK
+def check_build(got, stage, width, dtype):
+    """The same on every version of triton: a few spilled bytes come and go with the version, and cost little.
+
+    Where no tile keeps to MAX_STACK on every version, the table shows what the one with the fewest instructions needs.
+    """
+    entry = tiles.table()[tiles.table_key(7, width, LAYERS[width], dtype)][stage]
+    spilled = max(figures[2] for figures in entry["builds"][tune.name(entry["tile"])].values())
+    assert got.stack <= max(tune.MAX_STACK, 1.25 * spilled if spilled > tune.MAX_STACK else 0)
     assert got.registers <= tune.MAX_REGISTERS
-    assert got.shared <= 48 * 1024
+    assert got.shared <= tune.MAX_SHARED
     assert got.atomics == 0
     assert got.widest_load == 16
 
@@ -366,10 +371,46 @@ def build_folder(tmp_path_factory):
 @pytest.mark.parametrize("stage", tiles.STAGES)
 @pytest.mark.parametrize(
     ("width", "dtype", "capability"),
-    [*((width, "bf16", 90) for width in LAYERS), (64, "bf16", 80), (64, "bf16", 100), (8, "fp16", 90)],
+    [
+        *((width, "bf16", 90) for width in LAYERS),
+        *((64, "bf16", 80), (64, "bf16", 100), (32, "bf16", 120), (8, "fp16", 90), (16, "fp32", 90)),
+    ],
 )
 def test_builds_keep_to_registers_without_atomics(stage, width, dtype, capability):
-    check_build(build(stage, width, DTYPES[dtype], capability))
+    check_build(build(stage, width, DTYPES[dtype], capability), stage, width, DTYPES[dtype])
+
+
+@needs_builds
+@needs_compiler
+@pytest.mark.parametrize("stage", tiles.STAGES)
+@pytest.mark.parametrize("width", [16, 64])
+def test_the_table_holds_the_instructions_of_this_version(width, stage):
+    """A change of the kernels shows here: count anew with every version then (`python -m sasa.kernels.tune`)."""
+    side = LAYERS[width] if width == 64 else 56
+    entry = tiles.table()[tiles.table_key(7, width, side, torch.bfloat16)][stage]
+    tile = tuple(entry["tile"])
+    figures = entry["builds"][tune.name(tile)].get(f"{builds.triton_version()} 90")
+    if figures is None:
+        pytest.skip(f"the table has no column for triton {builds.triton_version()}: its instructions are not checked")
+    got = builds.compile_stage(stage, tile, tiles.Call(8, width, side, side, 7), torch.bfloat16)
+    assert builds.per_pixel(got, tile, side) == pytest.approx(figures[0], rel=0.01)
+    assert got.registers == figures[1]
+
+
+@needs_builds
+@needs_compiler
+@pytest.mark.parametrize(
+    ("stage", "most"), [("forward", (54, 62, 82)), ("query", (72, 82, 118)), ("key", (90, 102, 140))]
+)
+def test_instructions_a_query(stage, most):
+    """Warp instructions a query at K = 7, bf16, compute capability 9.0: bounds that the kernels were written for."""
+    if builds.triton_version() not in ("3.8", "3.9"):
+        pytest.skip("the bounds hold with the compilers of triton 3.8 and 3.9: instructions are not checked here")
+    for width, bound in zip((8, 16, 32), most, strict=True):
+        side = LAYERS[width]
+        call = tiles.Call(8, width, side, side, 7)
+        tile = tiles.tile_of(stage, call, torch.bfloat16)
+        assert builds.per_pixel(build(stage, width, torch.bfloat16, 90), tile, side) <= bound, width
 
 
 @pytest.mark.slow
@@ -385,7 +426,7 @@ def test_builds_keep_to_registers_without_atomics(stage, width, dtype, capabilit
     ids=lambda p: " ".join(p) or "all",
 )
 def test_every_build_keeps_to_registers_without_atomics(parts, width, dtype, capability, stage):
-    check_build(build(stage, width, HALF[dtype], capability, **parts))
+    check_build(build(stage, width, HALF[dtype], capability, **parts), stage, width, HALF[dtype])
 
 
 def test_the_table_has_a_row_for_every_call():
