@@ -446,6 +446,19 @@ def test_the_choice_follows_from_the_counts():
             assert tuple(entry["tile"]) == tune.choose(entry["builds"]), (key, stage)
 
 
+def test_the_counts_in_the_docs_are_those_of_the_table():
+    docs = Path(kernels.__file__).parents[2] / "docs" / "kernels.md"
+    assert tune.show(7) in docs.read_text(encoding="utf-8")
+
+
+def test_every_version_has_counted_the_rows_of_the_paper():
+    """K = 7, half types; those of other windows with at least one version, see test_the_choice_follows."""
+    for key, (size, _, _, kind) in tune.rows():
+        for entry in tiles.table()[key].values() if (size, kind) == (7, "half") else ():
+            columns = set(entry["builds"][tune.name(entry["tile"])])
+            assert {"3.3 90", "3.6 90", "3.8 90", "3.9 90"} <= columns, key
+
+
 def test_a_choice_fits_everywhere_or_is_the_cheapest():
     a, b, c = "2 8 8 1 0", "2 8 4 1 0", "2 8 2 1 0"
     counts = {a: {"3.8 90": [50, 200, 0, 0], "3.9 90": [50, 200, 0, 0]}, b: {"3.8 90": [60, 128, 0, 0]}}

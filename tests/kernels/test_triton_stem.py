@@ -2,6 +2,7 @@
 
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import stem_cases
 import triton_cases
 from sasa.kernels import stem_operator, triton_backend, triton_builds, triton_stem
 
+DOCS = Path(triton_stem.__file__).parents[2] / "docs" / "kernels.md"
 refused = triton_backend.cannot_compile()
 needs_triton = pytest.mark.skipif(
     refused is not None, reason=f"{refused}; what the stem's kernel computes is not checked here"
@@ -138,9 +140,14 @@ def test_a_step_moves_at_most_one_and_a_half_times_the_bytes_of_the_convolution_
     convolution = stem_cases.bytes_moved(images, size, small, attention=False)
     assert 5e8 < convolution < 1e10
     monkeypatch.setattr(stem_operator, "kernel_for", lambda *_: "triton")
-    assert stem_cases.bytes_moved(images, size, small, attention=True) <= 1.5 * convolution
+    fused = stem_cases.bytes_moved(images, size, small, attention=True)
+    assert fused <= 1.5 * convolution
     monkeypatch.setattr(stem_operator, "kernel_for", lambda *_: None)
-    assert stem_cases.bytes_moved(images, size, small, attention=True) > 5 * convolution  # plain PyTorch
+    plain = stem_cases.bytes_moved(images, size, small, attention=True)
+    assert plain > 5 * convolution
+    form = "small images" if small else "ImageNet form"
+    row = f"| {images} images of {size}, {form} | {convolution / 1e9:.2f} | {fused / 1e9:.2f} | {plain / 1e9:.2f} |"
+    assert row in DOCS.read_text(encoding="utf-8")
 
 
 # ---- GPU -------------------------------------------------------------------------------------------------------------
