@@ -63,11 +63,16 @@ def choose_backend(query: Tensor, kernel_size: int, backend: str = "auto") -> st
     Raises:
         ValueError: the named backend (or that of SASA_BACKEND) is unknown, not usable here, or refuses the call.
     """
-    return _choose(CallKind.of(query, kernel_size), backend)
+    return choose_for(CallKind.of(query, kernel_size), backend)
 
 
 @functools.cache
-def _choose(kind: CallKind, backend: str) -> str:
+def choose_for(kind: CallKind, backend: str = "auto") -> str:
+    """`choose_backend` by the kind of the calls.
+
+    Raises:
+        ValueError: as `choose_backend`.
+    """
     if backend == "auto":
         backend = _backend_of_environment()
     else:
@@ -97,5 +102,5 @@ def _backend_of_environment() -> str:
 
 def forget() -> None:
     """Forgets all choices: the next call reads SASA_BACKEND and tries the backends anew."""
-    _choose.cache_clear()
+    choose_for.cache_clear()
     _backend_of_environment.cache_clear()

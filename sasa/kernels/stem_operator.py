@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from sasa.kernels import cpu, triton_stem
-from sasa.kernels.dispatch import choose_backend
-from sasa.kernels.interface import accumulate_dtype, empty_like_map, empty_map
+from sasa.kernels.dispatch import choose_for
+from sasa.kernels.interface import CallKind, accumulate_dtype, empty_like_map, empty_map
 from sasa.kernels.stem import block_attention, mixed_block_values, sliding_attention
 
 
@@ -86,17 +86,16 @@ def kernel_for(
     Raises:
         ValueError: the named backend (or that of SASA_BACKEND) is unknown or not usable here.
     """
-    if channels == cpu.STEM_CHANNELS and dtype in cpu.DTYPES and device == "cpu":
-        query = torch.empty(1, 1, 1, 1, 1, dtype=torch.float32 if backend == "triton" else dtype)
-        chosen = choose_backend(query, 1, backend)
-    elif device == "cuda":
-        chosen = choose_backend(torch.empty(1, 1, 1, 1, 1, dtype=torch.float32, device=device), 1, backend)
-    else:
-        return None
-    if chosen == "triton":
-        wide = accumulate_dtype(dtype)
-        return None if triton_stem.unsupported(channels, side, mixtures, head_dim, wide) else chosen
-    return chosen if chosen == device == "cpu" else None
+    wide = accumulate_dtype(dtype)
+    if device == "cuda" or (device == "cpu" and backend == "triton"):  # on a CPU interpreted
+        refused = triton_stem.unsupported(channels, side, mixtures, head_dim, wide)
+        if refused or backend == "cpu":
+            return None
+        chosen = choose_for(CallKind(torch.device(device), wide, 1, 1), backend)
+        return chosen if chosen == "triton" else None
+    if device == "cpu" and channels == cpu.STEM_CHANNELS and dtype in cpu.DTYPES:
+        return "cpu" if choose_for(CallKind(torch.device(device), dtype, 1, 1), backend) == "cpu" else None
+    return None
 
 
 def _kernel_of(x: Tensor, forms: Tensor, mixture: Tensor, value_weight: Tensor, backend: str) -> str | None:

@@ -9,7 +9,7 @@ import torch
 
 import stem_cases
 import triton_cases
-from sasa.kernels import stem_operator, triton_backend, triton_builds, triton_stem
+from sasa.kernels import dispatch, stem_operator, triton_backend, triton_builds, triton_stem
 
 DOCS = Path(triton_stem.__file__).parents[2] / "docs" / "kernels.md"
 refused = triton_backend.cannot_compile()
@@ -105,6 +105,20 @@ def test_a_nan_stays_in_the_windows_that_hold_it(interpreter):
 def test_the_interpreter_serves_by_name_only(interpreter):
     auto, named = interpreter(stem_cases.kernels_chosen)
     assert auto != "triton" and named == "triton"
+
+
+def test_the_choice_on_a_gpu(monkeypatch):
+    """On a CUDA machine; nothing here touches one."""
+    monkeypatch.setattr(triton_backend, "unusable", lambda: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    dispatch.forget()
+
+    def chosen(backend="auto", dtype=torch.float32, side=4):
+        return stem_operator.kernel_for("cuda", dtype, 3, backend, side, 4, 16)
+
+    assert chosen() == chosen("triton") == chosen(dtype=torch.bfloat16) == "triton"
+    assert chosen("tiled") is chosen("cpu") is chosen(dtype=torch.float64) is chosen(side=9) is None
+    dispatch.forget()
 
 
 def test_what_it_does_not_take_is_named():
