@@ -162,26 +162,29 @@ def errors_of_mutant(path, case):
 
 
 def bf16_in_the_interpreter():
-    """fp32 numbers rounded to bf16, and a product of bf16 matrices: each by the interpreter, and as it should be."""
+    """fp32 rounded to bf16, a product of bf16 matrices, integers as bf16: by the interpreter, and as it should be."""
     import triton
     import triton.language as tl
 
     @triton.jit
-    def kernel(x, y, rounded, product, N: tl.constexpr):
+    def kernel(x, y, rounded, product, integers, N: tl.constexpr):
         at = tl.arange(0, N)[:, None] * N + tl.arange(0, N)[None, :]
         a, b = tl.load(x + at).to(tl.bfloat16), tl.load(y + at)
         tl.store(rounded + at, a)
         tl.store(product + at, tl.dot(a, b))
+        tl.store(integers + at, tl.where(at < 128, at.to(tl.bfloat16), (at % 2 == 1).to(tl.bfloat16)))
 
     cuda._kernels()  # repairs the interpreter
     generator = torch.Generator().manual_seed(0)
     x, y = torch.randn(2, 16, 16, generator=generator)
     x[0, :4] = torch.tensor([1 + 2.0**-8, 1 + 3 * 2.0**-8, 1e-39, -0.0])  # two ties, a denormal number
     y = y.bfloat16()
-    rounded, product = torch.empty(16, 16, dtype=torch.bfloat16), torch.empty(16, 16)
+    rounded, product, integers = x.bfloat16(), torch.empty(16, 16), x.bfloat16()
     kernel.fn.__globals__.update(tl=tl)  # the interpreter looks for the language there
-    kernel[(1,)](x, y, rounded, product, N=16)
-    return rounded, x.bfloat16(), product, x.bfloat16().float() @ y.float()
+    kernel[(1,)](x, y, rounded.zero_(), product, integers.zero_(), N=16)
+    counted = torch.arange(256).view(16, 16)
+    counted = torch.where(counted < 128, counted, counted % 2).bfloat16()
+    return (rounded, product, integers), (x.bfloat16(), x.bfloat16().float() @ y.float(), counted)
 
 
 # ---- layouts -------------------------------------------------------------------------------------------------------

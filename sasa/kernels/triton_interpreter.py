@@ -1,8 +1,8 @@
 """Repairs of Triton's interpreter, the same for every version from 3.3 to 3.9.
 
-bf16 is kept as raw 16-bit numbers: the interpreter's product multiplies those, and its rounding from fp32 cuts the last
-bits off. A GPU does neither. Up to 3.6 a computed bound of a loop, an array of one number, cannot become an integer
-under numpy 2.4.
+bf16 is kept as raw 16-bit numbers: the interpreter's product multiplies those, its rounding from fp32 cuts the last
+bits off, and an integer becomes the number of that bit pattern. A GPU does none of this. Up to 3.6 a computed bound of
+a loop, an array of one number, cannot become an integer under numpy 2.4.
 """
 
 import functools
@@ -42,10 +42,17 @@ def repair() -> None:
             return widen(x)
         return convert(x, source, target, mode)
 
+    def from_integer(self, x, target):
+        if target.scalar == tl.bfloat16:
+            return interpreter.TensorHandle(narrow(x.data.astype(np.float32)), tl.bfloat16)
+        return self.cast_impl(x, target)
+
     def with_index(tensor, *scope):
         patch_tensor(tensor, *scope)
         tensor.__index__ = lambda self: int(self.handle.data.item())
 
     interpreter._patch_lang_tensor = with_index
     interpreter.InterpreterBuilder.create_dot = dot
+    interpreter.InterpreterBuilder.create_si_to_fp = from_integer
+    interpreter.InterpreterBuilder.create_ui_to_fp = from_integer
     interpreter._convert_float = rounding

@@ -118,7 +118,7 @@ def stem_forward_kernel(
             if POOLED:
                 is_larger = real[None, :] & ((value > largest) | (value != value))
                 largest = tl.where(is_larger, value, largest)
-                at_place = tl.where(is_larger, q.to(tl.float32), at_place)
+                at_place = tl.where(is_larger, q, at_place)
                 origin = tl.where(q == 0, value, origin)  # a block's first pixel is always real
                 deviation = tl.where(real[None, :], value - origin, 0.0)
                 total += deviation
@@ -198,7 +198,7 @@ def stem_backward_kernel(
             wanted = real[None, :] & (channel < D)[:, None]
             if POOLED:
                 at = (n * D + channel)[:, None] * g_c + (row * g_h + col * g_w)[None, :]
-                is_largest = wanted & (tl.load(place + at, mask=wanted, other=-1.0) == q.to(tl.float32))
+                is_largest = wanted & (tl.load(place + at, mask=wanted, other=-1.0) == q)
                 flat = tl.load(slopes + n * D + channel, mask=channel < D, other=0.0)[:, None]
                 rising = tl.load(slopes + (N + n) * D + channel, mask=channel < D, other=0.0)[:, None]
                 g = tl.load(grad_out + at, mask=is_largest, other=0.0)
