@@ -60,14 +60,15 @@ def errors(shape, options, device="cpu", channels_last=False):
 def pooled_stems(options, device="cpu"):
     """A stem that pools in the kernel, with weights of both signs and zero in its norm, and its layers in fp64."""
     torch.manual_seed(0)
-    fused = make_stem(options.get("out_channels", 64), True, False, {"backend": "triton"} | options)
+    channels, options = options["out_channels"], {k: v for k, v in options.items() if k != "out_channels"}
+    fused = make_stem(channels, True, False, options | {"backend": "triton"})
     with torch.no_grad():
         fused[1].weight.normal_()
         fused[1].weight[3] = 0
         fused[1].bias.normal_()
         fused[1].running_mean.normal_()
         fused[1].running_var.uniform_(0.5, 2)
-    layers = make_stem(options.get("out_channels", 64), True, False, {"backend": "reference"} | options).double()
+    layers = make_stem(channels, True, False, options | {"backend": "reference"}).double()
     layers.load_state_dict(fused.state_dict())
     layers[0].register_forward_hook(lambda *_: None)
     return copy.deepcopy(fused).to(device), layers
