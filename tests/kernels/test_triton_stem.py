@@ -160,8 +160,9 @@ def test_a_step_moves_at_most_one_and_a_half_times_the_bytes_of_the_convolution_
     plain = stem_cases.bytes_moved(images, size, small, attention=True)
     assert plain > 5 * convolution
     form = "small images" if small else "ImageNet form"
-    row = f"| {images} images of {size}, {form} | {convolution / 1e9:.2f} | {fused / 1e9:.2f} | {plain / 1e9:.2f} |"
-    assert row in DOCS.read_text(encoding="utf-8")
+    (row,) = [x for x in DOCS.read_text(encoding="utf-8").splitlines() if f"{images} images of {size}, {form}" in x]
+    shown = [float(cell) * 1e9 for cell in row.strip("| ").split("|")[1:]]
+    assert shown == pytest.approx([convolution, fused, plain], rel=0.1)  # operators differ by version of torch
 
 
 # ---- GPU -------------------------------------------------------------------------------------------------------------
