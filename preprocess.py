@@ -15,6 +15,7 @@ from where and how.
 """
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,7 @@ def load(
     eval_size: int | None = None,
     eval_crop: float | None = None,
     eval_interpolation: str = "bilinear",
+    report: Callable[[str], None] = print,
 ) -> tuple[DataInfo, Split, Split | None, Split]:
     """(info, train, holdout or None, test) of a data set by its name, in any case.
 
@@ -72,6 +74,7 @@ def load(
         eval_crop: evaluation resizes an image's short side to eval_size / eval_crop and feeds the centre; None is
             224/256 for image trees, 1 for the small sets.
         eval_interpolation: bilinear or bicubic, antialiased, of evaluation.
+        report: is given each line that a person should see, such as the files of a tree that are left out.
 
     Raises:
         ValueError: an unknown data set or interpolation, a crop that is not above 0 and at most 1.
@@ -82,7 +85,9 @@ def load(
     if name == "WEBDATASET":
         classes, train, test = read_shards(str(data_dir))
     elif spec.side is None:
-        classes, train, test = read_trees(name, Path(data_dir))
+        classes, train, test, notes = read_trees(name, Path(data_dir))
+        for line in notes:
+            report(line)
     else:
         classes, train, test = SMALL_SETS[name](Path(data_dir))
     part = _draw_part(len(train[1]), train_images, seed)

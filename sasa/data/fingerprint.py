@@ -72,7 +72,7 @@ def class_differences(saved: list[str], now: list[str]) -> list[str]:
     parts = [f"{len(now)} classes, were {len(saved)}"] if len(saved) != len(now) else []
     unequal = [i for i, (a, b) in enumerate(zip(saved, now, strict=False)) if a != b]
     for i in unequal[:_NAMED]:
-        old, new = _apart(saved[i], now[i])
+        new, old = show_apart(now[i], [saved[i]]), show_apart(saved[i], [now[i]])
         parts.append(f"class {i} is {new}, was {old}")
     if len(unequal) > _NAMED:
         parts.append(f"{len(unequal) - _NAMED} more are renamed or moved")
@@ -114,8 +114,8 @@ def _numbers(values: list[float]) -> str:
     return "(" + ", ".join(f"{value:g}" for value in values) + ")"
 
 
-def _apart(one: str, other: str) -> tuple[str, str]:
-    """Two different names such that they look different: composed and decomposed letters show alike."""
-    if unicodedata.normalize("NFC", one) == unicodedata.normalize("NFC", other):
-        return ascii(one), ascii(other)
-    return printable(one), printable(other)
+def show_apart(name: str, others: Iterable[str]) -> str:
+    """`name` for a message, such that it looks unlike the `others`: composed and decomposed letters show alike."""
+    looks = unicodedata.normalize("NFC", name)
+    alike = any(other != name and unicodedata.normalize("NFC", other) == looks for other in others)
+    return ascii(name) if alike else printable(name)

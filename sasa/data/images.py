@@ -1,20 +1,23 @@
 """One image of a tree or of shards: decoded, cropped and resized, as workers do it."""
 
-import io
 import os
+import stat
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple, Protocol
+from typing import BinaryIO, NamedTuple, Protocol
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
 from sasa.console import one_line
 from sasa.data.augment import crop_box
+from sasa.data.decode import decode
 
 _STATS_AT_ONCE, _STAT_THREADS = 4096, 16
+_LONGEST = 16  # short sides that evaluation looks at, of a longer picture
 
 
 class Source(Protocol):
@@ -28,8 +31,8 @@ class Source(Protocol):
     def name(self, index: int) -> str:
         """For a person: the path, or the place in a shard."""
 
-    def open(self, index: int) -> str | io.BytesIO:
-        """What PIL opens."""
+    def open(self, index: int) -> BinaryIO:
+        """The file, to read. Raises OSError."""
 
     def identities(self) -> list[bytes]:
         """What makes each file that one: its path in the tree and its size."""
@@ -52,9 +55,13 @@ class Files:
     def name(self, index: int) -> str:
         return os.fsdecode(self.paths[index])
 
-    def open(self, index: int) -> str:
-        """What PIL opens."""
-        return self.name(index)
+    def open(self, index: int) -> BinaryIO:
+        """The file, to read. Raises OSError: for a pipe or a device too, which might never answer."""
+        descriptor = os.open(self.paths[index].item(), os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            os.close(descriptor)
+            raise OSError("not a regular file")
+        return os.fdopen(descriptor, "rb")
 
     def identities(self) -> list[bytes]:
         """Of each file its path in the tree and its size in bytes: what `fingerprint` is made of."""
@@ -145,30 +152,38 @@ class ImageFiles(Dataset):
                 break
         return None, -1, bad
 
-    def _read(self, index: int):
-        """The decoded image, by PIL: torchvision's decoder fills a truncated JPEG with gray silently."""
-        from PIL import Image
-
+    def _read(self, index: int) -> Image.Image:
+        """The decoded image."""
         try:
-            with Image.open(self.files.open(index)) as image:
-                image.load()
-                return image if image.mode == "RGB" else image.convert("RGB")  # which copies what is RGB already
-        except Exception as error:  # broken files make the decoders raise anything, from OSError to struct.error
+            with self.files.open(index) as file:
+                return decode(file)
+        except OSError as error:
+            raise _BadImageError(one_line(error.strerror or error, 200)) from error
+        except Exception as error:  # broken files make the decoders raise anything
             raise _BadImageError(one_line(error, 200)) from error
 
-    def _transform(self, image, key: Key) -> Tensor:
-        """PIL image -> (3, H, W) uint8."""
+    def _transform(self, image: Image.Image, key: Key) -> Tensor:
+        """RGB -> (3, H, W) uint8."""
         from torchvision.transforms.v2 import InterpolationMode, functional
 
         if key.crop is None:
             fed = self._evaluated
             mode = InterpolationMode(fed.interpolation)
-            pixels = functional.resize(functional.pil_to_tensor(image), [fed.resize], mode, antialias=True)
+            pixels = functional.pil_to_tensor(_centre(image))
+            pixels = functional.resize(pixels, [fed.resize], mode, antialias=True)
             return functional.center_crop(pixels, [fed.size, fed.size])
         top, left, height, width = crop_box(key.crop, image.height, image.width)
         # Cropped before it becomes a tensor: half of the pixels, on average, need not be copied.
         crop = functional.pil_to_tensor(image.crop((left, top, left + width, top + height)))
         return functional.resize(crop, self._size, antialias=True)
+
+
+def _centre(image: Image.Image) -> Image.Image:
+    """Of a strip, the middle of at most `_LONGEST` short sides: a picture of 1 x 8000 pixels, its short side resized to
+    256, would take gigabytes, of which the centre crop keeps a square."""
+    longest = _LONGEST * min(image.size)
+    left, top = (max((side - longest) // 2, 0) for side in image.size)
+    return image.crop((left, top, image.width - left, image.height - top)) if left or top else image
 
 
 def collate(samples: list[tuple[Tensor | None, int, list[str]]]) -> tuple[Tensor, Tensor, list[str]]:

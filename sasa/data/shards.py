@@ -157,7 +157,7 @@ def pack(tree: Path, folder: Path, images_a_shard: int = IMAGES_A_SHARD) -> list
 
     Returns a line for each split. Raises: DataError.
     """
-    classes, *splits = read_trees("FOLDER", tree)
+    classes, *splits, _ = read_trees("FOLDER", tree)
     writer = _webdataset()[2]
     try:
         folder.mkdir(parents=True, exist_ok=True)
