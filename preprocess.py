@@ -33,6 +33,7 @@ from sasa.data.shards import main as shards_main
 from sasa.data.shards import read_shards
 from sasa.data.splits import FolderData, Split, TensorData
 from sasa.data.trees import read_trees
+from sasa.data.workers import WORKER_TIMEOUT_S
 
 __all__ = [
     "DATASETS", "AugmentConfig", "DataError", "DataInfo", "FolderData", "Split", "TensorData", "WorkerError",
@@ -59,6 +60,9 @@ def load(
     eval_size: int | None = None,
     eval_crop: float | None = None,
     eval_interpolation: str = "bilinear",
+    index_dir: str | Path | None = None,
+    worker_timeout: float = WORKER_TIMEOUT_S,
+    is_stopped: Callable[[], bool] = lambda: False,
     report: Callable[[str], None] = print,
 ) -> tuple[DataInfo, Split, Split | None, Split]:
     """(info, train, holdout or None, test) of a data set by its name, in any case.
@@ -74,6 +78,10 @@ def load(
         eval_crop: evaluation resizes an image's short side to eval_size / eval_crop and feeds the centre; None is
             224/256 for image trees, 1 for the small sets.
         eval_interpolation: bilinear or bicubic, antialiased, of evaluation.
+        index_dir: folder of the shards' indexes; None is beside them, or the user's cache.
+        worker_timeout: seconds after which decoding processes that are alive but hand nothing over end the run by a
+            WorkerError; 0 waits without end.
+        is_stopped: whether the run was asked to stop; then it waits no longer for a silent process.
         report: is given each line that a person should see, such as the files of a tree that are left out.
 
     Raises:
@@ -83,7 +91,7 @@ def load(
     name = canonical_name(dataset)
     spec = SPECS[name]
     if name == "WEBDATASET":
-        classes, train, test = read_shards(str(data_dir))
+        classes, train, test = read_shards(str(data_dir), None if index_dir is None else Path(index_dir))
     elif spec.side is None:
         classes, train, test, notes = read_trees(name, Path(data_dir))
         for line in notes:
@@ -114,8 +122,11 @@ def load(
         images, labels = source
         if spec.side is None:
             part = list(range(len(labels))) if index is None else index.tolist()
-            options = {"num_workers": num_workers, "skip_bad_images": skip_bad_images, "device": device}
-            return FolderData(images.take(part), [labels[i] for i in part], info, evaluated=evaluated, **options)
+            return FolderData(
+                images.take(part), [labels[i] for i in part], info, device=device, num_workers=num_workers,
+                skip_bad_images=skip_bad_images, evaluated=evaluated, worker_timeout=worker_timeout,
+                is_stopped=is_stopped,
+            )  # fmt: skip
         if index is not None:
             images, labels = images[index], labels[index]
         identity = of_tensors(images, labels, info.num_classes)

@@ -1,6 +1,6 @@
 """The images of one purpose, and their batches: plan -> fetch -> transform, for a tensor and for files."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import tee
 from typing import Any, Protocol
 
@@ -13,7 +13,7 @@ from sasa.data.batches import steps_per_epoch as count_steps
 from sasa.data.errors import DataError
 from sasa.data.fingerprint import fingerprint, of_tensors
 from sasa.data.images import Evaluated, ImageFiles, Key, Source
-from sasa.data.workers import Reader
+from sasa.data.workers import WORKER_TIMEOUT_S, Reader
 
 
 class Split(Protocol):
@@ -43,6 +43,7 @@ class Split(Protocol):
 
         Raises:
             DataError: a step with fewer images than pieces; a file that cannot be read, unless such are skipped.
+            WorkerError: a decoding process died, or handed nothing over.
         """
 
     def eval_batches(self, batch_size: int, rank: int = 0, world_size: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
@@ -135,11 +136,17 @@ class FolderData:
         num_workers: int = 0,
         skip_bad_images: bool = False,
         evaluated: Evaluated | None = None,
+        worker_timeout: float = WORKER_TIMEOUT_S,
+        is_stopped: Callable[[], bool] = lambda: False,
     ) -> None:
-        """`evaluated`: None is a centre crop of 224/256 of the short side, bilinear, at `info.image_size`."""
+        """
+        Args:
+            evaluated: None is a centre crop of 224/256 of the short side, bilinear, at `info.image_size`.
+            worker_timeout, is_stopped: those of `preprocess.load`.
+        """
         self.info, self._device = info, torch.device(device)
         self._files = ImageFiles(files, labels, info.image_size, skip_bad_images, evaluated)
-        self._reader = Reader(self._files, self._device, num_workers)
+        self._reader = Reader(self._files, self._device, num_workers, worker_timeout, is_stopped)
         self.bad_images = self._reader.bad_images
 
     def __len__(self) -> int:

@@ -1,0 +1,83 @@
+"""Packing an image tree into tar shards: its files byte by byte, in the tree's order, always into the same shards."""
+
+import contextlib
+import io
+import os
+import shutil
+import tarfile
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from sasa.console import one_line, printable
+from sasa.data.class_files import JSON, TEXT, classes_file
+from sasa.data.errors import DataError
+from sasa.data.images import Files
+from sasa.data.shard_index import write_indexes
+from sasa.data.trees import read_trees
+
+IMAGES_A_SHARD = 1000  # about 100 MB of ImageNet
+
+
+def pack(tree: Path, folder: Path, images_a_shard: int = IMAGES_A_SHARD) -> list[str]:
+    """Shards of an ImageFolder tree (train/, val/), the names of its classes, and their index.
+
+    Nothing appears in `folder` before all of it is written, and nothing that lies there is replaced.
+
+    Returns:
+        A line for each split, and for what the tree leaves out.
+
+    Raises:
+        DataError: a tree that cannot be packed, or a folder that holds shards or names of classes.
+    """
+    classes, train, val, notes = read_trees("FOLDER", tree)
+    shown = printable(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        held = [name for name in os.listdir(folder) if name in (TEXT, JSON) or _is_of_a_set(name)]
+        if held:
+            raise DataError(f"{shown}: already holds {printable(min(held))}; remove the old set or name another folder")
+        with _emptied_afterwards(folder) as made:
+            for split, (images, labels) in (("train", train), ("val", val)):
+                for number, first in enumerate(range(0, len(labels), images_a_shard)):
+                    numbers = range(first, min(first + images_a_shard, len(labels)))
+                    _write_shard(made / f"{split}-{number:06d}.tar", images, labels, numbers)
+            name, content = classes_file(classes)
+            (made / name).write_bytes(content)
+            names = sorted(path.name for path in made.iterdir())
+            for name in names:
+                os.rename(made / name, folder / name)
+        shards = [
+            sorted(str(folder / name) for name in names if name.startswith(f"{split}-")) for split in ("train", "val")
+        ]
+    except OSError as error:
+        where = printable(error.filename) if error.filename else shown
+        raise DataError(f"{where}: {one_line(error.strerror or error)}") from error
+    return notes + write_indexes(shards, folder)
+
+
+def _is_of_a_set(name: str) -> bool:
+    return name.startswith(("train-", "val-")) and name.endswith((".tar", "-index.npz"))
+
+
+@contextlib.contextmanager
+def _emptied_afterwards(folder: Path) -> Iterator[Path]:
+    """A new folder inside `folder`, of one file system with it, which is gone when the block ends."""
+    made = Path(tempfile.mkdtemp(prefix=".pack-", dir=folder))
+    try:
+        yield made
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
+
+
+def _write_shard(path: Path, images: Files, labels: list[int], numbers: range) -> None:
+    """The images of these numbers: KEY.suffix and KEY.cls each, KEY the number."""
+    with tarfile.open(path, "w") as tar:
+        for number in numbers:
+            with images.open(number) as file:
+                image = file.read()
+            suffix = os.path.splitext(images.name(number))[1].lower()
+            for name, content in ((f"{number:08d}{suffix}", image), (f"{number:08d}.cls", b"%d" % labels[number])):
+                member = tarfile.TarInfo(name)
+                member.size, member.mode = len(content), 0o444
+                tar.addfile(member, io.BytesIO(content))
