@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
-from sasa.console import one_line
+from sasa.console import one_line, printable
 from sasa.data.augment import crop_box
 from sasa.data.decode import decode
 
@@ -147,7 +147,7 @@ class ImageFiles(Dataset):
             try:
                 return self._transform(self._read(index), key), int(self.labels[index]), bad
             except _BadImageError as error:
-                bad.append(f"{self.files.name(index)}: {error}")
+                bad.append(f"{printable(self.files.name(index))}: {error}")
             if key.crop is None or not self.skip_bad_images:
                 break
         return None, -1, bad

@@ -174,8 +174,9 @@ class _Lister:
 
     def note(self) -> str:
         """What was left out, in one line; empty where nothing was."""
-        parts = [f"{count} {what}" for what, count in self._left_out.items() if count]
+        parts = [f"{count} {what}" for what, count in sorted(self._left_out.items()) if count]
         if self._endings:
-            named = " ".join(printable(ending)[:20] for ending, _ in self._endings.most_common(_ENDINGS_NAMED))
+            often = sorted(self._endings, key=lambda ending: (-self._endings[ending], ending))[:_ENDINGS_NAMED]
+            named = " ".join(printable(ending)[:20] for ending in often)
             parts = [f"{part} ({named})" if "ending" in part else part for part in parts]
         return f"left out: {', '.join(parts)}" if parts else ""

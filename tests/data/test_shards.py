@@ -1,7 +1,8 @@
 """shards.py: a tree packed into tar shards is the same set, bitwise; what wrong shards say."""
 
 import io
-import sys
+import os
+import shutil
 import tarfile
 from pathlib import Path
 
@@ -12,10 +13,9 @@ from PIL import Image
 
 import preprocess
 from preprocess import AugmentConfig, load
-from sasa.data import datasets as sources
-from sasa.data import shards
-
-pytest.importorskip("webdataset", reason="the optional package webdataset is not installed")
+from sasa.data import shard_index, shards
+from sasa.data.errors import DataError
+from sasa.data.trees import read_trees
 
 
 @pytest.fixture(scope="module")
@@ -74,8 +74,7 @@ def test_shards_are_the_tree_bitwise(tree, packed, workers):
 
 
 def test_a_sample_reads_as_the_package_itself_reads_it(tree, packed):
-    from webdataset import tariterators
-
+    tariterators = pytest.importorskip("webdataset.tariterators", reason="the package webdataset is not installed")
     (files, labels) = shards.read_shards(pattern(packed))[1]
     found = []
     for shard in sorted(packed.glob("train-*.tar")):
@@ -101,7 +100,7 @@ def test_packing_is_reproducible_and_keeps_the_files_bytes(tree, packed, tmp_pat
 def test_part_of_the_shards_is_part_of_the_images(packed):
     classes, (files, labels), _ = shards.read_shards(str(packed / "train-{000001..000002}.tar"))
     assert classes == ["a dog.v2", "cat"] and len(files) == len(labels) == 8
-    assert "train-000001.tar at byte 0" in files.name(0)
+    assert "train-000001.tar at byte 512" in files.name(0)
 
 
 def foreign(folder: Path, split: str, names=("jpg", "cls"), label=b"3") -> Path:
@@ -137,17 +136,18 @@ def test_an_image_that_cannot_be_read_is_named(packed, tmp_path):
     data = bytearray(path.read_bytes())
     data[600:700] = bytes(100)
     path.write_bytes(data)
-    with pytest.raises(sources.DataError, match=r"val-0\.tar at byte 0"):
+    with pytest.raises(DataError, match=r"val-0\.tar at byte 512"):
         list(read("WEBDATASET", tmp_path / "train-0.tar")[3].eval_batches(2))
 
 
-def test_wrong_shards_are_one_line(tree, packed, tmp_path, capsys):
-    def message(call, *arguments) -> str:
-        with pytest.raises(sources.DataError) as error:
-            call(*arguments)
-        assert "\n" not in str(error.value)
-        return str(error.value)
+def message(call, *arguments) -> str:
+    with pytest.raises(DataError) as error:
+        call(*arguments)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 2000
+    return str(error.value)
 
+
+def test_wrong_shards_are_one_line(tree, packed, tmp_path, capsys):
     assert "no file" in message(shards.read_shards, str(packed / "train-{000004..000006}.tar"))
     assert "`train`" in message(shards.read_shards, str(packed / "val-000000.tar"))
     lonely = foreign(tmp_path, "train")
@@ -162,13 +162,200 @@ def test_wrong_shards_are_one_line(tree, packed, tmp_path, capsys):
     (tmp_path / "train-index.npz").write_bytes(b"nothing")
     assert "damaged" in message(shards.read_shards, str(lonely))
     assert "KEY.cls" in message(shards.write_index, [str(foreign(tmp_path, "x", names=("jpg",)))])
-    assert "KEY.cls" in message(shards.write_index, [str(foreign(tmp_path, "x", label=b"cat"))])
+    assert "KEY.cls" in message(shards.write_index, [str(foreign(tmp_path, "x", names=("txt", "cls")))])
     assert "already holds" in message(shards.pack, tree, packed)
-    assert shards.main(["pack", str(tmp_path / "none"), str(tmp_path)]) == 2
-    assert capsys.readouterr().err.count("\n") == 1
+    with pytest.raises(SystemExit) as ended:
+        shards.main(["pack", str(tmp_path / "none"), str(tmp_path)])
+    assert ended.value.code == 2 and capsys.readouterr().err.count("\n") == 1
 
 
-def test_without_the_package_one_line_says_what_to_install(packed, monkeypatch):
-    monkeypatch.setitem(sys.modules, "webdataset", None)
-    with pytest.raises(sources.DataError, match="pip install webdataset"):
-        read("WEBDATASET", pattern(packed))
+@pytest.mark.parametrize(
+    "label", [b"-1", b"-100", b"cat", b"1.0", b"1_0", b"", b"1" * 21, b"1000000000", b"\xef\xbb\xbf1"]
+)
+def test_labels_that_are_no_class_are_refused(tmp_path, label):
+    text = message(shards.write_index, [str(foreign(tmp_path, "train", label=label))])
+    assert "train-0.tar: n01/a.cls" in text and ("below 1,000,000" in text or "a number from 0" in text)
+
+
+def test_labels_beyond_the_named_classes_are_refused(tmp_path):
+    (tmp_path / "classes.txt").write_bytes(b"a\nb\nc\n")
+    assert "classes.txt: 3 classes, but a label is 3" in message(shards.write_index, [str(foreign(tmp_path, "train"))])
+
+
+@pytest.mark.parametrize(
+    ("content", "names"),
+    [
+        (b"a\nb\nc\nd\n", ["a", "b", "c", "d"]),
+        (b"a\r\nb\r\nc\r\nd\r\n\r\n", ["a", "b", "c", "d"]),
+        (b"\xef\xbb\xbfa\nb\nc\nd\n\n\n", ["a", "b", "c", "d"]),
+        (b"a\xe2\x80\xa8x\nb\x85\x0cy\ncaf\xe9\nd", ["a\u2028x", "b\udc85\x0cy", "caf\udce9", "d"]),
+    ],
+)
+def test_names_of_classes_are_kept_exactly(tmp_path, content, names):
+    (tmp_path / "classes.txt").write_bytes(content)
+    for split in ("train", "val"):
+        shards.write_index([str(foreign(tmp_path, split))])
+    assert shards.read_shards(str(tmp_path / "train-0.tar")).classes == names
+
+
+def test_wrong_files_of_classes_are_named(tmp_path):
+    shard = str(foreign(tmp_path, "train"))
+    for name, content, words in (
+        ("classes.txt", b"a\n\nc\nd\n", "line 2 is empty"),
+        ("classes.json", b"{}", "list of names"),
+        ("classes.json", b"[" * 100_000, "classes.json"),
+        ("classes.json", b'["x"]', "differ"),
+    ):
+        (tmp_path / name).write_bytes(content)
+        if name == "classes.json":
+            (tmp_path / "classes.txt").unlink(missing_ok=True)
+        if words == "differ":
+            (tmp_path / "classes.txt").write_bytes(b"a\n")
+        assert words in message(shards.write_index, [shard])
+
+
+def test_class_folders_of_any_name_are_packed_exactly(tree, tmp_path, capsys):
+    """A line break, U+2028, bytes that are not UTF-8: as many classes in the shards, of the same names."""
+    odd = shutil.copytree(tree, tmp_path / "tree")
+    for split in ("train", "val"):
+        (odd / split / "cat").rename(odd / split / os.fsdecode(b"caf\xe9\nx\xe2\x80\xa8y"))
+    assert shards.main(["pack", str(odd), str(tmp_path / "shards")]) == 0
+    found = shards.read_shards(str(tmp_path / "shards" / "train-000000.tar")).classes
+    assert found == read_trees("FOLDER", odd).classes and len(found) == 2
+    assert (tmp_path / "shards" / "classes.json").exists() and not (tmp_path / "shards" / "classes.txt").exists()
+
+
+def test_packing_replaces_nothing_and_leaves_nothing_behind_when_it_fails(tree, tmp_path, monkeypatch):
+    (tmp_path / "classes.txt").write_text("mine")
+    assert "already holds classes.txt" in message(shards.pack, tree, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["classes.txt"]
+    full = tmp_path / "full"
+    with monkeypatch.context() as patch:
+        patch.setattr(tarfile.TarFile, "addfile", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
+        assert "No space left" in message(shards.pack, tree, full)
+    assert list(full.iterdir()) == []
+    shards.pack(tree, full)
+    assert len(list(full.glob("*.tar"))) == 2
+
+
+def test_a_rewritten_shard_is_noticed_and_a_touched_one_is_not_refused(tmp_path):
+    """Other labels of the same size at the same places; then the same content at another time."""
+    for split in ("train", "val"):
+        shards.write_index([str(foreign(tmp_path, split, label=b"1"))])
+    train = tmp_path / "train-0.tar"
+    size = train.stat().st_size
+    os.utime(train, (0, 0))
+    assert shards.read_shards(str(train)).train[1] == [1, 1]
+    foreign(tmp_path, "train", label=b"0")
+    os.utime(train, (0, 0))
+    assert train.stat().st_size == size
+    assert "not the file that" in message(shards.read_shards, str(train))
+
+
+def test_the_time_of_a_shard_is_trusted(tmp_path, monkeypatch):
+    for split in ("train", "val"):
+        shards.write_index([str(foreign(tmp_path, split))])
+    monkeypatch.setattr(shard_index, "members", lambda _: pytest.fail("read again"))
+    assert len(shards.read_shards(str(tmp_path / "train-0.tar")).train[1]) == 2
+
+
+def test_several_splits_in_one_command(tmp_path, capsys):
+    paths = [str(foreign(tmp_path, "train")), str(foreign(tmp_path, "val", label=b"1"))]
+    assert shards.main(["index", *paths]) == 0
+    assert capsys.readouterr().out.count("of 4 classes") == 2
+    for path in paths:  # one by one: numbers are numbers, whatever the last one is
+        shards.write_index([path])
+    assert shards.read_shards(paths[0]).classes == list("0123")
+    (tmp_path / "classes.txt").write_text("a\nb\n")
+    shards.write_index([paths[1]])
+    assert "index both in one command" in message(shards.read_shards, paths[0])
+
+
+def test_an_index_elsewhere(tmp_path, monkeypatch, capsys):
+    """--index-dir; and the user's cache where the shards' folder refuses."""
+    paths = [str(foreign(tmp_path, split)) for split in ("train", "val")]
+    assert shards.main(["index", *paths, "--index-dir", str(tmp_path / "there")]) == 0
+    assert sorted(path.name for path in (tmp_path / "there").iterdir()) == ["train-index.npz", "val-index.npz"]
+    assert "no such file" in message(shards.read_shards, paths[0])
+    assert len(shards.read_shards(paths[0], tmp_path / "there").train[1]) == 2
+    assert read("WEBDATASET", paths[0], index_dir=tmp_path / "there")[0].train_size == 2
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    replacing = shard_index.replacing
+
+    def read_only(path):
+        if path.parent == tmp_path:
+            raise OSError(30, "Read-only file system")
+        return replacing(path)
+
+    monkeypatch.setattr(shard_index, "replacing", read_only)
+    assert shards.main(["index", *paths]) == 0
+    assert str(tmp_path / "cache" / "sasa" / "shards") in capsys.readouterr().out
+    assert not list(tmp_path.glob("*.npz")) and len(shards.read_shards(paths[0]).train[1]) == 2
+    monkeypatch.setenv("XDG_CACHE_HOME", "")
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # no home
+    assert "Read-only file system); name a folder for it with --index-dir" in message(shards.write_index, paths[:1])
+    assert not Path("~").exists()
+
+
+def damage(path: Path, **arrays) -> None:
+    with np.load(path) as stored:
+        np.savez(path, **(dict(stored.items()) | arrays))
+
+
+def test_hostile_indexes_are_refused(tmp_path):
+    for split in ("train", "val"):
+        shards.write_index([str(foreign(tmp_path, split))])
+    path = tmp_path / "train-index.npz"
+    whole = path.read_bytes()
+    with np.load(path) as stored:
+        samples = stored["samples"]
+
+    def refused() -> str:
+        text = message(shards.read_shards, str(tmp_path / "train-0.tar"))
+        path.unlink()
+        path.write_bytes(whole)
+        return text
+
+    for arrays, words in (
+        ({"labels": np.array([3, 4])}, "a label is 4"),
+        ({"labels": np.array([3, -1])}, "a label is -1"),
+        ({"labels": np.array([3.0, 1.0])}, "no integers"),
+        ({"labels": np.array([3])}, "places for 1 labels"),
+        ({"samples": samples + np.array([1, 0, 0])}, "outside its shards"),
+        ({"samples": samples - np.array([0, 10**6, 0])}, "outside its shards"),
+        ({"samples": samples + np.array([0, 0, 10**6])}, "beyond its shard"),
+        ({"samples": samples + np.array([0, 2**62, 2**62])}, "beyond its shard"),
+        ({"shards": np.array(["train-0.tar", "b"])}, "do not fit together"),
+        ({"classes": np.array([object()])}, "damaged"),
+    ):
+        damage(path, **arrays)
+        assert words in refused()
+    with np.load(path) as stored:
+        np.savez(path, **{key: value for key, value in stored.items() if key != "digests"})
+    assert "of an older form" in refused()
+    with np.load(path) as stored:
+        np.savez_compressed(path, **dict(stored.items()))
+    assert "compressed members" in refused()
+    path.unlink()
+    os.mkfifo(path)
+    assert "not a regular file" in refused()
+    assert len(shards.read_shards(str(tmp_path / "train-0.tar")).train[1]) == 2
+
+
+def test_patterns(tmp_path):
+    for name in ("train-08.tar", "train-09.tar", "train-10.tar", "train-a.tar"):
+        (tmp_path / name).touch()
+
+    def names(pattern):
+        return [Path(shard).name for shard in shards.expand(str(tmp_path / pattern))]
+
+    assert names("train-{08..10}.tar") == ["train-08.tar", "train-09.tar", "train-10.tar"]
+    assert names("train-{10,a}.tar") == ["train-10.tar", "train-a.tar"]
+    for pattern, words in (
+        ("train-{000000..999999999}.tar", "more than 100,000 shards"),
+        ("train-{0..9999}{0..9999}.tar", "more than 100,000 shards"),
+        ("train-{3..1}.tar", "counts down"),
+        ("train-{{1..2}}.tar", "not nested"),
+        ("train-{08..11}.tar", "no file"),
+    ):
+        assert words in message(names, pattern)
