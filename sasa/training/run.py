@@ -184,7 +184,7 @@ def load_data(config: Config, device: torch.device | str) -> Data:
         preprocess.load, dataset=config.dataset, data_dir=config.data_dir, img_size=config.img_size,
         train_images=config.train_images, holdout=holdout, seed=config.seed, skip_bad_images=config.skip_bad_images,
         num_workers=config.num_workers, device=device, eval_size=config.eval_size, eval_crop=config.eval_crop,
-        eval_interpolation=config.eval_interpolation,
+        eval_interpolation=config.eval_interpolation, report=print if distributed.is_main() else lambda line: None,
     )  # fmt: skip
     return Data(*distributed.main_rank_first(load))
 
