@@ -17,6 +17,7 @@ from sasa.data.images import Files
 
 # Folders of file servers and archivers; those that begin with a dot are hidden.
 _SERVICE_FOLDERS = ("@eaDir", "__MACOSX", "#recycle", "$RECYCLE.BIN", "System Volume Information", "lost+found")
+_NOT_IN_IMAGE_FOLDER = (".gif", ".jfif", ".avif")
 _ENDINGS_NAMED = 5
 
 Labelled = tuple[Files, list[int]]  # and the class of each file
@@ -83,7 +84,8 @@ class _Lister:
     def __init__(self) -> None:
         self._claimed: set[tuple[int, int]] = set()  # device and inode of folders
         self._left_out: Counter[str] = Counter()
-        self._endings: Counter[str] = Counter()
+        self._endings: Counter[str] = Counter()  # of the files that are left out
+        self._taken: Counter[str] = Counter()  # of those that are taken
         self._formats = EXTENSIONS if "AVIF" in readable_formats() else tuple(e for e in EXTENSIONS if e != ".avif")
 
     def claim(self, folder: str) -> bool:
@@ -170,13 +172,19 @@ class _Lister:
             self._endings[os.path.splitext(entry.name)[1] or "none"] += 1
         if not regular:
             self._left_out["pipes, devices and sockets"] += 1
+        if regular and named:
+            self._taken[os.path.splitext(entry.name)[1].lower()] += 1
         return regular and named
 
     def note(self) -> str:
-        """What was left out, in one line; empty where nothing was."""
+        """What was left out, or taken though torchvision leaves it out, in one line; empty where nothing was."""
         parts = [f"{count} {what}" for what, count in sorted(self._left_out.items()) if count]
         if self._endings:
             often = sorted(self._endings, key=lambda ending: (-self._endings[ending], ending))[:_ENDINGS_NAMED]
             named = " ".join(printable(ending)[:20] for ending in often)
             parts = [f"{part} ({named})" if "ending" in part else part for part in parts]
-        return f"left out: {', '.join(parts)}" if parts else ""
+        notes = [f"left out: {', '.join(parts)}"] if parts else []
+        more = {ending: count for ending, count in self._taken.items() if ending in _NOT_IN_IMAGE_FOLDER}
+        if more:
+            notes.append(f"taken, as ImageFolder does not: {sum(more.values())} files ({' '.join(sorted(more))})")
+        return "; ".join(notes)
