@@ -42,6 +42,7 @@ POINTS, CHARACTER = 9, 7.4  # size of the letters; pixels of a character of that
 CARD_MAPS, CARD_IMAGES = 4, 3  # tiles beside each other on one of TensorBoard's cards, about 330 pixels wide
 INK, MUTED, WRONG = "#1e242c", "#69717d", "#b23f0a"
 GLOW, FRAME, WINDOW = (255, 122, 0), (255, 255, 255), (105, 113, 125)  # over an image: weights, the pixel, its window
+PROGRESS_MISTAKES = 8
 LABELLED_CLASSES = 20  # a larger confusion matrix has no names and no counts
 
 
@@ -279,7 +280,7 @@ def overlay_strip(image: Tensor, attention: LayerAttention, share: Tensor | None
     if share is not None:
         picture = overlay(image, share.sqrt(), OVERLAY_TILE)  # its peak stays at the pixel: the root shows the rest
         frame(picture, pixel, 1, size, FRAME)
-        tiles.append(Tile(picture, "rollout, root"))
+        tiles.append(Tile(picture, "\u221a rollout"))
     return Strip(f"{attention.name}, {size[0]}x{size[1]}", tiles)
 
 
@@ -336,4 +337,36 @@ def confusion_figure(confusion: Tensor, class_names: Sequence[str]) -> Figure:
         colour = "white" if shares[row, col] > 0.5 else INK
         text = str(confusion[row, col].item())
         ax.text(col, row, text, ha="center", va="center", color=colour, fontsize=POINTS - 1)
+    return figure
+
+
+def progress_figure(rows: Sequence[dict], mistakes: Sequence[tuple[Tensor, str, str]]) -> Figure:
+    """How a run stands: loss and top-1 by epoch, below them the first wrong predictions of the last validation.
+
+    Args:
+        rows: of log.jsonl.
+        mistakes: image (3, H, W) in [0, 1], label, prediction; the first PROGRESS_MISTAKES are shown.
+    """
+    from matplotlib.ticker import MaxNLocator
+
+    figure = new_figure(1000, 560 if mistakes else 400, layout="constrained")
+    grid = figure.add_gridspec(2 if mistakes else 1, PROGRESS_MISTAKES, height_ratios=(3, 1) if mistakes else (1,))
+    half, epochs = PROGRESS_MISTAKES // 2, [row["epoch"] for row in rows]
+    for columns, key, title in ((slice(half), "loss", "loss"), (slice(half, None), "top1_pct", "top-1, %")):
+        ax = figure.add_subplot(grid[0, columns])
+        plain_axes(ax)
+        for part, name, colour in (("train", "training", "#0072b2"), ("val", "validation", "#d55e00")):
+            values = [row[f"{part}_{key}"] for row in rows]
+            label = f"{name}, {values[-1]:.4g}" if values else name
+            ax.plot(epochs, values, marker="o", markersize=3, color=colour, label=label)
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+        ax.set_title(title, fontsize=POINTS + 2, loc="left")
+        ax.set_xlabel("epoch")
+        ax.legend(frameon=False, fontsize=POINTS)
+    for column, (image, label, guess) in enumerate(mistakes[:PROGRESS_MISTAKES]):
+        ax = figure.add_subplot(grid[1, column])
+        ax.imshow(to_bytes(image), interpolation="nearest")
+        ax.set_axis_off()
+        title = f"{fit(label, IMAGE_TILE)}\n> {fit(guess, IMAGE_TILE - 2 * CHARACTER)}"
+        ax.set_title(title, fontsize=POINTS, color=WRONG, parse_math=False)
     return figure

@@ -161,7 +161,7 @@ def test_an_overlay_glows_where_the_weight_is_and_frames_the_window():
     assert (tile.picture[round(4 * cell), round(4.5 * cell)] == 255).all()  # the frame of the pixel
     assert tuple(tile.picture[round(3 * cell), round(3.2 * cell)]) == figures.WINDOW
     strip = figures.overlay_strip(image, attention, torch.eye(8))
-    assert [tile.caption for tile in strip.tiles] == ["head 1", "rollout, root"]
+    assert [tile.caption for tile in strip.tiles] == ["head 1", "\u221a rollout"]
 
 
 def test_a_frame_outside_the_picture_is_left_out():
@@ -215,6 +215,23 @@ def test_measures_are_a_dot_a_head_and_a_row_a_layer(layers):
         assert all((of[:, 1] == row).all() for row, of in enumerate(dots))
     bits = figures.entropy(layers[2].weights).mean((0, 2))
     assert np.allclose(figure.axes[0].collections[2].get_offsets()[:, 0], bits)
+
+
+def test_progress_shows_the_curves_so_far_and_the_first_mistakes():
+    rows = [
+        {"epoch": 1, "train_loss": 2.0, "val_loss": 1.5, "train_top1_pct": 10.0, "val_top1_pct": 9.0},
+        {"epoch": 2, "train_loss": 1.0, "val_loss": 0.5, "train_top1_pct": 20.0, "val_top1_pct": 18.0},
+    ]
+    figure = figures.progress_figure(rows, [(torch.rand(3, 8, 8), "cat$", f"dog{i}") for i in range(11)])
+    loss, top1, *mistakes = figure.axes
+    curves = {line.get_label(): line.get_xydata().tolist() for line in (*loss.lines, *top1.lines)}
+    assert curves == {
+        "training, 1": [[1, 2.0], [2, 1.0]], "validation, 0.5": [[1, 1.5], [2, 0.5]],
+        "training, 20": [[1, 10.0], [2, 20.0]], "validation, 18": [[1, 9.0], [2, 18.0]],
+    }  # fmt: skip
+    assert [ax.get_title() for ax in mistakes] == [f"cat$\n> dog{i}" for i in range(8)]
+    assert figures.to_tensor(figure).shape == (3, 560, 1000)
+    assert figures.to_tensor(figures.progress_figure(rows[:1], [])).shape == (3, 400, 1000)
 
 
 # ---- what drawing leaves alone --------------------------------------------------------------------------------------

@@ -1,23 +1,24 @@
-"""visualize.py: its files, the numbers behind the page, what it refuses; and the page itself in headless Chromium."""
+"""tools.visualize: its files, the numbers behind the page, and what it refuses."""
 
 import base64
+import dataclasses
 import json
 import re
+import time
 
 import pytest
 import torch
 from PIL import Image
 from torchvision.transforms.v2.functional import pil_to_tensor
 
-import browser
 import preprocess
 import small_runs
 from config import resolve
 from model import ResNet26, ResNet50, build
 from sasa.analysis import attention_maps as heads
-from sasa.analysis import figures, page
-from sasa.analysis.attention_maps import lattice, record_attention
-from sasa.analysis.page import ImageAttention
+from sasa.analysis import causal, figures, page
+from sasa.analysis.attention_maps import record_attention
+from sasa.analysis.page import NetworkAttention
 from sasa.training import checkpoint
 from tools import visualize
 from tools.visualize import NamedImage
@@ -42,17 +43,23 @@ def best(tmp_path_factory, network):
     return save(tmp_path_factory.mktemp("run"), network, stem=True)
 
 
+QUICK = ["--no-effects", "--probe-images", "0"]  # the maps alone
+
+
 @pytest.fixture(scope="module")
 def written(tmp_path_factory, best):
-    """The folder that the command wrote for two images."""
-    folder = tmp_path_factory.mktemp("written")
-    assert visualize.main([str(best), "--index", "7", "2", "--pixel", "9", "4", "--output-dir", str(folder)]) == 0
+    """The folder that the command wrote for two images, with probes of 60 training images."""
+    folder, flags = tmp_path_factory.mktemp("written"), "--index 7 2 --pixel 9 4 --probe-images 60 --output-dir"
+    assert visualize.main([str(best), *flags.split(), str(folder)]) == 0
     return folder
 
 
 def data_of(folder):
     """What the page holds."""
-    text = (folder / "attention.html").read_text(encoding="utf-8")
+    return data_of_text((folder / "attention.html").read_text(encoding="utf-8"))
+
+
+def data_of_text(text):
     return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.S)[1])
 
 
@@ -61,7 +68,7 @@ def numbers(text, *shape):
 
 
 def test_the_files_are_written_and_named(best, capsys):
-    assert visualize.main([str(best)]) == 0
+    assert visualize.main([str(best), *QUICK]) == 0
     folder, out = best.parent / "attention", capsys.readouterr().out
     names = {"maps.png", "measures.png", "embeddings.png", "image-0.png", "attention.html"}
     assert {path.name for path in folder.iterdir()} == names and all(str(folder / name) in out for name in names)
@@ -79,11 +86,12 @@ def test_the_pages_numbers_are_the_networks(written, network):
         probabilities = network(images).softmax(1)
     data = data_of(written)
     assert data["title"] == "ResNet26, attention stem, DIGITS" and "step 77" in data["about"]
-    assert [layer["name"] for layer in data["layers"]] == [layer.name for layer in layers]
+    shown_layers = data["networks"][0]["layers"]
+    assert [layer["name"] for layer in shown_layers] == [layer.name for layer in layers]
     for i, image in enumerate(data["images"]):
         assert image["label"] == str(labels[i].item()) and image["guess"][0][0] == str(probabilities[i].argmax().item())
         assert image["guess"][0][1] == pytest.approx(probabilities[i].max().item(), abs=1e-5)
-        for kept, shown, layer in zip(image["layers"], data["layers"], layers, strict=True):
+        for kept, shown, layer in zip(image["layers"], shown_layers, layers, strict=True):
             pixels, n, k = len(layer.pixels), shown["heads"], shown["size"]
             assert (shown["rows"], shown["cols"]) == (list(range(layer.size[0])), list(range(layer.size[1])))
             weights = layer.weights[i].transpose(0, 1)  # (P, N, K, K)
@@ -103,7 +111,7 @@ def test_a_pictures_strips_are_of_the_chosen_pixel(written, network, monkeypatch
     info, _, _, test = preprocess.load(dataset="DIGITS", img_size=SIDE)
     images, labels = next(test.eval_batches(8))
     image = NamedImage("DIGITS test 7", info.class_names[labels[7]], images[7])
-    shown = visualize.attention_of(network, image, info)
+    shown = visualize.image_attention(network, image, info, effects=False)
     figure = visualize.draw_pixel(network, image, shown, (9, 4))
     with Image.open(written / "image-0.png") as first:
         found = pil_to_tensor(first)
@@ -122,7 +130,7 @@ def test_files_are_replaced_and_links_not_written_through(best, tmp_path):
     names = ("maps.png", "measures.png", "embeddings.png", "image-0.png", "attention.html")
     for name in names:
         (folder / name).symlink_to(other)
-    assert visualize.main([str(best), "--output-dir", str(folder)]) == 0
+    assert visualize.main([str(best), *QUICK, "--output-dir", str(folder)]) == 0
     assert other.read_text() == "kept"
     assert {path.name for path in folder.iterdir() if not path.is_symlink()} == set(names)
 
@@ -136,22 +144,164 @@ def test_nothing_is_fetched(written):
     assert all(image["src"].startswith("data:image/png;base64,") for image in data_of(written)["images"])
 
 
-def test_names_cannot_end_the_data(network):
-    with torch.no_grad(), record_attention(network) as layers:
-        network(torch.randn(1, 3, 12, 12))
-    guess = [("</script>", 1.0)]
-    shown = ImageAttention("</script><b>", "<!--", torch.rand(3, 12, 12), layers, layers, guess)
-    text = page.render("</script>", "about", [shown])
-    assert text.count("</script>") == 2 and "<!--" not in text.split("<body>")[1]
+def test_the_effects_are_those_of_the_network_without_each_head(written, network):
+    _, _, _, test = preprocess.load(dataset="DIGITS", img_size=SIDE)
+    for shown, index in zip(data_of(written)["images"], (7, 2), strict=True):
+        image = test.image(index)[0][None]
+        wanted = causal.head_effects(network, image)
+        names = [layer["name"] for layer in data_of(written)["networks"][0]["layers"]]
+        assert len(shown["effects"]) == len(wanted) == 68
+        decided = network(image).argmax().item()
+        for found, effect in zip(shown["effects"], wanted, strict=True):
+            assert (names[found["layer"]], found["head"]) == (effect.layer, effect.head)
+            assert found["drop"] == pytest.approx(effect.drop, abs=1e-4)
+            assert found["zero"] == pytest.approx(effect.drop_zero, abs=1e-4)
+            assert found["share"] == pytest.approx(effect.probability, abs=1e-4)
+            assert (found["then"], found["same"]) == (str(effect.prediction), effect.prediction == decided)
+
+
+def test_the_probes_are_fitted_on_training_images_spread_over_the_split(written, network):
+    """60 of 1,437, by hand; scored on all 360 test images."""
+    _, train_data, _, test = preprocess.load(dataset="DIGITS", img_size=SIDE)
+    of_train = [train_data.image(i * 1437 // 60) for i in range(60)]
+    features = causal.pooled_features(network, torch.stack([image for image, _ in of_train]))
+    images, labels = next(test.eval_batches(360))
+    tests = causal.pooled_features(network, images)
+    data = data_of(written)
+    stages, note = data["networks"][0]["probes"]["stages"], data["networks"][0]["probes"]["note"]
+    assert [name for name, _ in stages] == list(causal.STAGES) and "60 training" in note and "360 test" in note
+    for place, (stage, top1) in enumerate(stages):
+        probe = causal.fit_probe(features[stage], torch.tensor([label for _, label in of_train]), 10)
+        shares = probe.probabilities(tests[stage])
+        assert top1 == pytest.approx(100 * (shares.argmax(1) == labels).double().mean().item(), abs=0.6)
+        for shown, index in zip(data["images"], (7, 2), strict=True):
+            name, share = shown["probes"][place]
+            assert name == str(shares[index].argmax().item())
+            assert share == pytest.approx(shares[index, int(shown["guess"][0][0])].item(), abs=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--probe-images 0", "--probe-images 0"),
+        ("--data-dir nowhere --images {image}", "they need the training data"),
+    ],
+)
+def test_without_training_data_a_line_stands_in_place_of_the_probes(tmp_path, network, flags, words):
+    """A network of a tree that is not there: its test split is not needed for images of one's own."""
+    saved = save(tmp_path, network, stem=True)
+    if "nowhere" in flags:
+        state = checkpoint.load(saved)
+        state["config"] |= {"dataset": "FOLDER", "data_dir": str(tmp_path / "nowhere")}
+        checkpoint.save(state, tmp_path, "best.pt")
+        flags = flags.removeprefix("--data-dir nowhere ")
+    Image.new("RGB", (20, 20), "gray").save(tmp_path / "image.png")
+    given = flags.format(image=tmp_path / "image.png").split()
+    assert visualize.main([str(saved), "--no-effects", *given, "--output-dir", str(tmp_path / "out")]) == 0
+    probes = data_of(tmp_path / "out")["networks"][0]["probes"]
+    assert probes["stages"] == [] and words in probes["note"] and "\n" not in probes["note"]
+
+
+def test_two_checkpoints_are_shown_on_one_page(best, tmp_path, network):
+    """Of another depth, too: each has its own layers, maps and pictures; the second's first image is compared."""
+    (tmp_path / "other").mkdir()
+    torch.manual_seed(2)
+    other = ResNet50(10, small_images=True).eval()
+    saved = save(tmp_path / "other", other, model_name="ResNet50")
+    flags = [str(best), str(saved), "--index", "3", "5", *QUICK, "--output-dir", str(tmp_path / "out")]
+    assert visualize.main(flags) == 0
+    data = data_of(tmp_path / "out")
+    assert [net["name"] for net in data["networks"]] == [f"{best.parent.name}/best.pt", "other/best.pt"]
+    assert [len(net["layers"]) for net in data["networks"]] == [9, 16] and data["compare"] == 2
+    assert [(image["network"], image["place"], image["name"]) for image in data["images"]] == [
+        (0, 0, "DIGITS test 3"), (0, 1, "DIGITS test 5"), (1, 0, "DIGITS test 3"), (1, 1, "DIGITS test 5"),
+    ]  # fmt: skip
+    _, _, _, test = preprocess.load(dataset="DIGITS", img_size=SIDE)
+    with torch.no_grad():
+        shares = other(test.image(5)[0][None]).softmax(1)[0]
+    assert data["images"][3]["guess"][0] == [str(shares.argmax().item()), pytest.approx(shares.max().item(), abs=1e-5)]
+    assert {"maps.png", "second-maps.png", "second-image-1.png"} <= {path.name for path in (tmp_path / "out").iterdir()}
+
+
+def test_checkpoints_of_other_data_are_not_compared_by_number(best, tmp_path, network, capsys):
+    saved = save(tmp_path, network, stem=True)
+    state = checkpoint.load(saved)
+    state["config"]["dataset"] = "MNIST"
+    checkpoint.save(state, tmp_path, "best.pt")
+    Image.new("RGB", (20, 20), "gray").save(tmp_path / "image.png")
+    own = ["--images", str(tmp_path / "image.png"), *QUICK, "--output-dir", str(tmp_path / "out")]
+    assert visualize.main([str(best), str(saved), *own]) == 0
+    with pytest.raises(SystemExit) as end:
+        visualize.main([str(best)] * 3)
+    assert end.value.code == 2 and "3 checkpoints: allowed are one, or two" in capsys.readouterr().err
+    chosen = [(preprocess.info_without_files(name, 10, 12), [NamedImage(name, "", torch.rand(3, 12, 12))])
+              for name in ("DIGITS", "MNIST")]  # fmt: skip
+    with pytest.raises(visualize.ConfigError, match="different data sets, DIGITS and MNIST"):
+        visualize.check_pixel(visualize.parse([str(best)])[1], chosen)
+
+
+@pytest.mark.parametrize("spoiled", ["fc.weight", "layer1.0.spatial.query.weight"])
+def test_weights_that_are_not_finite_are_named_and_the_page_is_whole(tmp_path, spoiled, capsys):
+    torch.manual_seed(1)
+    other = ResNet26(10, stem=True, small_images=True).eval()
+    with torch.no_grad():
+        other.get_parameter(spoiled).view(-1)[3] = float("nan")
+    saved = save(tmp_path, other, stem=True)
+    assert visualize.main([str(saved)]) == 0
+    out, error = capsys.readouterr()
+    assert spoiled in error and error.count("\n") == 1 and "attention.html" in out
+
+    def refuse(constant):
+        raise AssertionError(constant)
+
+    text = (tmp_path / "attention/attention.html").read_text(encoding="utf-8")
+    data = json.loads(re.search(r'id="data">(.*?)</script>', text, re.S)[1], parse_constant=refuse)
+    assert "not finite" in data["notice"] and spoiled in data["notice"]
+    assert data["images"][0]["guess"][0][1] is None and data["images"][0]["effects"] == []
+
+
+HOSTILE = (
+    "</script><script>alert(1)</script>", "<!--", "<img src=x onerror=alert(2)>", "'\"`${alert(3)}@STYLE@@DATA@",
+    "a\u2028b\n\x1b[31m\u202egnp", "\udcff\ud800 \U0001f600", "&lt;b&gt;&#39;", "javascript:alert(4)",
+)  # fmt: skip
+
+
+def hostile_page(network, folder):
+    """A page whose every name is hostile: image, label, classes, network, title. Two images, with effects."""
+    names = [HOSTILE[i % len(HOSTILE)] for i in range(10)]
+    info = dataclasses.replace(preprocess.info_without_files("DIGITS", 10, SIDE), class_names=tuple(names))
+    torch.manual_seed(0)
+    images = [
+        NamedImage(name, label, torch.randn(3, SIDE, SIDE))
+        for name, label in zip(HOSTILE, reversed(HOSTILE), strict=True)
+    ]
+    shown = [visualize.image_attention(network, image, info) for image in images]
+    networks = [
+        NetworkAttention(HOSTILE[0], shown, [], HOSTILE[2]),
+        NetworkAttention(HOSTILE[2], shown, [], HOSTILE[0]),
+    ]
+    path = folder / "hostile.html"
+    path.write_text(page.render(HOSTILE[0], HOSTILE[2], networks), encoding="utf-8")
+    return path
+
+
+def test_names_cannot_end_the_data(network, tmp_path):
+    text = hostile_page(network, tmp_path).read_text(encoding="utf-8")
+    assert text.count("</script>") == 2 and text.count("<script") == 2 and "<!--" not in text.split("<body>")[1]
+    assert "<img" not in text and "\u2028" not in text and "\x1b" not in text and "\u202e" not in text
+    data = data_of_text(text)
+    assert data["images"][0]["name"] == HOSTILE[0] and data["networks"][1]["name"] == HOSTILE[2]
+    assert data["images"][4]["name"] == "a\\u2028b\\x0a\\x1b[31m\\u202egnp"
+    assert data["images"][3]["name"] == HOSTILE[3]  # what looks like a placeholder of the template stays
 
 
 def test_a_lattice_is_said_and_keeps_to_the_budget(network, monkeypatch):
     image = torch.randn(3, 24, 24)
     info = preprocess.info_without_files("DIGITS", 10, 24)
     image = NamedImage("a", "", image)
-    whole = visualize.attention_of(network, image, info)
+    whole = visualize.image_attention(network, image, info, effects=False)
     monkeypatch.setattr(page, "BUDGET", 250_000)
-    sparse = visualize.attention_of(network, image, info)
+    sparse = visualize.image_attention(network, image, info, effects=False)
     assert [len(layer.pixels) for layer in whole.layers] == [24 * 24] * 3 + [12 * 12] * 2 + [36] * 4
     means = sum(layer.weights.numel() for layer in sparse.everywhere)
     kept = sum(layer.weights.numel() for layer in sparse.layers)
@@ -164,17 +314,19 @@ def test_the_page_of_a_resnet50_is_below_3_mb():
     network = ResNet50(10, stem=True).eval()
     image = torch.nn.functional.interpolate(torch.randn(1, 3, 28, 28), size=224, mode="bicubic")[0]
     info = preprocess.info_without_files("IMAGENET", 10, 224)
-    shown = visualize.attention_of(network, NamedImage("photo.jpg", "", image), info)
+    started = time.process_time()
+    shown = visualize.image_attention(network, NamedImage("photo.jpg", "", image), info)
+    assert len(shown.effects) == 4 + 16 * 8 and time.process_time() - started < 200
     assert [layer.size for layer in shown.layers[:2]] == [(224, 224), (56, 56)] and len(shown.layers) == 17
     assert min(len(layer.pixels) for layer in shown.layers[1:]) == 49 and len(shown.layers[1].pixels) == 196
-    assert 2_000_000 < len(page.render("title", "about", [shown]).encode()) < 3_000_000
+    assert 2_000_000 < len(page.render("title", "about", [NetworkAttention("a", [shown])]).encode()) < 3_000_000
 
 
 def test_own_images_are_resized_and_named(best, tmp_path):
     for i, size in enumerate(((40, 30), (9, 70))):
         Image.new("RGB", size, (200, 30 * i, 90)).save(tmp_path / f"{i}.png")
     files = [str(tmp_path / f"{i}.png") for i in range(2)]
-    assert visualize.main([str(best), "--images", *files, "--output-dir", str(tmp_path / "out")]) == 0
+    assert visualize.main([str(best), "--images", *files, *QUICK, "--output-dir", str(tmp_path / "out")]) == 0
     images = data_of(tmp_path / "out")["images"]
     assert [(image["name"], image["label"], image["width"]) for image in images] == [
         ("0.png", "", 12),
@@ -196,6 +348,7 @@ def test_own_images_are_resized_and_named(best, tmp_path):
         ("--images a.png --dataset DIGITS", ["--dataset", "--images"]),
         ("--images a.png --index 0", ["--images", "--index"]),
         ("--device gpu", ["--device gpu"]),
+        ("--probe-images -1", ["--probe-images -1", "at least 0"]),
         ("--output-dir {file}", ["file"]),
     ],
 )
@@ -221,57 +374,5 @@ def test_a_runs_own_checkpoint_is_read(tmp_path, monkeypatch):
     """A state of train.py, with its moving average, in place of weights alone."""
     small_runs.few_digits(monkeypatch)
     assert small_runs.run(tmp_path, *small_runs.FLAGS.split(), "--max-steps", "1") == 0
-    assert visualize.main([str(tmp_path / "run/last.pt")]) == 0
+    assert visualize.main([str(tmp_path / "run/last.pt"), *QUICK]) == 0
     assert "last.pt, step 1" in data_of(tmp_path / "run/attention")["about"]
-
-
-# ---- in a browser --------------------------------------------------------------------------------------------------
-
-needs_chromium = pytest.mark.skipif(browser.CHROMIUM is None, reason="needs chromium (Debian: apt install chromium)")
-PICTURE = "document.querySelector({!r}).toDataURL()"
-
-
-@pytest.mark.slow
-@needs_chromium
-def test_the_page_in_chromium(written, network, tmp_path):
-    address = (written / "attention.html").as_uri()
-    with browser.Browser(tmp_path / "profile") as tab:
-        tab.open(address + "#layer=3&head=2")
-        shown = ("#map", "#rollout", ".layer:nth-child(6) button:nth-child(3) canvas")
-        before = [tab.value(PICTURE.format(name)) for name in shown]
-        tab.click("#map", 0.8, 0.2)
-        after = [tab.value(PICTURE.format(name)) for name in shown]
-        assert all(a != b for a, b in zip(before, after, strict=True))
-        assert (
-            tab.value("document.querySelector('#map-says').textContent")
-            == "layer2.1, head 3, from pixel (1, 4) of 6 \u00d7 6"
-        )
-        tab.press("ArrowDown")  # the image has the focus
-        assert "pixel (2, 4)" in tab.value("document.querySelector('#map-says').textContent")
-        tab.click(".layer:nth-child(2) button:nth-child(5)")
-        tab.press("ArrowUp")  # from the tile of layer1.0 to the stem, which has four heads
-        assert tab.value("document.querySelector('#map-says').textContent").startswith("stem, head 4, ")
-        assert tab.value("document.activeElement.getAttribute('aria-label')") == "stem, head 4"
-        tab.click("#thumbs button:nth-child(2)")
-        assert "label: " + data_of(written)["images"][1]["label"] in tab.value(
-            "document.querySelector('#label').textContent"
-        )
-        _, _, _, test = preprocess.load(dataset="DIGITS", img_size=SIDE)
-        with torch.no_grad(), record_attention(network, pixels=lattice(10**9), mean_heads=True) as layers:
-            network(next(test.eval_batches(8))[0][[2]])
-        for last, row, col in ((0, 5, 5), (3, 2, 4), (8, 1, 0)):
-            wanted = heads.rollout(layers[: last + 1], 0, row, col)
-            found = torch.tensor(tab.value(f"Array.from(rollout(1, {last}, {row}, {col}))")).view_as(wanted)
-            assert (found - wanted).abs().max() < 2e-3 * wanted.max()
-        assert tab.errors == []
-
-
-@pytest.mark.slow
-@needs_chromium
-@pytest.mark.parametrize("width", [360, 700, 1280])
-def test_no_width_is_too_narrow(written, tmp_path, width):
-    with browser.Browser(tmp_path / "profile", width=width, height=800, scheme="dark") as tab:
-        tab.open((written / "attention.html").as_uri())
-        assert tab.value("document.documentElement.scrollWidth") <= width
-        assert tab.value("getComputedStyle(document.body).backgroundColor") == "rgb(18, 22, 28)"
-        assert tab.errors == []
