@@ -225,6 +225,7 @@ class Config(Settings):
     save_minutes: float = option(10.0, "minutes between saves of last.pt, 0: not by the clock", low=0, free=True)
     progress: bool = option(True, "show progress bars on a terminal", free=True)
     attention_every: int = option(5, "epochs between TensorBoard's attention panels, 0: none", low=0, free=True)
+    preview: bool = option(False, "write progress.png, curves and wrong predictions, at each validation", free=True)
     max_steps: int | None = option(None, "end the run at this global step", kind=int, low=1, free=True)
 
     def __post_init__(self) -> None:

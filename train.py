@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from tqdm import tqdm
 
 import preprocess
 from config import ConfigError
@@ -152,15 +153,15 @@ def train(run: Run, stop: StopRequest, overwrite: bool = False) -> int:
 def train_epochs(run: Run, monitor: Monitor, saver: Saver, stop: StopRequest) -> bool:
     """Epoch by epoch to the run's end; False where a signal ended it before, with its state saved."""
     progress, result, reported = run.progress, None, set()
-    with monitor.epochs(run.config.epochs, progress.epoch) as bar:
+    last_step = min(run.config.epochs * run.steps_per_epoch, run.config.max_steps or math.inf)
+    with monitor.whole_run(last_step, progress.step) as whole:
         while progress.epoch < run.config.epochs and (progress.batch or not at_max_steps(run)):
-            if not train_epoch(run, monitor, saver, stop):
+            if not train_epoch(run, monitor, saver, stop, whole):
                 return False
             result = finish_epoch(run, monitor, saver, stop)
             if result is None:
                 return False
             reported = report_bad_images(run, monitor, reported)
-            bar.update()
             if at_max_steps(run):
                 break
     return finish(run, monitor, saver, stop, result)
@@ -170,8 +171,12 @@ def at_max_steps(run: Run) -> bool:
     return run.config.max_steps is not None and run.progress.step >= run.config.max_steps
 
 
-def train_epoch(run: Run, monitor: Monitor, saver: Saver, stop: StopRequest) -> bool:
-    """The rest of the open epoch, or up to --max-steps, saving by the clock; False after a signal, with all saved."""
+def train_epoch(run: Run, monitor: Monitor, saver: Saver, stop: StopRequest, whole: tqdm) -> bool:
+    """The rest of the open epoch, or up to --max-steps, saving by the clock; False after a signal, with all saved.
+
+    Args:
+        whole: the bar of the run's steps.
+    """
     progress = run.progress
     run.network.train()
     pairs = run.batches()
@@ -182,6 +187,7 @@ def train_epoch(run: Run, monitor: Monitor, saver: Saver, stop: StopRequest) -> 
             progress.add(step.loss, step.correct, step.images, time.perf_counter() - started)
             progress.figures = step.figures()
             bar.update()
+            whole.update()
             bar.set_postfix(loss=f"{step.loss:.3f}", top1=f"{100 * progress.correct / progress.images:.1f}%",
                             images=f"{progress.images / progress.epoch_seconds:.0f}/s", refresh=False)  # fmt: skip
             monitor.step(progress.step, progress.figures)
@@ -321,7 +327,7 @@ def finish_epoch(run: Run, monitor: Monitor, saver: Saver, stop: StopRequest) ->
         saver.save(run)
     distributed.broadcast(run.batch_norm_buffers())
     last = progress.epoch + 1 == config.epochs or at_max_steps(run)
-    keep_wrong = WRONG_SHOWN if last and run.data.holdout is None else 0
+    keep_wrong = WRONG_SHOWN if config.preview or (last and run.data.holdout is None) else 0
     result = evaluate(
         run.eval_model, run.data.val, info.num_classes, EVAL_BATCH, run.autocast, keep_wrong=keep_wrong, stop=stop
     )
@@ -341,7 +347,9 @@ def finish_epoch(run: Run, monitor: Monitor, saver: Saver, stop: StopRequest) ->
         "epoch_s": progress.epoch_seconds,
         "peak_mem_mib": peak_memory_mib(run.device),
     }
-    monitor.epoch(progress.step, row, result, config.epochs)
+    monitor.epoch(progress.step, row, config.epochs)
+    if config.preview and distributed.is_main():
+        monitor.preview(result, pictures_of(result, info), info.class_names)
     if complete and config.attention_every and (progress.epoch + 1) % config.attention_every == 0:
         show_attention(run, monitor)
     if run.data.holdout is not None and (progress.best_top1 is None or result.top1_pct > progress.best_top1):
@@ -351,6 +359,11 @@ def finish_epoch(run: Run, monitor: Monitor, saver: Saver, stop: StopRequest) ->
         progress.rows.append(row)
         progress.open_epoch()
     return result
+
+
+def pictures_of(result: Evaluation, info: preprocess.DataInfo) -> list[Tensor]:
+    """The images of the wrong predictions, (3, H, W) in [0, 1]."""
+    return [preprocess.denormalise(image[None], info)[0] for image, _, _ in result.wrong]
 
 
 @torch.no_grad()
@@ -417,9 +430,8 @@ def finish(run: Run, monitor: Monitor, saver: Saver, stop: StopRequest, result: 
     if distributed.is_main():
         checkpoint.save(checkpoint.weights_state(config, weights, epoch, progress.step, about), run.folder, BEST)
         write_json(run.folder / SUMMARY, summary(run, saver, result, about, len(skipped)))
-        wrong = [preprocess.denormalise(image[None], info)[0] for image, _, _ in result.wrong]
-        monitor.evaluated(progress.step, result, wrong, info.class_names)
-        monitor.hparams(config, {"hparam/test_top1_pct": result.top1_pct, "hparam/test_loss": result.loss})
+        monitor.evaluated(progress.step, result, pictures_of(result, info), info.class_names)
+        monitor.hparams(progress.step, config, result)
     monitor.say(
         f"test top-1 {result.top1_pct:.2f}%, top-5 {result.top5_pct:.2f}% on {result.images} images; "
         f"{about}; trained {progress.seconds:.0f} s; {run.folder / SUMMARY}"

@@ -41,6 +41,7 @@ SWITCHES = {
     "stem": True, "content": False, "grouped": True, "share_embeddings": True, "zero_init_residual": True,
     "skip_bad_images": True, "randaugment": True, "compile": True, "channels_last": False, "deterministic": True,
     "progress": False, "sync_bn": True, "flip": True, "reflect": True, "nesterov": False,
+    "preview": True,
 }  # fmt: skip
 
 

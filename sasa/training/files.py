@@ -11,7 +11,7 @@ from sasa.files import write_text
 LAST, PREVIOUS, BEST = "last.pt", "previous.pt", "best.pt"
 CONFIG, LOG, SUMMARY = "config.json", "log.jsonl", "summary.json"
 RUN_FILES = (LAST, PREVIOUS, BEST, CONFIG, LOG, SUMMARY)
-EVENTS = "events.out.tfevents.*"
+EVENTS, PREVIEW = "events.out.tfevents.*", "progress.png"
 UNFINISHED = re.compile(r"\.(last|best)\.pt\.[0-9a-f]{16}\.tmp")  # `sasa.files.replacing`
 
 
@@ -65,7 +65,7 @@ def make_folder(folder: Path) -> None:
 def claim_folder(folder: Path, config: Config, overwrite: bool) -> None:
     """The folder is this run's from here on: with `overwrite` the old run's files go; config.json is written."""
     if overwrite:
-        for path in held_files(folder) + list(folder.glob(EVENTS)):
+        for path in [*held_files(folder), *folder.glob(EVENTS), *folder.glob(PREVIEW)]:
             path.unlink()
     for path in folder.glob(".*.tmp"):  # of a process that was killed while it saved: as large as a checkpoint
         if UNFINISHED.fullmatch(path.name):

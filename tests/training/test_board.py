@@ -14,7 +14,6 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 import preprocess
-import train
 from config import resolve
 from model import ResNet26
 from sasa.analysis import figures
@@ -22,6 +21,7 @@ from sasa.analysis.attention_maps import entropy, lattice, mean_distance, record
 from sasa.training import board, monitor
 from sasa.training.board import EPOCH_TAGS, STEP_TAGS, Board
 from sasa.training.evaluation import evaluate
+from sasa.training.run import augmentation
 from test_train import Tiny, go, tiny  # noqa: F401 (a fixture)
 
 IMAGE_TAGS = {"5_images/first_batch", "5_images/wrong_label_then_prediction", "5_images/confusion_matrix"}
@@ -105,7 +105,7 @@ def test_the_images_text_and_hparams_are_there(events):
 
 def test_the_pictures_show_the_first_batch_and_the_test_splits_mistakes(events):
     info, train_data, _, test = preprocess.load(dataset="DIGITS", holdout=8)
-    augment = train.augment_config(resolve({}, "DIGITS"))
+    augment = augmentation(resolve({}, "DIGITS"))
     batch, _ = next(train_data.batches(0, batch_size=4, augment=augment))
     assert shows(events, "5_images/first_batch", figures.image_grid(preprocess.denormalise(batch, info)))
     best = torch.load(events.run / "best.pt", weights_only=True)["model"]

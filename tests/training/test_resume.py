@@ -325,9 +325,9 @@ def test_tensorboard_has_each_step_once_after_a_resume(tmp_path, straight, monke
         events.Reload()
         return [(event.step, event.value) for event in events.Scalars(tag)]
 
-    for tag in ("train/loss", "epoch/val_loss"):
+    for tag in ("1_loss/step", "1_loss/validation"):
         assert scalars(tmp_path / "run", tag) == scalars(tmp_path / "straight/run", tag)
-    assert [step for step, _ in scalars(tmp_path / "run", "train/loss")] == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert [step for step, _ in scalars(tmp_path / "run", "1_loss/step")] == [1, 2, 3, 4, 5, 6, 7, 8]
 
 
 # ---- signals --------------------------------------------------------------------------------------------------------
