@@ -161,7 +161,7 @@ def heat(maps: Tensor, largest: float | None = None) -> list[np.ndarray]:
     """
     from matplotlib import colormaps
 
-    values = maps.float().numpy()
+    values = maps.float().nan_to_num(0.0, 0.0, 0.0).numpy()
     if largest is None:
         colours = colormaps["Blues"](values / values.max((1, 2), keepdims=True).clip(1e-12), bytes=True)
     else:
@@ -231,7 +231,8 @@ def overlay(image: Tensor, values: Tensor, side: int) -> np.ndarray:
     image (3, H, W) in [0, 1]; values (h, w), at least 0, of a map over the whole image.
     """
     picture = image_tile(image.mean(0, keepdim=True).expand(3, -1, -1), side)  # (height, side, 3)
-    share = 0.92 * values.float().numpy() / max(values.max().item(), 1e-12)
+    values = values.float().nan_to_num(0.0, 0.0, 0.0)
+    share = 0.92 * values.numpy() / max(values.max().item(), 1e-12)
     share = scaled(share, *picture.shape[:2])[..., None]
     base = 38 + 0.55 * picture  # darker, and never black, so that the glow shows
     return (base + share * (np.array(GLOW) - base)).round().astype(np.uint8)

@@ -4,7 +4,6 @@ import base64
 import dataclasses
 import json
 import re
-import time
 
 import pytest
 import torch
@@ -26,8 +25,8 @@ from tools.visualize import NamedImage
 SIDE = 12  # pixels: the maps are then 12, 6, 3 and 2 wide
 
 
-def save(folder, network, **given):
-    config = resolve({"form": "small", "img_size": SIDE, "name": "run", **given}, "DIGITS")
+def save(folder, network, dataset="DIGITS", **given):
+    config = resolve({"form": "small", "img_size": SIDE, "name": "run", **given}, dataset)
     checkpoint.save(checkpoint.weights_state(config, network.state_dict(), 3, 77, "the last epoch"), folder, "best.pt")
     return folder / "best.pt"
 
@@ -182,21 +181,13 @@ def test_the_probes_are_fitted_on_training_images_spread_over_the_split(written,
 
 @pytest.mark.parametrize(
     ("flags", "words"),
-    [
-        ("--probe-images 0", "--probe-images 0"),
-        ("--data-dir nowhere --images {image}", "they need the training data"),
-    ],
+    [("--probe-images 0", "--probe-images 0"), ("", "they need the training data (nowhere: no such folder")],
 )
 def test_without_training_data_a_line_stands_in_place_of_the_probes(tmp_path, network, flags, words):
-    """A network of a tree that is not there: its test split is not needed for images of one's own."""
-    saved = save(tmp_path, network, stem=True)
-    if "nowhere" in flags:
-        state = checkpoint.load(saved)
-        state["config"] |= {"dataset": "FOLDER", "data_dir": str(tmp_path / "nowhere")}
-        checkpoint.save(state, tmp_path, "best.pt")
-        flags = flags.removeprefix("--data-dir nowhere ")
+    """A network of a tree that is not there: images of one's own need none of it."""
+    saved = save(tmp_path, network, "FOLDER", stem=True, data_dir="nowhere")
     Image.new("RGB", (20, 20), "gray").save(tmp_path / "image.png")
-    given = flags.format(image=tmp_path / "image.png").split()
+    given = ["--images", str(tmp_path / "image.png"), *flags.split()]
     assert visualize.main([str(saved), "--no-effects", *given, "--output-dir", str(tmp_path / "out")]) == 0
     probes = data_of(tmp_path / "out")["networks"][0]["probes"]
     assert probes["stages"] == [] and words in probes["note"] and "\n" not in probes["note"]
@@ -224,10 +215,7 @@ def test_two_checkpoints_are_shown_on_one_page(best, tmp_path, network):
 
 
 def test_checkpoints_of_other_data_are_not_compared_by_number(best, tmp_path, network, capsys):
-    saved = save(tmp_path, network, stem=True)
-    state = checkpoint.load(saved)
-    state["config"]["dataset"] = "MNIST"
-    checkpoint.save(state, tmp_path, "best.pt")
+    saved = save(tmp_path, network, "MNIST", stem=True, data_dir="nowhere")
     Image.new("RGB", (20, 20), "gray").save(tmp_path / "image.png")
     own = ["--images", str(tmp_path / "image.png"), *QUICK, "--output-dir", str(tmp_path / "out")]
     assert visualize.main([str(best), str(saved), *own]) == 0
@@ -314,9 +302,11 @@ def test_the_page_of_a_resnet50_is_below_3_mb():
     network = ResNet50(10, stem=True).eval()
     image = torch.nn.functional.interpolate(torch.randn(1, 3, 28, 28), size=224, mode="bicubic")[0]
     info = preprocess.info_without_files("IMAGENET", 10, 224)
-    started = time.process_time()
-    shown = visualize.image_attention(network, NamedImage("photo.jpg", "", image), info)
-    assert len(shown.effects) == 4 + 16 * 8 and time.process_time() - started < 200
+    shown = visualize.image_attention(network, NamedImage("photo.jpg", "", image), info, effects=False)
+    effects = [causal.HeadEffect(layer.name, head, -1.23456, -1.23456, 0.123456, 9)
+               for layer in shown.layers for head in range(layer.weights.shape[1])]  # fmt: skip
+    assert len(effects) == 4 + 16 * 8
+    shown = dataclasses.replace(shown, effects=effects)
     assert [layer.size for layer in shown.layers[:2]] == [(224, 224), (56, 56)] and len(shown.layers) == 17
     assert min(len(layer.pixels) for layer in shown.layers[1:]) == 49 and len(shown.layers[1].pixels) == 196
     assert 2_000_000 < len(page.render("title", "about", [NetworkAttention("a", [shown])]).encode()) < 3_000_000
