@@ -321,17 +321,16 @@ def confusion_figure(confusion: Tensor, class_names: Sequence[str]) -> Figure:
     confusion (classes, classes), counts.
     """
     classes = len(confusion)
-    side = min(max(36 * classes, 200), 620)
-    figure = new_figure(side + 160, side + 100, layout="constrained")
+    side = min(max(27 * classes, 180), 620)  # ten classes and their names fit a card
+    figure = new_figure(side + 60, side + 60, layout="constrained")
     ax = figure.subplots()
     shares = confusion / confusion.sum(1, keepdim=True).clamp(min=1)
-    image = ax.imshow(100 * shares.numpy(), cmap="Blues", vmin=0, vmax=100)
-    figure.colorbar(image, ax=ax, shrink=0.7, label="of the label's images, %")
+    ax.imshow(100 * shares.numpy(), cmap="Blues", vmin=0, vmax=100)
     ax.set(xlabel="prediction", ylabel="label")
     if classes > LABELLED_CLASSES:
         return figure
     names = [fit(name, 14 * CHARACTER) for name in class_names]
-    upright = max(map(len, names)) * CHARACTER <= 34
+    upright = max(map(len, names)) * CHARACTER <= 26
     ax.set_xticks(range(classes), names, parse_math=False, rotation=0 if upright else 90)
     ax.set_yticks(range(classes), names, parse_math=False)
     for row, col in confusion.nonzero().tolist():

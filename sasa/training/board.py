@@ -1,7 +1,7 @@
 """TensorBoard's files of a run: which cards there are, and in which order.
 
-TensorBoard sorts cards by their tags, group by group, so groups begin with a number: loss and accuracy first, pictures
-later, attention last. The layout "Overview" (tab Custom Scalars) draws training and validation in one chart.
+TensorBoard sorts cards by their tags, group by group, so groups begin with a number: loss and accuracy of validation and
+training first, pictures later, attention last. The layout "Overview" (tab Custom Scalars) draws training and validation in one chart.
 """
 
 import html
@@ -22,32 +22,32 @@ if TYPE_CHECKING:
 
 BATCH_SHOWN = 32  # images
 
-LOSS, ACCURACY, TRAINING, TEST, IMAGES = "1_loss", "2_accuracy_pct", "3_training", "4_test", "5_images"
+VALIDATION, TRAINING, STEP, TEST, IMAGES = "1_validation", "2_training", "3_step", "4_test", "5_images"
 MAPS, EMBEDDINGS, ENTROPY = "6_attention_maps", "7_attention_embeddings", "8_attention_entropy_bits"
 DISTANCE, LARGEST = "9_attention_distance_pixels", "9_attention_largest_logit"
 
 STEP_TAGS = {  # of a step's figures
-    "train/loss": f"{LOSS}/step",
-    "train/top1_pct": f"{ACCURACY}/step_top1",
-    "train/lr": f"{TRAINING}/learning_rate",
-    "train/grad_norm": f"{TRAINING}/gradient_norm",
+    "train/loss": f"{STEP}/loss",
+    "train/top1_pct": f"{STEP}/top1_pct",
+    "train/lr": f"{STEP}/learning_rate",
+    "train/grad_norm": f"{STEP}/gradient_norm",
 }
 EPOCH_TAGS = {  # of an epoch's row in log.jsonl
-    "train_loss": f"{LOSS}/train",
-    "val_loss": f"{LOSS}/validation",
-    "train_top1_pct": f"{ACCURACY}/train_top1",
-    "val_top1_pct": f"{ACCURACY}/validation_top1",
-    "val_top5_pct": f"{ACCURACY}/validation_top5",
+    "val_loss": f"{VALIDATION}/loss",
+    "val_top1_pct": f"{VALIDATION}/top1_pct",
+    "val_top5_pct": f"{VALIDATION}/top5_pct",
+    "train_loss": f"{TRAINING}/loss",
+    "train_top1_pct": f"{TRAINING}/top1_pct",
     "images_per_s": f"{TRAINING}/images_per_s",
 }
 OVERVIEW = {
-    "loss": [f"{LOSS}/train", f"{LOSS}/validation"],
-    "top-1, %": [f"{ACCURACY}/train_top1", f"{ACCURACY}/validation_top1"],
-    "learning rate": [f"{TRAINING}/learning_rate"],
+    "loss": [f"{TRAINING}/loss", f"{VALIDATION}/loss"],
+    "top-1, %": [f"{TRAINING}/top1_pct", f"{VALIDATION}/top1_pct"],
+    "learning rate": [f"{STEP}/learning_rate"],
     "images/s": [f"{TRAINING}/images_per_s"],
-    "gradient norm": [f"{TRAINING}/gradient_norm"],
+    "gradient norm": [f"{STEP}/gradient_norm"],
 }
-# The settings that distinguish runs, in the order of the table's columns.
+# The settings that distinguish runs.
 HPARAMS = (
     "model_name", "stem", "attention_stages", "kernel_size", "num_heads", "position", "content", "border", "dataset",
     "img_size", "train_images", "recipe", "epochs", "batch_size", "optimizer", "lr", "weight_decay", "label_smoothing",

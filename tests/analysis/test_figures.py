@@ -108,6 +108,8 @@ def test_cards_fit_tensorboards_width(layers):
     for layer in layers:
         for strips in ([figures.map_strip(layer)], figures.embedding_strips(layer)):
             assert figures.to_tensor(figures.card(strips)).shape[-1] <= 330
+    ten = figures.confusion_figure(torch.eye(10, dtype=torch.int64), tuple("0123456789"))
+    assert figures.to_tensor(ten).shape[-1] <= 330
     shown = figures.mistakes_figure([torch.rand(3, 8, 8)] * 5, [("a", "b")] * 5)
     assert figures.to_tensor(shown).shape[-1] <= 330
 
@@ -186,7 +188,7 @@ def test_a_confusion_matrix_of_known_cells():
 
 
 def test_a_large_confusion_matrix_has_neither_names_nor_counts():
-    (ax, _) = figures.confusion_figure(torch.eye(21, dtype=torch.int64), ("name",) * 21).axes
+    (ax,) = figures.confusion_figure(torch.eye(21, dtype=torch.int64), ("name",) * 21).axes
     assert not ax.texts and "name" not in [label.get_text() for label in ax.get_xticklabels()]
     assert figures.to_tensor(figures.confusion_figure(torch.eye(1000, dtype=torch.int64), ("",) * 1000)).min() < 0.2
 

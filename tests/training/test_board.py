@@ -55,7 +55,7 @@ def test_the_scalars_are_those_of_the_log(events):
     assert {*STEP_TAGS.values(), *EPOCH_TAGS.values()} | scores == set(events.Tags()["scalars"])
     for tag in STEP_TAGS.values():
         assert [point.step for point in events.Scalars(tag)] == [5, 10, 15], tag
-    assert all(point.value > 0 for point in events.Scalars("3_training/gradient_norm"))
+    assert all(point.value > 0 for point in events.Scalars("3_step/gradient_norm"))
     rows = [json.loads(line) for line in (events.run / "log.jsonl").read_text().splitlines()]
     for key, tag in EPOCH_TAGS.items():
         points = events.Scalars(tag)
@@ -68,8 +68,8 @@ def test_loss_and_accuracy_come_first_and_attention_last():
     groups = {tag.split("/")[0] for tag in (*STEP_TAGS.values(), *EPOCH_TAGS.values())}
     groups |= {board.TEST, board.IMAGES, board.MAPS, board.EMBEDDINGS, board.ENTROPY, board.DISTANCE, board.LARGEST}
     found = sorted(groups)
-    assert found[:2] == ["1_loss", "2_accuracy_pct"] and all("attention" in group for group in found[5:])
-    assert len(found) == 10
+    assert found[:2] == ["1_validation", "2_training"] and all("attention" in group for group in found[5:])
+    assert len(found) == 10 and sorted(EPOCH_TAGS.values())[:2] == ["1_validation/loss", "1_validation/top1_pct"]
 
 
 def test_the_overview_draws_training_and_validation_together(events):
@@ -79,7 +79,7 @@ def test_the_overview_draws_training_and_validation_together(events):
     assert category.title == "Overview" and list(charts) == [
         "loss", "top-1, %", "learning rate", "images/s", "gradient norm",
     ]  # fmt: skip
-    assert charts["loss"] == ["1_loss/train", "1_loss/validation"]
+    assert charts["loss"] == ["2_training/loss", "1_validation/loss"]
     assert {tag for tags in charts.values() for tag in tags} <= set(events.Tags()["scalars"])
 
 

@@ -12,7 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import small_runs
 import train
-from sasa.training import checkpoint
+from sasa.training import board, checkpoint
 from sasa.training.signals import StopRequest
 from small_runs import FLAGS
 
@@ -325,9 +325,9 @@ def test_tensorboard_has_each_step_once_after_a_resume(tmp_path, straight, monke
         events.Reload()
         return [(event.step, event.value) for event in events.Scalars(tag)]
 
-    for tag in ("1_loss/step", "1_loss/validation"):
+    for tag in ("3_step/loss", "1_validation/loss"):
         assert scalars(tmp_path / "run", tag) == scalars(tmp_path / "straight/run", tag)
-    assert [step for step, _ in scalars(tmp_path / "run", "1_loss/step")] == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert [step for step, _ in scalars(tmp_path / "run", "3_step/loss")] == [1, 2, 3, 4, 5, 6, 7, 8]
 
 
 # ---- signals --------------------------------------------------------------------------------------------------------
@@ -402,9 +402,9 @@ def test_attention_panels_change_nothing_and_resume(tmp_path, straight, monkeypa
     assert_same_run(straight, tmp_path / "run")
     events = EventAccumulator(str(tmp_path / "run"), size_guidance={"images": 0, "scalars": 0, "histograms": 0})
     events.Reload()
-    for kind, read in (("maps", events.Images), ("embeddings", events.Images), ("largest_logit", events.Scalars),
-                       ("entropy_bits", events.Histograms), ("distance_pixels", events.Histograms)):  # fmt: skip
+    for group, read in ((board.MAPS, events.Images), (board.EMBEDDINGS, events.Images), (board.LARGEST, events.Scalars),
+                        (board.ENTROPY, events.Histograms), (board.DISTANCE, events.Histograms)):  # fmt: skip
         for layer in ("stem", "layer1.0", "layer4.0"):
-            assert [point.step for point in read(f"attention_{kind}/{layer}")] == [4, 8]
+            assert [point.step for point in read(f"{group}/{layer}")] == [4, 8]
     events = EventAccumulator(str(straight)).Reload()
     assert not any("attention" in tag for kind in ("images", "scalars", "histograms") for tag in events.Tags()[kind])
