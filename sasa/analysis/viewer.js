@@ -210,11 +210,11 @@ class Side {
     this.parts["probes-table"].hidden = !stages.length;
     this.parts["probes-note"].textContent = note;
     if (!stages.length) return;
-    const decided = this.image.guess[0][0];
+    this.parts["probes-head"].textContent = `P(${this.image.guess[0][0]})`;
     const line = (name, top1, [guess, share]) => {
       const score = make("td", `${top1.toFixed(1)}%`);
       score.style.setProperty("--share", `${top1}%`);
-      const sure = make("td", `P(${decided}) ${per_cent(share)}`);
+      const sure = make("td", per_cent(share));
       sure.style.setProperty("--share", `${100 * share}%`);
       return make("tr", undefined, make("td", name), score, make("td", guess), sure);
     };

@@ -1,7 +1,8 @@
 """TensorBoard's files of a run: which cards there are, and in which order.
 
-TensorBoard sorts cards by their tags, group by group, so groups begin with a number: loss and accuracy of validation and
-training first, pictures later, attention last. The layout "Overview" (tab Custom Scalars) draws training and validation in one chart.
+TensorBoard sorts cards by their tags, group by group, so groups begin with a number: loss and accuracy of validation
+and training first, pictures later, attention last. The layout "Overview" (tab Custom Scalars) draws training and
+validation in one chart.
 """
 
 import html
