@@ -102,7 +102,7 @@ def render(title: str, about: str, networks: Sequence[NetworkAttention]) -> str:
     data = {
         "title": title,
         "about": about,
-        "stored": _stored(networks[0].images[0].layers),
+        "stored": _stored(networks),
         "notice": _notice(networks),
         "compare": len(networks[0].images) if len(networks) > 1 else -1,  # the second network's first image
         "networks": [_network(network) for network in networks],
@@ -160,8 +160,15 @@ def _network(network: NetworkAttention) -> dict[str, Any]:
     }
 
 
-def _stored(layers: list[LayerAttention]) -> str:
-    """Which pixels the page holds, in words."""
+def _stored(networks: Sequence[NetworkAttention]) -> str:
+    """Which pixels the page holds, in words; of each network where they differ."""
+    texts = {network.name: _stored_pixels(network.images[0].layers) for network in networks}
+    if len(set(texts.values())) == 1:
+        return texts[networks[0].name]
+    return " ".join(f"{name}: {text}" for name, text in texts.items())
+
+
+def _stored_pixels(layers: list[LayerAttention]) -> str:
     totals = [(layer.name, len(layer.pixels), layer.size[0] * layer.size[1]) for layer in layers]
     sparse = ", ".join(f"{name} {kept} of {total}" for name, kept, total in totals if kept < total)
     if not sparse:

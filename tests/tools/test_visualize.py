@@ -294,7 +294,9 @@ def test_a_lattice_is_said_and_keeps_to_the_budget(network, monkeypatch):
     means = sum(layer.weights.numel() for layer in sparse.everywhere)
     kept = sum(layer.weights.numel() for layer in sparse.layers)
     assert 4 * (means + kept) / 3 <= 250_000 < 4 * (means + 4 * kept) / 3
-    assert "at every pixel." in page._stored(whole.layers) and "layer1.0 16 of 576" in page._stored(sparse.layers)
+    assert "at every pixel." in page._stored([NetworkAttention("a", [whole])])
+    both = page._stored([NetworkAttention("a", [whole]), NetworkAttention("b", [sparse])])
+    assert "a: Stored" in both and "layer1.0 16 of 576" in both.split("b: ")[1]
 
 
 def test_the_page_of_a_resnet50_is_below_3_mb():
