@@ -1,6 +1,6 @@
 """Folders of finished runs, as tools.ablate makes them, and the figures of a table's rows there. Read without torch.
 
-A folder of runs holds ablation.json (data set, shared flags, the tables that were asked for) and a folder a run with
+A folder of runs holds ablation.json (data set, shared flags, the tables wanted) and a folder a run with
 config.json, log.jsonl and summary.json: every figure comes from the summaries.
 
 Spread: mean and standard deviation (n - 1) over the seeds that are there. Difference: the mean over the seeds of row
