@@ -227,7 +227,8 @@ class AttentionStem(nn.Module):
         values: "mixture" (sum_m p(a, b, m) W_V^m), "plain" (one matrix) or "conv" (an S x S convolution) (Table 7).
         border: "mask" or "zero", for keys outside the image.
         backend: of `kernels.local_attention`, which serves window="sliding" with values="conv"; for the other values
-            "cpu" is the C++ kernel (3 channels), any other name plain PyTorch; "auto" takes the faster.
+            "cpu" is the C++ kernel and "triton" the fused one for CUDA (3 channels each), any other name plain
+            PyTorch; "auto" takes the fastest.
 
     Parameters: `query`, `key`, `value` (convolutions without bias; `value` holds the m matrices one after the other),
     `emb_row`, `emb_col` (e, S), `emb_mix` (m, e) with e = out_channels / N.

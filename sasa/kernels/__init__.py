@@ -2,7 +2,7 @@
 
 functional.py is the way in; operators.py registers the operators, dispatch.py chooses the backend of a call,
 interface.py says what a backend is; reference.py, tiled.py, cpu.py and triton_backend.py are the four. stem.py is the
-attention of the stem, stem_operator.py its C++ kernel.
+attention of the stem, stem_operator.py its kernels.
 """
 
 from sasa.kernels.dispatch import backends, check_backend, choose_backend
