@@ -39,12 +39,15 @@ def pick_device(name: str) -> torch.device:
 def pick_amp(name: str, device: torch.device) -> torch.dtype | None:
     """The dtype of mixed precision, None for none.
 
+    "auto" is bf16 on GPUs that compute in it; older ones (V100, T4) only emulate it, slower than fp32.
+
     Raises:
         ConfigError: the device has not got it.
     """
-    has_bf16 = device.type == "cpu" or torch.cuda.is_bf16_supported()
     if name == "auto":
-        return torch.bfloat16 if device.type == "cuda" and has_bf16 else None
+        native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if native else None
+    has_bf16 = device.type == "cpu" or torch.cuda.is_bf16_supported()
     if name == "fp16" and device.type != "cuda":
         raise ConfigError(f"--amp fp16: needs a CUDA device, this run is on {device.type}; allowed here are off, bf16")
     if name == "bf16" and not has_bf16:
