@@ -39,7 +39,7 @@ def pick_device(name: str) -> torch.device:
 def pick_amp(name: str, device: torch.device) -> torch.dtype | None:
     """The dtype of mixed precision, None for none.
 
-    "auto" is bf16 on GPUs that compute in it; older ones (V100, T4) only emulate it, slower than fp32.
+    "auto" is bf16 on GPUs that compute in it; older ones (V100, T4) only emulate it.
 
     Raises:
         ConfigError: the device has not got it.
