@@ -110,7 +110,8 @@ def check(found, dtype):
         scale = 1.0 if is_zero else largest
         assert error <= LIMIT[dtype] * scale, f"{name}: off by {error} of {largest}"
         if dtype != torch.float32:  # a rounding of the result is what even an exact computation would have
-            bound = plain + torch.finfo(dtype).eps * scale * (1 / 2 if is_zero else 1 / 8)
+            few = is_zero or name in ("rel_row", "rel_col")  # numbers, each a sum over the map: room for chance
+            bound = plain + torch.finfo(dtype).eps * scale * (1 / 2 if few else 1 / 8)
             assert rms <= bound, f"{name}: off by {rms} (root mean square), plain types {plain}"
 
 
