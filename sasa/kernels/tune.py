@@ -5,8 +5,8 @@ triton_table.json, beside the figures of other versions; `choose` takes the tile
 them. A candidate fits where it keeps to 255 registers, 64 bytes of stack and 48 KiB of shared memory with every version
 and compute capability that was counted. Of those that fit, the one with the fewest executed instructions a pixel wins
 (compute capability 9.0, the mean over versions of the ratio to the best), and among those within 5% of it the one of
-which most warps fit on a multiprocessor. Where none fits, the one with the fewest instructions is taken: the
-instructions that spills cost are among them. Nothing is timed.
+which most warps fit on a multiprocessor. Where none fits, or one that does not needs 15% fewer instructions, the one
+with the fewest is taken: the instructions that spills cost are among them. Nothing is timed.
 
 A whole table takes one `count` with each version of triton, then `choose`:
 
@@ -33,6 +33,7 @@ from sasa.kernels import triton_tiles as tiles
 CHOOSING = 90  # compute capability, times ten, whose instructions count
 MAX_REGISTERS, MAX_STACK, MAX_SHARED = 255, 64, 48 * 1024
 CLOSE = 1.05  # instructions within which occupancy decides
+WORTH = 0.85  # of the instructions of the best that fits: so few are worth more spilled bytes
 HEADS = 8  # of a program in the counted builds
 MAPS = {4: 4, 8: 7, 56: 56}  # bucket of the table -> the side of a ResNet's map that stands for it
 DTYPES = {"half": torch.bfloat16, "float": torch.float32}
@@ -107,9 +108,12 @@ def choose(found: dict[str, dict[str, list[float] | None]]) -> tiles.Tile:
     versions = set.intersection(*({key for key in x if key.endswith(f" {CHOOSING}")} for x in found.values()))
     if not versions:
         raise ValueError(f"no version of triton has counted every candidate for compute capability {CHOOSING / 10}")
-    fitting = {tile: x for tile, x in found.items() if all(fits(figures) for figures in x.values())} or found
-    best = {v: min(x[v][0] for x in fitting.values()) for v in versions}
-    cost = {tile: sum(x[v][0] / best[v] for v in versions) / len(versions) for tile, x in fitting.items()}
+    best = {v: min(x[v][0] for x in found.values()) for v in versions}
+    cost = {tile: sum(x[v][0] / best[v] for v in versions) / len(versions) for tile, x in found.items()}
+    fitting = {tile: x for tile, x in found.items() if all(fits(figures) for figures in x.values())}
+    if not fitting or min(cost.values()) <= WORTH * min(cost[tile] for tile in fitting):
+        return tuple(map(int, min(cost, key=cost.get).split()))
+    cost = {tile: cost[tile] for tile in fitting}
 
     def rank(tile: str) -> tuple[bool, float, float]:
         warps = int(tile.split()[3])

@@ -462,13 +462,15 @@ def test_every_version_has_counted_the_rows_of_the_paper():
 
 def test_a_choice_fits_everywhere_or_is_the_cheapest():
     a, b, c = "2 8 8 1 0", "2 8 4 1 0", "2 8 2 1 0"
-    counts = {a: {"3.8 90": [50, 200, 0, 0], "3.9 90": [50, 200, 0, 0]}, b: {"3.8 90": [60, 128, 0, 0]}}
+    counts = {a: {"3.8 90": [55, 200, 0, 0], "3.9 90": [55, 200, 0, 0]}, b: {"3.8 90": [60, 128, 0, 0]}}
     counts[b]["3.9 90"] = [60, 128, 0, 0]
     assert tune.choose(counts) == (2, 8, 8, 1, 0)
     counts[a]["3.8 80"] = [50, 255, 65, 0]  # spills with one version on one architecture
     assert tune.choose(counts) == (2, 8, 4, 1, 0)
     counts[c] = {"3.8 90": [62, 64, 0, 0], "3.9 90": [62, 64, 0, 0]}  # within 5%, and twice the warps
     assert tune.choose(counts) == (2, 8, 2, 1, 0)
+    much_cheaper = counts | {a: {v: [50, *figures[1:]] for v, figures in counts[a].items()}}
+    assert tune.choose(much_cheaper) == (2, 8, 8, 1, 0)
     spilling = {tile: {v: [*f[:2], 99, 0] for v, f in x.items()} for tile, x in counts.items()}
     assert tune.choose(spilling) == (2, 8, 8, 1, 0)
 
