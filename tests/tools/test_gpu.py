@@ -1,0 +1,281 @@
+"""tools.gpu: a walk through every stage without a GPU, its limits of time, and the arithmetic behind its figures."""
+
+import json
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+from sasa.kernels import triton_tiles
+from sasa.training.cli import parse_command_line
+from tools.gpu import __main__ as gpu
+from tools.gpu import kernels, page, training
+from tools.gpu.predictions import PREDICTIONS, verdict
+from tools.gpu.stage import DeviceLost, Lab, Stage, Unmet
+from tools.gpu.timer import StubTimer
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def walked(tmp_path_factory):
+    """A dry run: its files' folder, what it printed, the commands that it would run, and the file after each unit."""
+    folder = tmp_path_factory.mktemp("gpu")
+    commands, kept = [], []
+
+    def shell(command, seconds):
+        commands.append(command)
+        return subprocess.CompletedProcess(command, 0, "12 passed\n", "")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gpu, "stub_shell", shell)
+        write = gpu.files.write_text
+        patch.setattr(gpu.files, "write_text", lambda path, text: (write(path, text), kept.append(text)))
+        flags = ["--dry-run", "--results", str(folder / "r.json"), "--write", str(folder / "docs" / "page.md")]
+        assert gpu.main(flags) == 0
+    return folder, commands, kept
+
+
+def test_a_dry_run_walks_all_stages(walked):
+    folder, _, kept = walked
+    results = json.loads((folder / "r.json").read_text())
+    assert list(results) == list(gpu.STAGES)
+    for stage, result in results.items():
+        assert result["units"], stage
+        assert not any("error" in unit for unit in result["units"].values()), result
+    units = sum(len(result["units"]) for result in results.values())
+    assert len(kept) >= units  # the file is written after each of them, and the page
+    assert all(json.loads(text) for text in kept[:-1])
+    assert {"forward_ms", "backward_ms", "conv3x3_forward_ms", "conv1x1_qkv_backward_ms"} <= results["times"]["units"][
+        str(kernels.DRY_FORMS[0])
+    ].keys()
+    assert len(results["steps"]["units"]) == len(results["compiled"]["units"]) == 12
+
+
+def test_its_commands_are_ones_that_train_py_takes(walked):
+    _, commands, _ = walked
+    assert commands[0][1:6] == ["-m", "pytest", "-q", "-m", "gpu"]
+    runs = [command[next(i for i, x in enumerate(command) if x.endswith("train.py")) + 1 :]
+            for command in commands if any(x.endswith("train.py") for x in command)]  # fmt: skip
+    parsed = [parse_command_line(run) for run in runs]
+    assert {command.given.get("amp") for command in parsed} >= {"off", "bf16", "fp16"}
+    for flag in ("deterministic", "randaugment", "compile"):
+        assert any(command.given.get(flag) is True for command in parsed), flag
+    assert [command.given["max_steps"] for command in parsed if command.given.get("deterministic")][-3:] == [20, 10, 20]
+    assert any(command.resume == "" for command in parsed)
+    assert any("torch.distributed.run" in command for command in commands)
+
+
+def test_its_page_says_that_it_was_dry_and_holds_every_prediction(walked):
+    folder, *_ = walked
+    text = (folder / "docs" / "page.md").read_text()
+    assert "dry run" in text.split("##")[0]
+    assert all(f"## {title}" in text for title in page.TITLES.values())
+    assert sum(line.startswith("| times | ") for line in text.splitlines()) == sum(
+        prediction.stage == "times" for prediction in PREDICTIONS
+    )
+
+
+def test_done_units_are_kept_and_chosen_stages_alone_run(walked, tmp_path, capsys):
+    folder, *_ = walked
+    path = tmp_path / "r.json"
+    results = json.loads((folder / "r.json").read_text())
+    results["machine"]["units"]["copy"]["gb_per_s"] = 77.0
+    results["machine"]["units"]["product"] = {"error": "was lost"}
+    path.write_text(json.dumps(results))
+    assert gpu.main(["--dry-run", "--results", str(path), "--stages", "machine"]) == 0
+    out = capsys.readouterr().out
+    assert "right:" not in out
+    units = json.loads(path.read_text())["machine"]["units"]
+    assert units["copy"]["gb_per_s"] == 77.0
+    assert "error" not in units["product"]
+    assert gpu.main(["--dry-run", "--results", str(path), "--stages", "machine", "--again"]) == 0
+    assert json.loads(path.read_text())["machine"]["units"]["copy"]["gb_per_s"] != 77.0
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is here")
+def test_without_a_gpu_it_says_so_in_one_line(capsys):
+    with pytest.raises(SystemExit) as end:
+        gpu.main([])
+    assert end.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "no CUDA device" in line
+    with pytest.raises(SystemExit) as end:
+        gpu.main(["--stages", "speed"])
+    assert end.value.code == 2
+
+
+def stage_at(clock, until=540.0, **options):
+    return Stage({}, until, lambda: None, report=lambda line: None, clock=clock, **options)
+
+
+def test_a_stage_ends_in_its_time_and_goes_on_later():
+    now = [0.0]
+
+    def slow():
+        now[0] += 300.0
+        return {"figure": 1.0}
+
+    stage = stage_at(lambda: now[0])
+    for name in "abc":
+        stage.unit(name, slow)
+    assert [set(unit) for unit in stage.found.values()] == [
+        {"figure", "seconds"},
+        {"figure", "seconds"},
+        {"not_reached"},
+    ]
+    again = Stage(stage.found, now[0] + 540, lambda: None, report=lambda line: None, clock=lambda: now[0])
+    for name in "abc":
+        again.unit(name, slow)
+    assert now[0] == 900.0  # only c
+    assert "figure" in again.found["c"]
+
+
+def test_errors_are_results_and_a_lost_device_ends_the_process():
+    def fails(message):
+        raise RuntimeError(message)
+
+    def cannot():
+        raise Unmet("two GPUs are needed")
+
+    stage = stage_at(lambda: 0.0)
+    assert "first line second" in stage.unit("a", lambda: fails("first line\nsecond"))["error"]
+    assert stage.unit("b", cannot)["unmet"] == "two GPUs are needed"
+    with pytest.raises(DeviceLost):
+        stage.unit("c", lambda: fails("CUDA error: an illegal memory access was encountered"))
+    assert "illegal" in stage.found["c"]["error"]
+    later = stage_at(lambda: 0.0, keeps_errors=True)
+    later.found = stage.found
+    later.unit("c", cannot)
+    assert "illegal" in stage.found["c"]["error"]  # not tried again by the process that goes on
+
+
+def test_a_stage_that_hangs_is_ended_with_what_it_started(tmp_path):
+    mark = tmp_path / "late"
+    child = f"import time; time.sleep(3); open({str(mark)!r}, 'w')"
+    code = f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {child!r}]); time.sleep(60)"
+    start = time.monotonic()
+    assert gpu.run_group([sys.executable, "-c", code], 1.5) is None
+    assert time.monotonic() - start < 30
+    time.sleep(3)
+    assert not mark.exists()
+    assert gpu.run_group([sys.executable, "-c", "raise SystemExit(7)"], 60) == 7
+
+
+def test_a_wrong_kernel_is_found(monkeypatch):
+    """Off by a little more than rounding, or another result at each call."""
+    lab = Lab(CPU, "reference", StubTimer(), gpu.stub_shell, dry=True)
+    form = kernels.DRY_FORMS[0]
+    compare = partial(kernels.compare, lab, form, torch.float32, 1e-5)
+    assert compare()["largest_error"] < 1e-5
+    real = kernels.both_ways
+    calls = []
+
+    def changed(scale_of):
+        def both_ways(backend, inputs):
+            out = real(backend, inputs)
+            if backend == "reference":
+                calls.append(1)
+                out[3] = out[3] * scale_of(len(calls))
+            return out
+
+        return both_ways
+
+    monkeypatch.setattr(kernels, "both_ways", changed(lambda call: 1 + 1e-4))
+    with pytest.raises(RuntimeError, match="grad value is off"):
+        compare()
+    calls.clear()
+    monkeypatch.setattr(kernels, "both_ways", changed(lambda call: 1 + 3e-7 * (call == 3)))
+    with pytest.raises(RuntimeError, match="other bits"):
+        compare()
+
+
+def test_the_forms_are_those_of_resnet50():
+    from attention import LocalAttention2d
+    from model import ResNet50
+
+    found = {}
+
+    def note(layer, inputs):
+        key = (layer.head_dim, inputs[0].shape[-1])
+        found[key] = found.get(key, 0) + 1
+
+    with torch.device("meta"):
+        network = ResNet50(backend="reference").eval()
+    for layer in network.modules():
+        if isinstance(layer, LocalAttention2d):
+            layer.register_forward_pre_hook(note)
+    network(torch.empty(1, 3, 224, 224, device="meta"))
+    assert found == {(form.width, form.side): form.layers for form in kernels.FORMS}
+
+
+def test_counters_are_read_from_ncu_s_table():
+    text = '==PROF== Connected\n"ID","Kernel Name","Metric Name","Metric Unit","Metric Value"\n'
+    text += '"0","forward","dram__bytes.sum","byte","1,234"\n"1","forward","dram__bytes.sum","byte","2,000"\n'
+    text += '"1","forward","another","","5"\n'
+    assert kernels.counters_of(text) == {"forward dram__bytes.sum": 2000.0}
+    lab = Lab(
+        CPU, "tiled", StubTimer(), lambda *_: subprocess.CompletedProcess([], 1, "ERR_NVGPUCTRPERM", ""), dry=True
+    )
+    with pytest.raises(Unmet, match="counters"):
+        kernels.count_form(lab, stage_at(lambda: 0.0), kernels.DRY_FORMS[0])
+
+
+def test_the_idle_share_of_overlapping_kernels():
+    assert training.idle_share([(0, 2), (1, 3), (1, 2), (6, 8)]) == pytest.approx(100 * 3 / 8)
+
+
+def test_a_resume_with_other_weights_is_found(tmp_path):
+    def shell(command, seconds):
+        folder = tmp_path / command[command.index("--name") + 1]
+        folder.mkdir(exist_ok=True)
+        torch.save({"model": {"fc": torch.full((2,), float("--resume" in command) * difference)}}, folder / "best.pt")
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    lab = Lab(CPU, "tiled", StubTimer(), shell)
+    difference = 0.0
+    assert "bitwise" in training.resumed_run(lab, stage_at(lambda: 0.0), tmp_path)["result"]
+    difference = 1e-7
+    with pytest.raises(RuntimeError, match="differ after a resume"):
+        training.resumed_run(lab, stage_at(lambda: 0.0), tmp_path)
+
+
+def test_a_prediction_is_held_against_what_is_measured():
+    one = PREDICTIONS[0]
+    for value, within in ((one.low, True), (one.high * 1.01, False), (None, None)):
+        unit = {} if value is None else {one.key: value}
+        row = verdict(one, {one.stage: {"units": {one.unit: unit}}})
+        assert (row["measured"], row["within"]) == (value, within)
+    assert verdict(one, {})["measured"] is None
+
+
+def test_names_and_text_of_other_programs_are_plain():
+    assert gpu.name_of("NVIDIA H100 80GB HBM3") == "nvidia-h100-80gb-hbm3"
+    assert gpu.name_of("../..") == "device"
+    assert page.escape("a|b<script>") == r"a\|b\<script\>"
+    assert Path(gpu.name_of("x/y")).name == "x-y"
+
+
+def test_instructions_are_those_of_the_committed_table():
+    about = {"triton": "3.9.1", "capability": "9.0"}
+    row = json.loads(triton_tiles.TABLE.read_text())["K7 d16 map56 half"]["query"]
+    expected = row["builds"][" ".join(map(str, row["tile"]))]["3.9 90"][0]
+    form = kernels.Form(16, 28, 3)
+    assert kernels.counted("query", form, torch.bfloat16, about) == expected > 0
+    assert kernels.counted("query", form, torch.bfloat16, about | {"capability": "7.7"}) == expected
+    assert kernels.counted("query", form, torch.bfloat16, about | {"triton": "1.0"}) is None
+    assert kernels.counted("query", form, torch.float32, about) is None
+
+
+def test_instructions_a_cycle_follow_from_count_and_time(monkeypatch):
+    """100 instructions a pixel and head of an 8-head map of 6 x 6 in 1 ms, on 10 multiprocessors at 1 GHz."""
+    monkeypatch.setattr(kernels, "counted", lambda *_: 100.0)
+    lab = Lab(CPU, "tiled", StubTimer(), gpu.stub_shell, dry=True)
+    found = kernels.time_form(lab, kernels.DRY_FORMS[0], {"max_clock_mhz": 1000.0, "multiprocessors": 10})
+    cycles = 1e-3 * 1e9 * 10
+    assert found["forward_ipc"] == pytest.approx(100 * 36 * 8 / cycles)
+    assert found["backward_ipc"] == pytest.approx(200 * 36 * 8 / cycles)  # two kernels

@@ -1,0 +1,203 @@
+"""Stages about training: the test suite, steps of whole networks, and short runs of train.py in every mode."""
+
+import itertools
+import shutil
+import statistics
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from config import resolve
+from sasa.training.network import build_network
+from sasa.training.optim import build_ema, build_optimizer
+from tools.gpu.stage import Lab, Stage, Unmet, checked
+
+ROOT = Path(__file__).resolve().parents[2]
+NETWORKS = ("ResNet50", "ResNet26")
+KINDS = {
+    "convolution": {"attention_stages": (), "stem": False},
+    "attention": {"stem": False},
+    "attention + stem": {"stem": True},
+}
+BATCH, SIDE, CLASSES = 128, 224, 1000
+DRY = (2, 8, 10)
+WARM_STEPS, TIMED_STEPS = 5, 20
+CRASH_STEPS = 20
+
+
+# ---- the tests ------------------------------------------------------------------------------------------------------
+
+
+def tests(lab: Lab, stage: Stage) -> None:
+    """pytest -m gpu."""
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", str(ROOT / "tests")]
+    stage.unit("pytest -m gpu", lambda: {"result": last_line(checked(lab.shell(command, stage.left)))})
+
+
+def last_line(text: str) -> str:
+    return next((line for line in reversed(text.splitlines()) if line.strip()), "")
+
+
+# ---- steps of networks ----------------------------------------------------------------------------------------------
+
+
+def steps(lab: Lab, stage: Stage) -> None:
+    """Training steps without torch.compile."""
+    _all_steps(lab, stage, is_compiled=False)
+
+
+def compiled(lab: Lab, stage: Stage) -> None:
+    """Training steps with torch.compile."""
+    _all_steps(lab, stage, is_compiled=True)
+
+
+def _all_steps(lab: Lab, stage: Stage, is_compiled: bool) -> None:
+    for name, kind in itertools.product(NETWORKS, KINDS):
+        for ema in (0.0, 0.9999):
+            unit = f"{name} {kind}{', moving average' if ema else ''}"
+            stage.unit(unit, partial(measure_step, lab, name, kind, ema, is_compiled))
+
+
+def measure_step(lab: Lab, name: str, kind: str, ema: float, is_compiled: bool) -> dict:
+    """images/s, peak memory, waits of the host in a step, and the share of the time that the GPU has nothing to do."""
+    step, batch = training_step(lab, name, kind, ema, is_compiled)
+    for _ in range(0 if lab.dry else WARM_STEPS):
+        step()
+    if lab.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    seconds = lab.timer.steps(step, TIMED_STEPS)
+    found = {"images_per_s": batch / statistics.median(seconds), "step_ms": 1e3 * statistics.median(seconds)}
+    if lab.device.type == "cuda":
+        found["peak_mib"] = torch.cuda.max_memory_allocated() / 2**20
+        found["waits"] = waits_of(step)
+        found["idle_pct"] = idle_pct(step)
+    return found
+
+
+def training_step(lab: Lab, name: str, kind: str, ema: float, is_compiled: bool) -> tuple[Callable[[], object], int]:
+    """A step as train.py's on images in memory: bf16, channels-last, the run's optimizer and moving average."""
+    batch, side, classes = DRY if lab.dry else (BATCH, SIDE, CLASSES)
+    form = "small" if lab.dry else "imagenet"
+    config = resolve({"model_name": name, "form": form, "img_size": side, **KINDS[kind]}, "IMAGENET")
+    torch.manual_seed(0)
+    model = build_network(config, classes).to(lab.device, memory_format=torch.channels_last).train()
+    average, optimizer = build_ema(model, ema), build_optimizer(model, config, lab.device)
+    network = torch.compile(model) if is_compiled and not lab.dry else model
+    images = torch.randn(batch, 3, side, side, device=lab.device).contiguous(memory_format=torch.channels_last)
+    labels = torch.randint(classes, (batch,), device=lab.device)
+
+    def step() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(lab.device.type, dtype=torch.bfloat16):
+            logits = network(images)
+        F.cross_entropy(logits.float(), labels).backward()
+        optimizer.step()
+        if average is not None:
+            average.update_parameters(model)
+
+    return step, batch
+
+
+def waits_of(step: Callable[[], object]) -> int:
+    """How often the host waits for the device in one step."""
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return sum("synchron" in str(warning.message) for warning in caught)
+
+
+def idle_pct(step: Callable[[], object], count: int = 5) -> float:
+    """Share of the time between the first kernel's start and the last one's end in which none runs."""
+    from torch.autograd import DeviceType
+
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        for _ in range(count):
+            step()
+        torch.cuda.synchronize()
+    spans = sorted(
+        (event.time_range.start, event.time_range.end)
+        for event in profile.events()
+        if event.device_type == DeviceType.CUDA
+    )
+    return idle_share(spans)
+
+
+def idle_share(spans: list[tuple[float, float]]) -> float:
+    """Percent of the time from the first start to the last end that no span covers; spans are sorted by start."""
+    busy, end = 0.0, spans[0][0]
+    for start, stop in spans:
+        busy += max(stop - max(start, end), 0.0)
+        end = max(end, stop)
+    return 100 * (1 - busy / (end - spans[0][0]))
+
+
+# ---- short runs -----------------------------------------------------------------------------------------------------
+
+RUNS = {
+    "amp off": ["--amp", "off"],
+    "amp bf16": ["--amp", "bf16"],
+    "amp fp16": ["--amp", "fp16"],
+    "deterministic": ["--deterministic"],
+    "randaugment": ["--randaugment"],
+    "compile": ["--compile"],
+    "compile, bf16, moving average": ["--compile", "--amp", "bf16", "--ema", "0.9"],
+    "adamw, accumulate": ["--optimizer", "adamw", "--accumulate", "2"],
+}
+COMMON = ["--dataset", "DIGITS", "--stem", "--epochs", "2", "--batch-size", "64", "--attention-every", "0",
+          "--save-minutes", "0", "--no-progress"]  # fmt: skip
+
+
+def runs(lab: Lab, stage: Stage) -> None:
+    """Twenty steps of train.py in every mode, a resume that must give the same bits, and two ranks."""
+    with tempfile.TemporaryDirectory() as folder:
+        for name, flags in RUNS.items():
+            stage.unit(name, partial(short_run, lab, stage, Path(folder), name, flags))
+        stage.unit("resume", partial(resumed_run, lab, stage, Path(folder)))
+        stage.unit("two ranks", partial(two_ranks, lab, stage, Path(folder)))
+
+
+def train_command(lab: Lab, folder: Path, name: str, flags: list[str], max_steps: int = CRASH_STEPS) -> list[str]:
+    where = ["--device", "cpu" if lab.dry else "cuda", "--output-dir", str(folder), "--name", name]
+    return [str(ROOT / "train.py"), *COMMON, *where, "--max-steps", str(max_steps), *flags]
+
+
+def short_run(lab: Lab, stage: Stage, folder: Path, name: str, flags: list[str]) -> dict:
+    command = train_command(lab, folder, name.replace(", ", "-").replace(" ", "-"), flags)
+    return {"result": last_line(checked(lab.shell([sys.executable, *command], stage.left)))}
+
+
+def resumed_run(lab: Lab, stage: Stage, folder: Path) -> dict:
+    """Raises RuntimeError where a run in two halves ends with other weights than one in one piece."""
+    for name, parts in (("straight", [[]]), ("halves", [None, ["--resume"]])):
+        shutil.rmtree(folder / name, ignore_errors=True)
+        for flags in parts:
+            steps = CRASH_STEPS if flags is not None else CRASH_STEPS // 2
+            command = train_command(lab, folder, name, ["--deterministic", *(flags or [])], steps)
+            checked(lab.shell([sys.executable, *command], stage.left))
+    if lab.dry:
+        return {"result": "commands only"}
+    one, two = (torch.load(folder / name / "best.pt", weights_only=True)["model"] for name in ("straight", "halves"))
+    different = [name for name in one if not torch.equal(one[name], two[name])]
+    if different:
+        raise RuntimeError(f"{len(different)} of {len(one)} weights differ after a resume, the first: {different[0]}")
+    return {"result": f"{len(one)} weights bitwise equal"}
+
+
+def two_ranks(lab: Lab, stage: Stage, folder: Path) -> dict:
+    """Raises Unmet with one GPU."""
+    if not lab.dry and torch.cuda.device_count() < 2:
+        raise Unmet("needs two GPUs, there is one")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    return {"result": last_line(checked(lab.shell([*launch, *train_command(lab, folder, "ranks", [])], stage.left)))}
