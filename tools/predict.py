@@ -22,7 +22,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
 
 from config import FIELDS, Config, ConfigError, parse_value
@@ -30,6 +29,7 @@ from preprocess import DataError, DataInfo, FolderData, WorkerError
 from sasa import files
 from sasa.console import Parser, print_error, printable
 from sasa.data.datasets import SPECS
+from sasa.data.decode import EXTENSIONS
 from sasa.data.images import Evaluated, Files
 from sasa.training import checkpoint
 from sasa.training.checkpoint import CheckpointError
@@ -204,7 +204,7 @@ def images_below(folder: str) -> Iterator[str]:
         folders.sort()
         for name in sorted(names):
             path = os.path.join(parent, name)
-            if name.lower().endswith(IMG_EXTENSIONS) and is_regular(path):
+            if name.lower().endswith(EXTENSIONS) and is_regular(path):
                 yield path
 
 
