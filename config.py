@@ -80,6 +80,14 @@ class Settings:
             raise ConfigError(f"the configuration is of another version: {', '.join(differing[:5])}{more} differ")
         return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
 
+    def recipe_values(self) -> dict[str, Any]:
+        """What this version's recipe gives to each field that has its value from there unless its flag is given."""
+        raise NotImplementedError
+
+    def recipe_name(self) -> str:
+        """That recipe, for a person."""
+        raise NotImplementedError
+
 
 @dataclass(frozen=True)
 class Config(Settings):
@@ -236,6 +244,13 @@ class Config(Settings):
         """The run's folder name: the same command gives the same one."""
         parts = (self.model_name, "stem" if self.stem else "", self.dataset, self.recipe, f"seed{self.seed}")
         return "-".join(part.lower() for part in parts if part)
+
+    def recipe_values(self) -> dict[str, Any]:
+        values = recipe(self.recipe, self.dataset, self.img_size)
+        return {key: values[key] for key in IN_RECIPE}
+
+    def recipe_name(self) -> str:
+        return f"{self.recipe} of {self.dataset}"
 
     def layer_options(self) -> dict[str, Any]:
         """The options of `model.build` that this Config holds."""

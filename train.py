@@ -16,7 +16,7 @@ if __name__ == "__main__":
 import copy
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from functools import partial
 from itertools import islice
@@ -35,14 +35,14 @@ from sasa.analysis.attention_maps import attention_layers, lattice, record_atten
 from sasa.analysis.flops import count_flops, count_parameters
 from sasa.console import USAGE_ERROR, print_error
 from sasa.training import checkpoint, distributed
-from sasa.training.checkpoint import CheckpointError
+from sasa.training.checkpoint import CheckpointError, Progress
 from sasa.training.device import peak_memory_mib
 from sasa.training.distributed import SharedError
 from sasa.training.evaluation import EVAL_BATCH, Evaluation, evaluate
 from sasa.training.files import BEST, SUMMARY, claim_folder, write_json
 from sasa.training.monitor import WRONG_SHOWN, Monitor, Silent
 from sasa.training.optim import build_ema, learning_rate
-from sasa.training.resume import make_plan
+from sasa.training.resume import Plan, make_plan
 from sasa.training.run import Run, describe, set_up
 from sasa.training.saving import Saver, TrainingError
 from sasa.training.scoring import evaluate_checkpoint
@@ -51,47 +51,80 @@ WATCHED_IMAGES, WATCHED_PIXELS = 8, 64  # of the attention panels: the first val
 SKIPPED_STEPS = 10  # in a row, by fp16's scaler: then the run has diverged
 
 
-def main(command: Command, stop: StopRequest | None = None) -> int:
-    """Do what the command line says, on every rank alike; returns the exit code."""
+class Task(NamedTuple):
+    """What a kind of training does its own way; the loop around it is one. `CLASSIFICATION` is this command's.
+
+    Attributes:
+        prog: the command, in messages.
+        plan, set_up, describe: from the command to a run that is ready.
+        initial_weights: the weights of an --init-from checkpoint by the names that the network has.
+        preview: pictures (B, 3, H, W) in [0, 1] of a first batch.
+        loss: the mean loss of a micro-batch, and what is counted of it, summed over its images.
+        figures: of a step, for TensorBoard. bar: of the open epoch, for the progress bar.
+        finish_epoch, finish: an epoch's end and the run's.
+        evaluate: --evaluate; returns the exit code.
+    """
+
+    prog: str
+    plan: Callable[[Command], Plan]
+    set_up: Callable[[Plan], Run]
+    describe: Callable[[Run], None]
+    initial_weights: Callable[[dict[str, Tensor]], dict[str, Tensor]]
+    preview: Callable[..., Tensor]
+    loss: Callable[..., tuple[Tensor, Tensor]]
+    figures: Callable[["Step"], dict[str, float]]
+    bar: Callable[[Progress], dict[str, str]]
+    finish_epoch: Callable[..., Any]
+    finish: Callable[..., bool]
+    evaluate: Callable[[Command], int]
+
+
+def main(command: Command, stop: StopRequest | None = None, task: Task | None = None) -> int:
+    """Do what the command line says, on every rank alike; returns the exit code.
+
+    Args:
+        task: None is `CLASSIFICATION`.
+    """
+    task = task or CLASSIFICATION
     if stop is None:
         stop = StopRequest()
         stop.install()
     distributed.start()
     try:
-        code = evaluate_checkpoint(command) if command.evaluate is not None else run_to_end(command, stop)
+        code = task.evaluate(command) if command.evaluate is not None else run_to_end(command, stop, task)
     except SharedError as shared:
         if not isinstance(shared.error, ConfigError | DataError | CheckpointError):
             raise shared.error from None
         if distributed.is_main():
-            print_error(PROG, shared.error)
+            print_error(task.prog, shared.error)
         code = USAGE_ERROR
     except (ConfigError, DataError, CheckpointError) as error:  # of this rank alone: the others do not know
-        print_error(PROG, error)
+        print_error(task.prog, error)
         sys.exit(USAGE_ERROR)
     distributed.stop()
     return code
 
 
-def run_to_end(command: Command, stop: StopRequest) -> int:
+def run_to_end(command: Command, stop: StopRequest, task: Task) -> int:
     """Plan, set up, go on from a state or from other weights, train; returns the exit code."""
-    plan = distributed.on_main_rank(partial(make_plan, command))
-    run = set_up(plan)
+    plan = distributed.on_main_rank(partial(task.plan, command))
+    run = task.set_up(plan)
     try:
         if distributed.is_main():
-            describe(run)
+            task.describe(run)
         if command.init_from is not None:
-            initialise(run, Path(command.init_from))
+            initialise(run, Path(command.init_from), task)
         if plan.state is not None:
             distributed.on_all_ranks(partial(run.restore, plan.state))
             report_other_ranks(len(plan.state["generators"]), run.config.sync_bn)
-        return train(run, stop, command.overwrite)
+        return train(run, stop, command.overwrite, task)
     finally:
         run.data.close()
 
 
-def initialise(run: Run, path: Path) -> None:
+def initialise(run: Run, path: Path, task: Task) -> None:
     """--init-from: the weights of a checkpoint, and a list of what was not taken."""
-    weights = distributed.on_main_rank(lambda: checkpoint.weights_of(checkpoint.load(path)))
+    weights = distributed.on_main_rank(lambda: task.initial_weights(checkpoint.weights_of(checkpoint.load(path))))
     lines = distributed.on_all_ranks(lambda: checkpoint.transfer_weights(run.model, weights))
     if distributed.is_main():
         print(f"--init-from {path}: weights taken, {len(lines)} exceptions")
@@ -115,11 +148,11 @@ def report_other_ranks(saved: int, sync_bn: bool) -> None:
 # ---- training -------------------------------------------------------------------------------------------------------
 
 
-def train(run: Run, stop: StopRequest, overwrite: bool = False) -> int:
+def train(run: Run, stop: StopRequest, overwrite: bool, task: Task) -> int:
     """All epochs that are left, then the summary; returns the exit code."""
     config, progress = run.config, run.progress
     fresh = progress.step == 0
-    first = distributed.on_all_ranks(lambda: next(run.batches())[0]) if fresh else None  # wrong data: no file changed
+    first = distributed.on_all_ranks(lambda: next(run.batches())) if fresh else None  # wrong data: no file changed
     distributed.on_main_rank(partial(claim_folder, run.folder, config, overwrite))
     if distributed.is_main():
         monitor = Monitor(run.folder, progress, run.steps_per_epoch, config.progress and sys.stderr.isatty())
@@ -128,11 +161,11 @@ def train(run: Run, stop: StopRequest, overwrite: bool = False) -> int:
     saver = Saver(config, monitor)
     stop.has_state = True
     if first is not None:
-        monitor.start(0, config, str(run.model), preprocess.denormalise(first, run.data.info))
+        monitor.start(0, config, str(run.model), task.preview(run, *first))
     else:
         monitor.say(f"resumed   at step {progress.step}, epoch {progress.epoch + 1}, batch {progress.batch}")
     try:
-        finished = train_epochs(run, monitor, saver, stop)
+        finished = train_epochs(run, monitor, saver, stop, task)
         if not finished:
             signals = [name for name in distributed.all_gather_object(stop.received) if name is not None]
             monitor.say(
@@ -141,37 +174,37 @@ def train(run: Run, stop: StopRequest, overwrite: bool = False) -> int:
         return 0 if finished else STOPPED
     except TrainingError as error:  # on every rank
         if distributed.is_main():
-            print_error(PROG, error)
+            print_error(task.prog, error)
         return 1
     except OSError as error:  # a full disk
-        print_error(PROG, f"{error}: stopping at step {progress.step}")
+        print_error(task.prog, f"{error}: stopping at step {progress.step}")
         sys.exit(1)  # not `return`: the other ranks do not know
     finally:
         monitor.close()
 
 
-def train_epochs(run: Run, monitor: Monitor, saver: Saver, stop: StopRequest) -> bool:
+def train_epochs(run: Run, monitor: Monitor, saver: Saver, stop: StopRequest, task: Task) -> bool:
     """Epoch by epoch to the run's end; False where a signal ended it before, with its state saved."""
     progress, result, reported = run.progress, None, set()
     last_step = min(run.config.epochs * run.steps_per_epoch, run.config.max_steps or math.inf)
     with monitor.whole_run(last_step, progress.step) as whole:
         while progress.epoch < run.config.epochs and (progress.batch or not at_max_steps(run)):
-            if not train_epoch(run, monitor, saver, stop, whole):
+            if not train_epoch(run, monitor, saver, stop, whole, task):
                 return False
-            result = finish_epoch(run, monitor, saver, stop)
+            result = task.finish_epoch(run, monitor, saver, stop)
             if result is None:
                 return False
             reported = report_bad_images(run, monitor, reported)
             if at_max_steps(run):
                 break
-    return finish(run, monitor, saver, stop, result)
+    return task.finish(run, monitor, saver, stop, result)
 
 
 def at_max_steps(run: Run) -> bool:
     return run.config.max_steps is not None and run.progress.step >= run.config.max_steps
 
 
-def train_epoch(run: Run, monitor: Monitor, saver: Saver, stop: StopRequest, whole: tqdm) -> bool:
+def train_epoch(run: Run, monitor: Monitor, saver: Saver, stop: StopRequest, whole: tqdm, task: Task) -> bool:
     """The rest of the open epoch, or up to --max-steps, saving by the clock; False after a signal, with all saved.
 
     Args:
@@ -183,12 +216,12 @@ def train_epoch(run: Run, monitor: Monitor, saver: Saver, stop: StopRequest, who
     with monitor.batches(run.steps_per_epoch, progress.batch, progress.epoch) as bar:
         while progress.batch < run.steps_per_epoch and not at_max_steps(run):
             started = time.perf_counter()
-            step = train_step(run, islice(pairs, run.micro_batches), stop, saver)
-            progress.add(step.loss, step.correct, step.images, time.perf_counter() - started)
-            progress.figures = step.figures()
+            step = train_step(run, islice(pairs, run.micro_batches), stop, saver, task)
+            progress.add(step.loss, step.counted, step.images, time.perf_counter() - started)
+            progress.figures = task.figures(step)
             bar.update()
             whole.update()
-            bar.set_postfix(loss=f"{step.loss:.3f}", top1=f"{100 * progress.correct / progress.images:.1f}%",
+            bar.set_postfix(loss=f"{step.loss:.3f}", **task.bar(progress),
                             images=f"{progress.images / progress.epoch_seconds:.0f}/s", refresh=False)  # fmt: skip
             monitor.step(progress.step, progress.figures)
             if step.requests.stop:
@@ -207,25 +240,18 @@ class Requests(NamedTuple):
 
 
 class Step(NamedTuple):
-    """One optimizer step over the global batch: mean loss, right predictions, images, rate, the gradient's norm."""
+    """One optimizer step over the global batch: mean loss, what the task counts (right predictions), images, rate, the
+    gradient's norm."""
 
     loss: float
-    correct: float
+    counted: float
     images: int
     lr: float
     grad_norm: float
     requests: Requests
 
-    def figures(self) -> dict[str, float]:
-        return {
-            "train/loss": self.loss,
-            "train/top1_pct": 100 * self.correct / self.images,
-            "train/lr": self.lr,
-            "train/grad_norm": self.grad_norm,
-        }
 
-
-def train_step(run: Run, pairs: Iterator[tuple[Tensor, Tensor]], stop: StopRequest, saver: Saver) -> Step:
+def train_step(run: Run, pairs: Iterator[tuple], stop: StopRequest, saver: Saver, task: Task) -> Step:
     """One optimizer step over the pairs, this rank's micro-batches.
 
     The gradient and every figure are of the global batch: the mean over its images, whatever rank has how many. The
@@ -239,26 +265,21 @@ def train_step(run: Run, pairs: Iterator[tuple[Tensor, Tensor]], stop: StopReque
     for group in run.optimizer.param_groups:
         group["lr"] = rate
     run.optimizer.zero_grad(set_to_none=True)
-    loss = correct = torch.zeros((), device=run.device)
+    loss = counted = torch.zeros((), device=run.device)
     ranks, total, count = distributed.world_size(), run.global_batch, run.micro_batches
     for i, (images, targets) in enumerate(pairs):
-        if config.channels_last:
-            images = images.contiguous(memory_format=torch.channels_last)
         with no_sync(run.network) if i + 1 < count else nullcontext():
-            with run.autocast():
-                logits = run.network(images)
-            part = F.cross_entropy(logits.float(), targets, label_smoothing=config.label_smoothing)
+            part, ours = task.loss(run, images, targets)
             part = part / (total / (len(images) * ranks))  # DDP divides by the ranks
             (part if run.scaler is None else run.scaler.scale(part)).backward()
-        labels = targets if targets.ndim == 1 else targets.argmax(1)
         loss = loss + part.detach()
-        correct = correct + (logits.detach().argmax(1) == labels).sum()
+        counted = counted + ours
     if run.scaler is not None:
         run.scaler.unscale_(run.optimizer)
     parameters = [p for p in run.model.parameters() if p.grad is not None]
     norm = torch.nn.utils.clip_grad_norm_(parameters, config.clip_grad or math.inf)
     own = Requests(stop.received is not None, saver.due_by_clock())
-    loss, norm, correct, requests = sum_over_ranks(loss, norm, correct, own)
+    loss, norm, counted, requests = sum_over_ranks(loss, norm, counted, own)
     check_finite(run, loss, norm, rate)
     if run.scaler is None:
         run.optimizer.step()
@@ -267,7 +288,18 @@ def train_step(run: Run, pairs: Iterator[tuple[Tensor, Tensor]], stop: StopReque
         run.scaler.update()
     if run.ema is not None:
         run.ema.update_parameters(run.model)
-    return Step(loss, correct, total, rate, norm, requests)
+    return Step(loss, counted, total, rate, norm, requests)
+
+
+def loss_and_right(run: Run, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean cross-entropy of images (B, 3, H, W) with labels (B,) or soft targets (B, classes); right predictions."""
+    if run.config.channels_last:
+        images = images.contiguous(memory_format=torch.channels_last)
+    with run.autocast():
+        logits = run.network(images)
+    labels = targets if targets.ndim == 1 else targets.argmax(1)
+    right = (logits.detach().argmax(1) == labels).sum()
+    return F.cross_entropy(logits.float(), targets, label_smoothing=run.config.label_smoothing), right
 
 
 def no_sync(network):
@@ -276,17 +308,17 @@ def no_sync(network):
 
 
 def sum_over_ranks(
-    loss: Tensor, norm: Tensor, correct: Tensor, requests: Requests
+    loss: Tensor, norm: Tensor, counted: Tensor, requests: Requests
 ) -> tuple[float, float, float, Requests]:
     """The step's figures and requests of all ranks: the step's one wait for the device.
 
     loss and norm are each rank's own view of a mean over all; one that is not finite makes the result so.
     """
     flags = [loss.new_full((), float(flag)) for flag in requests]  # filled on the device: no copy
-    figures = distributed.all_reduce_sum(torch.stack((loss, norm, correct, *flags)))
-    loss, norm, correct, stops, saves = figures.tolist()
+    figures = distributed.all_reduce_sum(torch.stack((loss, norm, counted, *flags)))
+    loss, norm, counted, stops, saves = figures.tolist()
     ranks = distributed.world_size()
-    return loss / ranks, norm / ranks, correct, Requests(stops > 0, saves > 0)
+    return loss / ranks, norm / ranks, counted, Requests(stops > 0, saves > 0)
 
 
 def check_finite(run: Run, loss: float, norm: float, rate: float) -> None:
@@ -458,6 +490,26 @@ def summary(run: Run, saver: Saver, result: Evaluation, about: str, skipped: int
         "torch": str(torch.__version__),
     }
 
+
+CLASSIFICATION = Task(
+    prog=PROG,
+    plan=make_plan,
+    set_up=set_up,
+    describe=describe,
+    initial_weights=lambda weights: weights,
+    preview=lambda run, images, _: preprocess.denormalise(images, run.data.info),
+    loss=loss_and_right,
+    figures=lambda step: {
+        "train/loss": step.loss,
+        "train/top1_pct": 100 * step.counted / step.images,
+        "train/lr": step.lr,
+        "train/grad_norm": step.grad_norm,
+    },
+    bar=lambda progress: {"top1": f"{100 * progress.correct / progress.images:.1f}%"},
+    finish_epoch=finish_epoch,
+    finish=finish,
+    evaluate=evaluate_checkpoint,
+)
 
 if __name__ == "__main__":
     sys.exit(main(COMMAND, STOP))

@@ -70,14 +70,17 @@ class Board:
         self.writer.add_custom_scalars({"Overview": {name: ["Multiline", tags] for name, tags in OVERVIEW.items()}})
 
     def step(self, step: int, values: dict[str, float]) -> None:
-        """A step's figures, by the keys of STEP_TAGS."""
-        for name, tag in STEP_TAGS.items():
-            self.writer.add_scalar(tag, values[name], step)
+        """A step's figures."""
+        for name, value in values.items():
+            tag = STEP_TAGS.get(name, f"{STEP}/{name.removeprefix('train/')}")
+            self.writer.add_scalar(tag, value, step)
 
     def epoch(self, step: int, row: dict[str, Any]) -> None:
-        """An epoch's row of log.jsonl."""
-        for name, tag in EPOCH_TAGS.items():
-            self.writer.add_scalar(tag, row[name], step)
+        """An epoch's row of log.jsonl: what is of validation or training and has a value."""
+        for name, value in row.items():
+            tag = epoch_tag(name)
+            if tag is not None and value is not None:
+                self.writer.add_scalar(tag, value, step)
 
     def start(self, step: int, config: Config, summary: str, batch: Tensor) -> None:
         """The first augmented batch (B, 3, H, W in [0, 1]), the configuration and the network as text."""
@@ -117,6 +120,10 @@ class Board:
         for tag, value in scores.items():
             self.writer.add_scalar(tag, value, step)
 
+    def picture(self, name: str, image: Tensor, step: int) -> None:
+        """(3, H, W) in [0, 1]."""
+        self.writer.add_image(f"{IMAGES}/{name}", image, step)
+
     def draw(self, tag: str, figure: "Figure", step: int) -> None:
         self.writer.add_image(tag, figures.to_tensor(figure), step)
 
@@ -126,6 +133,14 @@ class Board:
 
     def close(self) -> None:
         self.writer.close()
+
+
+def epoch_tag(name: str) -> str | None:
+    """The card of a row's figure; None for one that has none."""
+    if name in EPOCH_TAGS:
+        return EPOCH_TAGS[name]
+    group, _, rest = name.partition("_")
+    return {"val": f"{VALIDATION}/{rest}", "train": f"{TRAINING}/{rest}"}.get(group)
 
 
 def as_hparam(value: Any) -> bool | int | float | str:

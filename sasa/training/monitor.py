@@ -59,17 +59,23 @@ class Monitor:
             self.board.step(step, values)
 
     def epoch(self, step: int, row: dict[str, Any], epochs: int) -> None:
-        """One line on the terminal, one in log.jsonl, the epoch's scalars."""
+        """`row` of a classification run."""
+        self.row(
+            step,
+            row,
+            f"epoch {row['epoch']:3d}/{epochs}  "
+            f"train loss {row['train_loss']:.4f} top-1 {row['train_top1_pct']:6.2f}%  "
+            f"val loss {row['val_loss']:.4f} top-1 {row['val_top1_pct']:6.2f}% top-5 {row['val_top5_pct']:6.2f}%  "
+            f"lr {row['lr']:.2e}  {row['images_per_s']:.0f} images/s  {row['epoch_s']:.1f} s",
+        )
+
+    def row(self, step: int, row: dict[str, Any], line: str) -> None:
+        """An epoch's row: one line on the terminal, one in log.jsonl, the epoch's scalars."""
         self.rows.append(row)
         with open(self.folder / "log.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
         self.board.epoch(step, row)
-        self.say(
-            f"epoch {row['epoch']:3d}/{epochs}  "
-            f"train loss {row['train_loss']:.4f} top-1 {row['train_top1_pct']:6.2f}%  "
-            f"val loss {row['val_loss']:.4f} top-1 {row['val_top1_pct']:6.2f}% top-5 {row['val_top5_pct']:6.2f}%  "
-            f"lr {row['lr']:.2e}  {row['images_per_s']:.0f} images/s  {row['epoch_s']:.1f} s"
-        )
+        self.say(line)
 
     def preview(self, result: Evaluation, images: list[Tensor], class_names: tuple[str, ...]) -> None:
         """progress.png: the curves so far and the first wrong predictions (`images`: those of result.wrong)."""
@@ -92,6 +98,10 @@ class Monitor:
     def hparams(self, step: int, config: Config, result: Evaluation) -> None:
         """The settings beside the test scores."""
         self.board.hparams(step, config, result)
+
+    def picture(self, name: str, image: Tensor, step: int) -> None:
+        """(3, H, W) in [0, 1]."""
+        self.board.picture(name, image, step)
 
     def flush(self) -> None:
         """Before a checkpoint: what it will purge from must be on the disk."""

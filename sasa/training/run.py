@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import preprocess
 from attention import LocalAttention2d
-from config import Config, ConfigError, nominal_batch, rate_factor
+from config import Config, ConfigError, Settings, nominal_batch, rate_factor
 from preprocess import AugmentConfig, DataInfo
 from sasa.analysis.flops import count_flops, count_parameters
 from sasa.training import checkpoint, distributed
@@ -63,7 +63,7 @@ class Run:
     `progress` and `best` (the weights that the held-out images selected) change while it trains, and the weights.
     """
 
-    config: Config
+    config: Settings  # of train.py a Config
     recipe: dict[str, Any]  # what the recipe provided of the config: `resume.Plan`
     folder: Path
     device: torch.device
@@ -133,22 +133,51 @@ def set_up(plan: Plan) -> Run:
         SharedError: the configuration, the data or the machine do not allow it.
     """
     config = plan.config
-    device, amp = distributed.on_all_ranks(partial(_pick_machine, config))
-    if device.type == "cpu":
-        keep_freed()
-    if config.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or cuBLAS refuses
-        torch.use_deterministic_algorithms(True)
-    distributed.on_main_rank(partial(make_folder, plan.folder))
+    device, amp = prepare_machine(config, plan.folder)
     data = load_data(config, device)
     nominal = nominal_batch(config, distributed.world_size())
     if plan.state is not None:
         nominal = plan.state["progress"]["global_batch"]
     config = settle(config, data, amp, nominal, plan)
     model = distributed.on_all_ranks(partial(_make_network, config, data, device))
-    return Run(
+    return assemble(Run, plan, config, data, model, device, amp, nominal, config.compile)
+
+
+def prepare_machine(config: Settings, folder: Path) -> tuple[torch.device, torch.dtype | None]:
+    """The device, the dtype of mixed precision (None for none), and a folder that can be written to.
+
+    Raises:
+        SharedError: the machine has not got them.
+    """
+    device, amp = distributed.on_all_ranks(partial(_pick_machine, config))
+    if device.type == "cpu":
+        keep_freed()
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or cuBLAS refuses
+        torch.use_deterministic_algorithms(True)
+    distributed.on_main_rank(partial(make_folder, folder))
+    return device, amp
+
+
+def assemble(
+    kind: type[Run],
+    plan: Plan,
+    config: Settings,
+    data: Any,
+    model: nn.Module,
+    device: torch.device,
+    amp: torch.dtype | None,
+    nominal: int,
+    compiled: bool = False,
+) -> Run:
+    """The run that trains `model`: with its optimizer, moving average and, on several ranks, DDP around it.
+
+    Args:
+        kind: Run, or a class of it for other data. config: settled. nominal: images of a step over all ranks.
+    """
+    return kind(
         config, plan.recipe, plan.folder, device, data, model,
-        network=_parallel(torch.compile(model) if config.compile else model, device),
+        network=_parallel(torch.compile(model) if compiled else model, device),
         optimizer=build_optimizer(model, config, device),
         scaler=torch.amp.GradScaler() if amp is torch.float16 else None,
         ema=build_ema(model, config.ema),
@@ -203,7 +232,7 @@ def _check_batch(config: Config, data: Data) -> None:
         )
 
 
-def _pick_machine(config: Config) -> tuple[torch.device, torch.dtype | None]:
+def _pick_machine(config: Settings) -> tuple[torch.device, torch.dtype | None]:
     device = pick_device(config.device)
     return device, pick_amp(config.amp, device)
 
@@ -211,9 +240,14 @@ def _pick_machine(config: Config) -> tuple[torch.device, torch.dtype | None]:
 def _make_network(config: Config, data: Data, device: torch.device) -> nn.Module:
     """The network as it is trained, with the same weights on every rank."""
     _check_batch(config, data)
+    return seeded(lambda: build_network(config, data.info.num_classes), config, device)
+
+
+def seeded(build: Callable[[], nn.Module], config: Settings, device: torch.device) -> nn.Module:
+    """The network that `build` makes from the run's seed, on the device, with the run's batch norm and layout."""
     random.seed(config.seed)
     torch.manual_seed(config.seed)
-    model = build_network(config, data.info.num_classes).to(device)
+    model = build().to(device)
     set_batch_norm_momentum(model, config.bn_momentum)
     if config.sync_bn:
         model = sync_batch_norms(model, device)
