@@ -57,8 +57,8 @@ class DetectionConfig(Settings):
     embedding_std: float | None = same("embedding_std")
     stem_values: str = same("stem_values")
     stem_mixtures: int = same("stem_mixtures")
-    head_value_std: float | None = from_recipe(
-        "spread of the value weights of attention in the heads at the start", float, above=0
+    head_std: float | None = from_recipe(
+        "spread of the heads' weights at the start (DIGITS: keeps the variance)", float, above=0
     )
     zero_init_residual: bool | None = from_recipe("start each residual branch at zero", bool)
     batch_norm: str = option(
@@ -128,10 +128,21 @@ class DetectionConfig(Settings):
                  if getattr(self, k) == "attention"), self.dataset, f"seed{self.seed}"]  # fmt: skip
         return "-".join(part.lower() for part in parts if part)
 
+    @property
+    def sync_bn(self) -> bool:
+        """Whether batch norm is over all ranks, by train.py's name."""
+        return self.batch_norm == "sync"
+
+    def recipe_values(self) -> dict[str, Any]:
+        return {key: RECIPES[self.dataset][key] for key in IN_RECIPE}
+
+    def recipe_name(self) -> str:
+        return f"of {self.dataset}"
+
     def network_options(self) -> dict[str, Any]:
         """The options of `retinanet` that this configuration holds, but for classes and normalisation."""
         options = {key: getattr(self, key) for key in (
-            "stem", "heads", "fpn", "fpn_channels", "anchor_size", "batch_norm", "frozen_parts", "head_value_std",
+            "stem", "heads", "fpn", "fpn_channels", "anchor_size", "batch_norm", "frozen_parts", "head_std",
             "kernel_size", "num_heads", "position", "content", "border", "scale", "grouped", "share_embeddings",
             "embedding_std", "zero_init_residual", "backend", "stem_values",
         )}  # fmt: skip
@@ -165,13 +176,13 @@ def check_together(config: DetectionConfig) -> None:
 # decay 1e-4 and momentum 0.9 are the RetinaNet family's; jitter, clipping and the width of the warm-up are ours.
 RECIPES: dict[str, dict[str, Any]] = {
     "DIGITS": {
-        "fpn_channels": 64, "anchor_size": 16.0, "head_value_std": None, "zero_init_residual": False, "img_size": 128,
+        "fpn_channels": 64, "anchor_size": 16.0, "head_std": None, "zero_init_residual": False, "img_size": 128,
         "flip": False, "jitter_low": 1.0, "jitter_high": 1.0,
-        "epochs": 3, "batch_size": 4, "optimizer": "adamw", "lr": 1e-3, "schedule": "cosine", "warmup_epochs": 0.1,
-        "momentum": 0.9, "nesterov": True, "weight_decay": 0.05, "bn_momentum": 0.1, "clip_grad": 1.0, "ema": 0.0,
+        "epochs": 2, "batch_size": 4, "optimizer": "adamw", "lr": 1e-3, "schedule": "cosine", "warmup_epochs": 0.1,
+        "momentum": 0.9, "nesterov": True, "weight_decay": 0.05, "bn_momentum": 0.1, "clip_grad": 10.0, "ema": 0.0,
     },
     "COCO": {
-        "fpn_channels": 256, "anchor_size": 32.0, "head_value_std": 0.01, "zero_init_residual": False, "img_size": 640,
+        "fpn_channels": 256, "anchor_size": 32.0, "head_std": 0.01, "zero_init_residual": False, "img_size": 640,
         "flip": True, "jitter_low": 0.8, "jitter_high": 1.2,
         "epochs": 36, "batch_size": 16, "optimizer": "sgd", "lr": 0.01, "schedule": "cosine", "warmup_epochs": 0.5,
         "momentum": 0.9, "nesterov": True, "weight_decay": 1e-4, "bn_momentum": 0.01, "clip_grad": 10.0, "ema": 0.0,

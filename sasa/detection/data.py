@@ -9,17 +9,18 @@ they are, which the detector itself resizes.
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
 from preprocess import DataError, epoch_order
 from sasa.console import one_line, printable
 from sasa.data.augment import stream
+from sasa.data.workers import ignore_signals
 from sasa.detection.coco import CocoSplit
 
 Target = dict[str, Tensor]  # boxes (n, 4) float32: x1, y1, x2, y2 in pixels; labels (n,) int64
@@ -56,12 +57,17 @@ def plan(
 
     def steps() -> Iterator[list[Key]]:
         order = epoch_order(size, seed, epoch).tolist()
-        for step in range(start_step, max(size // total, 1)):
+        for step in range(start_step, steps_per_epoch(size, total)):
             draws = stream(seed, "augment", epoch, step).random((total, 4))
             for first, stop in pairwise(bounds):
                 yield [Key(order[step * total + i], draws[i]) for i in range(first, stop)]
 
     return steps()
+
+
+def steps_per_epoch(size: int, global_batch: int) -> int:
+    """Optimizer steps in an epoch: whole global batches only, at least one; each epoch leaves out other images."""
+    return max(size // global_batch, 1)
 
 
 class CocoImages(Dataset):
@@ -139,3 +145,84 @@ def to_device(images: list[Tensor], targets: list[Target], device: torch.device)
     """uint8 images become float32 in [0, 1]."""
     pixels = [image.to(device, non_blocking=True).float() / 255 for image in images]
     return pixels, [{name: v.to(device, non_blocking=True) for name, v in target.items()} for target in targets]
+
+
+class DetectionSplit:
+    """The images of one purpose and their batches, read by `num_workers` processes or, with 0, by this one.
+
+    One pass at a time: starting another ends the first.
+    """
+
+    def __init__(self, images: CocoImages, device: torch.device, num_workers: int) -> None:
+        self.truth = images.split
+        self.bad_images: list[str] = []  # none is ever skipped
+        self._samples, self._device, self._workers = _Samples(images), device, num_workers
+        self._reading: Any = None
+
+    def __len__(self) -> int:
+        return len(self.truth)
+
+    def steps_per_epoch(self, global_batch: int) -> int:
+        return steps_per_epoch(len(self), global_batch)
+
+    def batches(self, epoch: int, start_step: int = 0, **options) -> Iterator[tuple[list[Tensor], list[Target]]]:
+        """One epoch of this process from optimizer step start_step on: `accumulate` pairs a step.
+
+        Args:
+            options: those of `plan`.
+
+        Yields:
+            images (3, size, size) float32 in [0, 1] and their targets, on the device.
+
+        Raises:
+            DataError: an image that cannot be read, or a step with fewer images than pieces.
+        """
+        return self._read(list(plan(len(self), epoch, start_step, **options)))
+
+    def eval_batches(
+        self, batch_size: int, rank: int = 0, world_size: int = 1
+    ) -> Iterator[tuple[list[int], list[Tensor], list[Target]]]:
+        """Each image once over all ranks, in order, as it is: numbers, images (3, H, W) float32 in [0, 1], targets."""
+        start, stop = len(self) * rank // world_size, len(self) * (rank + 1) // world_size
+        numbers = [range(first, min(first + batch_size, stop)) for first in range(start, stop, batch_size)]
+        read = self._read([[Key(i, None) for i in part] for part in numbers])
+        for part, (images, targets) in zip(numbers, read, strict=True):
+            yield list(part), images, targets
+
+    def _read(self, keys: list[list[Key]]) -> Iterator[tuple[list[Tensor], list[Target]]]:
+        self.close()
+        loader = DataLoader(
+            self._samples, batch_sampler=keys, num_workers=self._workers, collate_fn=list,
+            worker_init_fn=ignore_signals, pin_memory=self._device.type == "cuda",
+            generator=torch.Generator(),  # DataLoader draws a seed for its workers: not from the global state
+        )  # fmt: skip
+        self._reading = iter(loader)
+        for samples in self._reading:
+            for sample in samples:
+                if isinstance(sample, str):
+                    raise DataError(sample)
+            images, targets = zip(*samples, strict=True)
+            yield to_device(images, targets, self._device)
+
+    def close(self) -> None:
+        """Ends the workers, where there are any."""
+        if self._reading is not None and self._workers:
+            self._reading._shutdown_workers()
+        self._reading = None
+
+
+class _Samples(Dataset):
+    """The images, with the line of what is wrong in the place of one that cannot be read: an exception that crosses
+    processes comes with a traceback in its text."""
+
+    def __init__(self, images: CocoImages) -> None:
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, key: Key) -> tuple[Tensor, Target] | str:
+        try:
+            return self.images[key]
+        except DataError as error:
+            return str(error)

@@ -1,6 +1,6 @@
 """A detection set that can be had everywhere: handwritten digits of DIGITS on canvases, in COCO's format.
 
-Each canvas shows up to 7 digits; which ones, where, how large, how bright and how far they overlap are functions of the
+Each canvas shows up to 6 digits; which ones, where, how large, how bright and how far they overlap are functions of the
 seed. Training canvases use DIGITS' training images only, validation canvases its test images only. A digit's box is
 that of its ink, as COCO's boxes are those of the object's pixels.
 """
@@ -24,9 +24,9 @@ CANVAS = 128  # pixels, both sides
 COUNTS = {"train": 2000, "val": 400}  # canvases
 SEED = 0
 VERSION = 1  # of what is drawn: a folder of another version is not used
-MOST_DIGITS, SIDES, CONTRAST = 7, (18, 60), (0.5, 1.0)  # a canvas; pixels of a whole 8x8 image; of its brightness
+MOST_DIGITS, SIDES, CONTRAST = 6, (24, 64), (0.6, 1.0)  # a canvas; pixels of a whole 8x8 image; of its brightness
 INK = 64  # of 255, before the contrast: what belongs to the digit
-LARGEST_OVERLAP = 0.3  # of two boxes' intersection, as a share of the smaller box
+LARGEST_OVERLAP = 0.15  # of two boxes' intersection, as a share of the smaller box
 TRIES = 30  # places tried for a digit before it is left out
 FOLDER = "digits-detection"
 ABOUT = {"description": "digits of DIGITS on canvases", "version": VERSION, "seed": SEED, "canvases": COUNTS}

@@ -2,14 +2,17 @@
 
 import contextlib
 import io
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from config import ConfigError
 from sasa.detection.coco import CocoSplit
 from sasa.training import distributed
+from sasa.training.signals import StopRequest
 
 # The 12 figures of COCO's evaluator in its order: mean average precision over IoU 0.50 to 0.95, at 0.50, at 0.75, of
 # small, medium and large objects; then mean recall with 1, 10 and 100 detections an image, and again by size.
@@ -17,7 +20,7 @@ FIGURES = ("map", "map_50", "map_75", "map_small", "map_medium", "map_large",
            "recall_1", "recall_10", "recall_100", "recall_small", "recall_medium", "recall_large")  # fmt: skip
 
 
-class MissingEvaluator(Exception):
+class MissingEvaluator(ConfigError):
     """pycocotools is not there."""
 
 
@@ -73,37 +76,59 @@ def score(split: CocoSplit, results: list[dict[str, Any]]) -> dict[str, float | 
     }
 
 
-@torch.inference_mode()
+class Detections(NamedTuple):
+    """COCO's figures over all ranks, in percent, and this rank's detections by the number of their image."""
+
+    figures: dict[str, float | None]
+    found: dict[int, list[dict[str, Any]]]
+
+
 def evaluate(
-    model, split: CocoSplit, batches: Iterable[tuple[list[int], list[Tensor]]], autocast
-) -> tuple[dict[str, float | None], list[dict[str, Any]]]:
-    """The model's score on a split, in eval mode (its mode is put back), and this rank's detections.
+    model: nn.Module,
+    truth: CocoSplit,
+    batches: Iterable[tuple[list[int], list[Tensor], Any]],
+    autocast: Callable[[], AbstractContextManager],
+    stop: StopRequest | None = None,
+) -> Detections | None:
+    """The model's score on a split, in eval mode (its mode is put back). On several ranks every one must call it.
 
     Args:
         batches: this rank's part: numbers of images and the images, (3, H, W) float32 in [0, 1] on the model's device.
         autocast: makes the context to compute in.
+        stop: ends it at the next batch once a signal was received on this rank.
+
+    Returns:
+        None where a rank was stopped.
 
     Raises:
         RuntimeError: the images seen by all ranks are not the split's, each once.
     """
     training = model.training
     model.eval()
-
-    def own() -> tuple[list[int], list[dict[str, Any]]]:
-        seen, results = [], []
-        for numbers, images in batches:
-            with autocast():
-                found = model(images)
-            seen += numbers
-            for number, one in zip(numbers, found, strict=True):
-                results += as_results(split, number, one)
-        return seen, results
-
-    seen, results = distributed.on_all_ranks(own)
-    model.train(training)
-    parts = distributed.all_gather_object((seen, results))
+    try:
+        own = distributed.on_all_ranks(lambda: _detect(model, truth, batches, autocast, stop))
+    finally:
+        model.train(training)
+    parts = distributed.all_gather_object(own)
+    if any(part is None for part in parts):
+        return None
     everything = sorted(number for part in parts for number in part[0])
-    if everything != list(range(len(split))):
-        raise RuntimeError(f"evaluated {len(everything)} images of a split of {len(split)}")
-    figures = distributed.on_main_rank(lambda: score(split, [result for part in parts for result in part[1]]))
-    return figures, results
+    if everything != list(range(len(truth))):
+        raise RuntimeError(f"evaluated {len(everything)} images of a split of {len(truth)}")
+    results = [result for _, found in parts for one in found.values() for result in one]
+    return Detections(distributed.on_main_rank(lambda: score(truth, results)), own[1])
+
+
+@torch.inference_mode()
+def _detect(model, truth, batches, autocast, stop) -> tuple[list[int], dict[int, list[dict[str, Any]]]] | None:
+    """This rank's images and what was found in each; None where it was stopped."""
+    seen, found = [], {}
+    for numbers, images, _ in batches:
+        if stop is not None and stop.received is not None:
+            return None
+        with autocast():
+            detections = model(images)
+        seen += numbers
+        for number, one in zip(numbers, detections, strict=True):
+            found[number] = as_results(truth, number, one)
+    return seen, found

@@ -88,7 +88,7 @@ def retinanet(
     std: tuple[float, float, float] = IMAGENET_STD,
     batch_norm: str = "plain",
     frozen_parts: int = 0,
-    head_value_std: float | None = 0.01,
+    head_std: float | None = 0.01,
     **backbone_options,
 ) -> RetinaNet:
     """A detector: torchvision's `RetinaNet` interface, with labels from 0 to num_classes - 1 (no background class).
@@ -105,8 +105,9 @@ def retinanet(
         mean, std: of images in [0, 1], three channels.
         batch_norm: "plain", "frozen" (constants: no parameter, statistics of the checkpoint) or "sync" (over ranks).
         frozen_parts: how many of stem, layer1, ..., layer4 are not trained.
-        head_value_std: spread of the value weights of attention in the heads at the start (0.01: the paper's appendix);
-            None leaves them as the layer starts them.
+        head_std: spread of the heads' weights at the start, of 3x3 convolutions (0.01: Lin et al. 2017) or of
+            attention's value weights (0.01: the paper's appendix). None keeps the variance from layer to layer,
+            which narrow heads in short runs need.
         **backbone_options: of `model.ResNet`; `kernel_size`, `num_heads`, `border`, `backend` and the other options of
             `attention.LocalAttention2d` hold for attention in pyramid and heads too.
 
@@ -122,11 +123,15 @@ def retinanet(
             raise ValueError(f"{name}={value!r}: must be an integer of at least 1")
     if frozen_parts not in range(6):
         raise ValueError(f"frozen_parts={frozen_parts!r}: must be 0 to 5, parts of stem, layer1, ..., layer4")
-    for name, value in (("anchor_size", anchor_size), ("head_value_std", head_value_std)):
+    for name, value in (("anchor_size", anchor_size), ("head_std", head_std)):
         if value is not None and not (value > 0 and math.isfinite(value)):
             raise ValueError(f"{name}={value}: must be a finite number above 0")
     if backbone_options.get("small_images"):
         raise ValueError("small_images=True: a detector's backbone is in the ImageNet form, of strides 4 to 32")
+
+    num_heads = backbone_options.get("num_heads", 8)
+    if "attention" in (heads, fpn) and fpn_channels % (2 * num_heads):
+        raise ValueError(f"fpn_channels={fpn_channels}: attention needs a multiple of 2 * num_heads = {2 * num_heads}")
 
     body = model.build(backbone, 0, stem, **backbone_options)
     layer_options = {
@@ -146,7 +151,9 @@ def retinanet(
         anchor_generator=anchors(scales, anchor_size),
     )
     if heads == "attention":
-        _attention_heads(detector.head, fpn_channels, attention, head_value_std)
+        _attention_heads(detector.head, fpn_channels, attention, head_std)
+    else:
+        _start_convolutions(detector.head, head_std)
     if batch_norm == "sync":
         detector = nn.SyncBatchNorm.convert_sync_batchnorm(detector)
     if batch_norm == "frozen":
@@ -199,6 +206,16 @@ def _attention_heads(head: RetinaNetHead, channels: int, attention, value_std: f
             new.bias.copy_(old.bias)
         part.conv = nn.Sequential(*(nn.Sequential(layer, nn.ReLU()) for layer in layers[:-1]))
         setattr(part, predictor, nn.Sequential(layers[-1], new))
+
+
+def _start_convolutions(head: RetinaNetHead, std: float | None) -> None:
+    """The weights of the heads' 3x3 convolutions at the start, but for the predictors', which stay torchvision's."""
+    for part in (head.classification_head, head.regression_head):
+        for layer in part.conv.modules():
+            if isinstance(layer, nn.Conv2d) and std is None:
+                nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+            elif isinstance(layer, nn.Conv2d):
+                nn.init.normal_(layer.weight, std=std)
 
 
 def _freeze_norms(module: nn.Module) -> None:

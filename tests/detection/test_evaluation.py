@@ -10,6 +10,7 @@ from test_coco import box, read
 
 from sasa.detection import evaluation
 from sasa.detection.coco import CocoSplit
+from sasa.training.signals import StopRequest
 
 needs_coco = pytest.mark.skipif(
     importlib.util.find_spec("pycocotools") is None, reason="pycocotools is not installed: no mAP"
@@ -102,12 +103,26 @@ class Finder(torch.nn.Module):
 def test_evaluate_scores_every_image_once_and_puts_the_mode_back(tmp_path):
     split, model = read(tmp_path, [box(1), box(2, 2)]), Finder().train()
     images = [torch.full((3, 30, 40), value) for value in (0.9, 0.8, 0.1, 0.2)]
-    batches = [([0, 1, 2], images[:3]), ([3], images[3:])]
-    figures, results = evaluation.evaluate(model, split, batches, nullcontext)
-    assert figures["map"] == pytest.approx(100) and len(results) == 4 and model.training
-    for wrong in (batches[:1], [*batches, ([0], images[:1])]):
+    batches = [([0, 1, 2], images[:3], None), ([3], images[3:], None)]
+    done = evaluation.evaluate(model, split, batches, nullcontext)
+    assert done.figures["map"] == pytest.approx(100) and model.training
+    assert {number: found[0]["score"] for number, found in done.found.items()} == pytest.approx(
+        {0: 0.9, 1: 0.8, 2: 0.1, 3: 0.2}
+    )
+    for wrong in (batches[:1], [*batches, ([0], images[:1], None)]):
         with pytest.raises(RuntimeError, match="images of a split of 4"):
             evaluation.evaluate(model, split, wrong, nullcontext)
+
+
+def test_a_signal_ends_an_evaluation_at_the_next_batch(tmp_path):
+    split, model, stop = read(tmp_path, [box(1)]), Finder().train(), StopRequest()
+
+    def batches():
+        yield [0], [torch.zeros(3, 30, 40)], None
+        stop.received = "SIGTERM"
+        yield [1], None, None
+
+    assert evaluation.evaluate(model, split, batches(), nullcontext, stop) is None and model.training
 
 
 def test_without_pycocotools_one_line_says_what_to_install(monkeypatch):

@@ -110,6 +110,18 @@ def test_heads_start_with_the_paper_s_values_and_the_prior_s_scores():
     assert scores.shape[-1] == 3 and scores.mean().item() == pytest.approx(0.01, rel=0.05)
 
 
+@pytest.mark.parametrize("heads", ["conv", "attention"])
+def test_heads_can_keep_the_variance(heads):
+    """A map of unit variance comes out of the heads' layers with a spread of its order, not a thousandth of it."""
+    spreads = {}
+    for std in (None, 0.01):
+        torch.manual_seed(0)
+        detector = retinanet(**SMALL | {"fpn_channels": 64}, heads=heads, head_std=std)
+        with torch.no_grad():
+            spreads[std] = detector.head.classification_head.conv(torch.randn(2, 64, 16, 16)).std().item()
+    assert 0.1 < spreads[None] < 3 and spreads[0.01] < 0.02
+
+
 def targets():
     boxes = torch.tensor([[4.0, 6.0, 30.0, 40.0], [33.0, 20.0, 60.0, 50.0]])
     return [
@@ -190,8 +202,9 @@ def test_frozen_parts_do_not_train_and_their_norms_stand_still():
         ({"fpn": "no"}, "fpn='no'"), ({"batch_norm": "x"}, "allowed are plain, frozen, sync"),
         ({"num_classes": 0}, "num_classes=0"), ({"scales": 1.5}, "scales=1.5"), ({"fpn_channels": 0}, "fpn_channels=0"),
         ({"frozen_parts": 6}, "frozen_parts=6"), ({"anchor_size": 0}, "anchor_size=0"),
-        ({"head_value_std": -1.0}, "head_value_std=-1"),
-        ({"small_images": True}, "ImageNet form"), ({"heads": "attention", "fpn_channels": 20}, "num_heads=8"),
+        ({"head_std": -1.0}, "head_std=-1"),
+        ({"small_images": True}, "ImageNet form"),
+        ({"heads": "attention", "fpn_channels": 20}, "fpn_channels=20: attention"),
     ],
 )  # fmt: skip
 def test_wrong_options_are_refused_by_name(options, message):

@@ -1,0 +1,247 @@
+"""Train a detector, resume a run, evaluate a checkpoint. `python -m sasa.detection.train --help`.
+
+The loop is train.py's; here is what detection does its own way. Exit codes as there: 0 done; 2 wrong usage or data; 75
+stopped by a signal, its state saved where there was one; 1 anything else.
+"""
+
+import sys
+
+from sasa.detection.config import ABOUT, PROG, DetectionConfig
+from sasa.training.cli import Command, parse_command_line
+from sasa.training.signals import StopRequest
+
+if __name__ == "__main__":
+    COMMAND = parse_command_line(None, DetectionConfig, PROG, ABOUT)  # before torch: --help answers at once
+    STOP = StopRequest()
+    STOP.install()
+
+import copy
+import dataclasses
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchvision.utils import save_image
+
+import train
+from config import ConfigError
+from sasa.analysis.flops import count_parameters
+from sasa.detection import pictures
+from sasa.detection.data import Target
+from sasa.detection.evaluation import FIGURES, Detections, evaluate, require_pycocotools
+from sasa.detection.flops import detector_flops
+from sasa.detection.run import DetectionRun, build_detector, describe, initial_weights, load_data, plan, set_up
+from sasa.files import replacing
+from sasa.training import checkpoint, distributed
+from sasa.training.device import peak_memory_mib, pick_amp, pick_device
+from sasa.training.files import BEST, SUMMARY, write_json
+from sasa.training.monitor import Monitor
+from sasa.training.optim import learning_rate
+from sasa.training.resume import changed_keys, without_auto
+from sasa.training.saving import Saver
+
+EVAL_BATCH, SHOWN = 8, 8  # images
+PICTURE = "detections.png"
+
+
+def losses(run: DetectionRun, images: list[Tensor], targets: list[Target]) -> tuple[Tensor, Tensor]:
+    """Focal loss + box loss of a micro-batch, the mean over its images; the box loss, summed over them."""
+    with run.autocast():
+        parts = run.network(images, targets)
+    boxes = parts["bbox_regression"].float()
+    return parts["classification"].float() + boxes, boxes.detach() * len(images)
+
+
+def finish_epoch(run: DetectionRun, monitor: Monitor, saver: Saver, stop: StopRequest) -> Detections | None:
+    """A save where one is due, evaluation, the epoch's row everywhere; None after a signal, with all saved."""
+    config, progress = run.config, run.progress
+    complete = progress.batch >= run.steps_per_epoch
+    if not complete:  # cut by --max-steps: saved as it stands, so that a later resume finishes the epoch exactly
+        saver.save_or_end(run)
+    elif saver.due_by_epoch(progress.epoch + 1):  # before a long evaluation begins; a resume does it again
+        saver.save(run)
+    distributed.broadcast(run.batch_norm_buffers())
+    last = progress.epoch + 1 == config.epochs or train.at_max_steps(run)
+    result = Detections({}, {})
+    if last or (progress.epoch + 1) % config.eval_every == 0:
+        result = _evaluate(run, run.eval_model, stop)
+        if result is None:
+            saver.save_or_end(run)
+            return None
+    box_loss = progress.correct / progress.images
+    row = {
+        "epoch": progress.epoch + 1,
+        "step": progress.step,
+        "train_loss": progress.loss_sum / progress.images,
+        "train_box_loss": box_loss,
+        **{f"val_{name}_pct": result.figures.get(name) for name in FIGURES},
+        "lr": learning_rate(config, progress.step - 1, run.steps_per_epoch),
+        "images_per_s": progress.images / progress.epoch_seconds,
+        "epoch_s": progress.epoch_seconds,
+        "peak_mem_mib": peak_memory_mib(run.device),
+    }
+    scalars = ("train_loss", "train_box_loss", "lr", "images_per_s", *(f"val_{name}_pct" for name in FIGURES))
+    scored = f"val {in_words(result.figures)}  " if result.figures else ""
+    monitor.row(
+        progress.step,
+        row,
+        scalars,
+        f"epoch {row['epoch']:3d}/{config.epochs}  train loss {row['train_loss']:.4f} (boxes {box_loss:.4f})  {scored}"
+        f"lr {row['lr']:.2e}  {row['images_per_s']:.1f} images/s  {row['epoch_s']:.1f} s",
+    )
+    if complete:
+        progress.rows.append(row)
+        progress.open_epoch()
+    return result
+
+
+def _evaluate(run: DetectionRun, model: torch.nn.Module, stop: StopRequest) -> Detections | None:
+    val = run.data.val
+    batches = val.eval_batches(EVAL_BATCH, distributed.rank(), distributed.world_size())
+    return evaluate(model, val.truth, batches, run.autocast, stop)
+
+
+def in_words(figures: dict[str, float | None]) -> str:
+    """mAP 51.23%, at IoU 0.50 70.00%, at 0.75 60.00%; "-" where there is nothing to find."""
+    words = (("mAP", "map"), ("at IoU 0.50", "map_50"), ("at 0.75", "map_75"))
+    return ", ".join(f"{word} {'-' if figures[key] is None else f'{figures[key]:.2f}%'}" for word, key in words)
+
+
+def finish(run: DetectionRun, monitor: Monitor, saver: Saver, stop: StopRequest, result: Detections | None) -> bool:
+    """The end of a run: last.pt, the last weights' score, best.pt, summary.json, then the pictures.
+
+    Args:
+        result: of the last epoch in this process, None where it trained none.
+
+    Returns:
+        False where a signal ended it before the score was there.
+    """
+    config, progress = run.config, run.progress
+    distributed.broadcast(run.batch_norm_buffers())
+    if progress.batch == 0:  # else cut by --max-steps, and saved as it was
+        saver.save_or_end(run)
+    if result is None or not result.figures:
+        result = _evaluate(run, copy.deepcopy(run.eval_model), stop)
+        if result is None:
+            return False
+    about = "the last epoch"
+    if distributed.is_main():
+        weights = run.eval_model.state_dict()
+        checkpoint.save(
+            checkpoint.weights_state(config, weights, progress.epoch, progress.step, about), run.folder, BEST
+        )
+        write_json(run.folder / SUMMARY, summary(run, saver, result, about))
+        shown = pictures.detections(run.data.val.truth, *first_images(run.data.val, result.found), result.found)
+        monitor.picture("images/detections", shown, progress.step)
+        with replacing(run.folder / PICTURE) as file:
+            save_image(shown, file, format="png")
+        known = {f"hparam/val_{k}_pct": v for k, v in result.figures.items() if v is not None}
+        monitor.hparams(config, known)
+    monitor.say(
+        f"val {in_words(result.figures)} on {len(run.data.val)} images; {about}; "
+        f"trained {progress.seconds:.0f} s; {run.folder / SUMMARY}"
+    )
+    return True
+
+
+def first_images(split, found: dict[int, list]) -> tuple[list[int], list[Tensor], list[Target]]:
+    """The first images that this rank has evaluated, with their numbers and targets."""
+    numbers, images, targets = [], [], []
+    for some, pixels, truths in islice(split.eval_batches(SHOWN), len(split)):
+        for number, image, target in zip(some, pixels, truths, strict=True):
+            if number in found and len(numbers) < SHOWN:
+                numbers.append(number)
+                images.append(image)
+                targets.append(target)
+        if len(numbers) == SHOWN:
+            break
+    return numbers, images, targets
+
+
+def summary(run: DetectionRun, saver: Saver, result: Detections, about: str) -> dict[str, Any]:
+    """What summary.json holds; `about`: which weights these are."""
+    return {f"val_{name}_pct": value for name, value in result.figures.items()} | {
+        "val_images": len(run.data.val),
+        "parameters": count_parameters(run.model),
+        "flops_per_image": detector_flops(run.model, run.config.img_size).total,
+        "epochs": run.progress.epoch,
+        "steps": run.progress.step,
+        "seconds": run.progress.seconds,
+        "save_seconds": saver.seconds,
+        "selected": about,
+        "threads": torch.get_num_threads(),
+        "device": str(run.device),
+        "torch": str(torch.__version__),
+    }
+
+
+def evaluate_checkpoint(command: Command) -> int:
+    """Print COCO's figures of the checkpoint that --evaluate names on its own validation images; the exit code.
+
+    Raises:
+        ConfigError, CheckpointError, DataError, SharedError: flags that change the network, a file that is no
+            checkpoint of a detector, data that does not fit it.
+    """
+    require_pycocotools()
+    path = Path(command.evaluate)
+    state = distributed.on_main_rank(partial(checkpoint.load, path))
+    given = without_auto(command.given, DetectionConfig)
+    saved = DetectionConfig.from_dict(state["config"])
+    config = dataclasses.replace(saved, **given)
+    allowed = ("batch_size", "amp")
+    changed = changed_keys(
+        state["config"], dataclasses.replace(config, **{key: getattr(saved, key) for key in allowed})
+    )
+    if changed:
+        raise ConfigError(f"--evaluate rebuilds the checkpoint's own network and data set: {'; '.join(changed)}")
+    device = pick_device(config.device)
+    try:
+        amp = pick_amp(config.amp, device)  # the run's own precision: its summary's figures come out again
+    except ConfigError:
+        if "amp" in given:
+            raise
+        amp = pick_amp("auto", device)
+    data = load_data(config, device)
+    try:
+        model = build_detector(config, data.info.num_classes)
+        checkpoint.load_weights(model, checkpoint.weights_of(state))
+        batch = config.batch_size if "batch_size" in given else EVAL_BATCH
+        batches = data.val.eval_batches(batch, distributed.rank(), distributed.world_size())
+        autocast = partial(torch.autocast, device.type, dtype=amp, enabled=amp is not None)
+        result = evaluate(model.to(device), data.val.truth, batches, autocast)
+    finally:
+        data.close()
+    if distributed.is_main():
+        print(f"{path}: {config.model_name} on val2017 of {config.dataset}, {len(data.val)} images")
+        for name, value in result.figures.items():
+            print(f"  {name:14}{'     -' if value is None else f'{value:6.2f}'}%")
+        print(f"val {in_words(result.figures)}")
+    return 0
+
+
+DETECTION = train.Task(
+    prog=PROG.removeprefix("python -m "),
+    plan=plan,
+    set_up=set_up,
+    describe=describe,
+    initial_weights=initial_weights,
+    preview=lambda run, images, targets: pictures.training_images(images, targets, run.data.info.class_names),
+    loss=losses,
+    figures=lambda step: {
+        "train/loss": step.loss,
+        "train/box_loss": step.counted / step.images,
+        "train/class_loss": step.loss - step.counted / step.images,
+        "train/lr": step.lr,
+        "train/grad_norm": step.grad_norm,
+    },
+    bar=lambda progress: {"boxes": f"{progress.correct / progress.images:.3f}"},
+    finish_epoch=finish_epoch,
+    finish=finish,
+    evaluate=evaluate_checkpoint,
+)
+
+if __name__ == "__main__":
+    sys.exit(train.main(COMMAND, STOP, DETECTION))
