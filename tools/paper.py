@@ -2,7 +2,7 @@
 
 `tools.audit` counts the rows on the real modules, `tools.ablate` trains them.
 
-Source: tables 1 and 3 to 7 of Ramachandran et al. 2019, arXiv 1906.05909 (ImageNet; Table 2 is COCO detection);
+Source: tables 1 to 7 of Ramachandran et al. 2019, arXiv 1906.05909 (ImageNet; Table 2, `DETECTION`, is COCO);
 `PORT` is the results table of the README of leaderj1001/Stand-Alone-Self-Attention (CIFAR-10).
 """
 
@@ -12,13 +12,14 @@ from typing import NamedTuple
 class Figures(NamedTuple):
     """What a row is printed with; None where its source prints nothing.
 
-    top1_pct in %, gflops in billions, mparams in millions as printed, parameters to the unit.
+    top1_pct in %, gflops in billions, mparams in millions as printed, parameters to the unit, map_pct of COCO in %.
     """
 
     top1_pct: float | None = None
     gflops: float | None = None
     mparams: float | None = None
     parameters: int | None = None
+    map_pct: float | None = None
 
 
 class Row(NamedTuple):
@@ -138,6 +139,33 @@ CIFAR = Table(
     + _depths("BasicBlock convolution", "", *_counts(8_740_682, 15_011_402), family="Naive")
     + _depths("convolution", CONVOLUTION, *_counts(11_660_362, 17_590_602, 23_520_842)),
     source="port, CIFAR-10",
+)
+
+
+def _detector(label: str, flags: str, gflops: int, mparams: float, map_pct: float) -> Row:
+    return Row(label, f"--dataset COCO {flags}".strip(), Figures(None, gflops, mparams, None, map_pct), "ResNet50")
+
+
+# Flags of python -m sasa.detection.train. `DETECTION_TEXT` is what the appendix describes: every 3x3 convolution of
+# heads and pyramid replaced; the table prints nothing for it but the figures of the rows with attention heads.
+DETECTION = Table(
+    "Table 2: RetinaNet; the pyramid stays convolution",
+    (
+        _detector("convolution", CONVOLUTION, 182, 33.4, 36.5),
+        _detector("conv stem + attention", "", 173, 25.9, 36.8),
+        _detector("full attention", "--stem", 173, 25.9, 36.2),
+        _detector("conv stem, heads too", "--heads attention", 111, 22.0, 36.6),
+        _detector("full attention, heads", "--stem --heads attention", 110, 22.0, 36.6),
+    ),
+    source="paper, COCO",
+)
+DETECTION_TEXT = Table(
+    "Table 2 by the appendix's text: attention in the pyramid too",
+    (
+        _detector("conv stem, heads too", "--heads attention --fpn attention", 111, 22.0, 36.6),
+        _detector("full attention, heads", "--stem --heads attention --fpn attention", 110, 22.0, 36.6),
+    ),
+    source="paper, COCO",
 )
 
 
