@@ -178,7 +178,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "DIGITS": {
         "fpn_channels": 64, "anchor_size": 16.0, "head_std": None, "zero_init_residual": False, "img_size": 128,
         "flip": False, "jitter_low": 1.0, "jitter_high": 1.0,
-        "epochs": 2, "batch_size": 4, "optimizer": "adamw", "lr": 1e-3, "schedule": "cosine", "warmup_epochs": 0.1,
+        "epochs": 4, "batch_size": 4, "optimizer": "adamw", "lr": 1e-3, "schedule": "cosine", "warmup_epochs": 0.1,
         "momentum": 0.9, "nesterov": True, "weight_decay": 0.05, "bn_momentum": 0.1, "clip_grad": 10.0, "ema": 0.0,
     },
     "COCO": {
