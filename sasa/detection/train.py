@@ -83,12 +83,10 @@ def finish_epoch(run: DetectionRun, monitor: Monitor, saver: Saver, stop: StopRe
         "epoch_s": progress.epoch_seconds,
         "peak_mem_mib": peak_memory_mib(run.device),
     }
-    scalars = ("train_loss", "train_box_loss", "lr", "images_per_s", *(f"val_{name}_pct" for name in FIGURES))
     scored = f"val {in_words(result.figures)}  " if result.figures else ""
     monitor.row(
         progress.step,
         row,
-        scalars,
         f"epoch {row['epoch']:3d}/{config.epochs}  train loss {row['train_loss']:.4f} (boxes {box_loss:.4f})  {scored}"
         f"lr {row['lr']:.2e}  {row['images_per_s']:.1f} images/s  {row['epoch_s']:.1f} s",
     )
@@ -135,11 +133,9 @@ def finish(run: DetectionRun, monitor: Monitor, saver: Saver, stop: StopRequest,
         )
         write_json(run.folder / SUMMARY, summary(run, saver, result, about))
         shown = pictures.detections(run.data.val.truth, *first_images(run.data.val, result.found), result.found)
-        monitor.picture("images/detections", shown, progress.step)
+        monitor.picture("detections", shown, progress.step)
         with replacing(run.folder / PICTURE) as file:
             save_image(shown, file, format="png")
-        known = {f"hparam/val_{k}_pct": v for k, v in result.figures.items() if v is not None}
-        monitor.hparams(config, known)
     monitor.say(
         f"val {in_words(result.figures)} on {len(run.data.val)} images; {about}; "
         f"trained {progress.seconds:.0f} s; {run.folder / SUMMARY}"
