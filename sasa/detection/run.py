@@ -29,7 +29,7 @@ from sasa.training.run import Run, assemble, prepare_machine, seeded
 
 BACKBONE = "backbone.body."  # where the weights of a classification network are in a detector's
 # Mean and standard deviation of the training images in [0, 1]: of the digits' canvases by `digits`, rounded to 3 places
-# (tests/detection/test_train.py computes them again).
+# (tests/detection/test_detection_run.py computes them again).
 STATS = {"DIGITS": ((0.089,) * 3, (0.200,) * 3), "COCO": (IMAGENET_MEAN, IMAGENET_STD)}
 
 
