@@ -165,6 +165,12 @@ class Config(Settings):
     holdout: float = option(0.0, "part of train that selects best.pt: a fraction below 1, or a number of images", low=0)
     skip_bad_images: bool = option(False, "skip unreadable images of a tree, counted, instead of ending")
     num_workers: int = option(4, "processes that decode a tree's images", low=0, high=1024, free=True)
+    worker_timeout: float = option(
+        600.0, "seconds after which decoding processes that are alive but silent end the run, 0: never", low=0, free=True
+    )
+    index_dir: str | None = option(
+        None, "folder of WEBDATASET's indexes (default: beside the shards, or the user's cache)", free=True
+    )
 
     # Augmentation of the training images
     pad: int | None = from_recipe("pixels of padding that a random crop shifts the image into", int, low=0, high=4096)

@@ -9,6 +9,7 @@ from typing import Any
 _ALWAYS = {
     "rotate": 0.0, "translate": 0.0, "zoom": 0.0, "reflect": False,
     "train_images": None, "sync_bn": False, "preview": False, "eval_size": None, "eval_interpolation": "bilinear",
+    "worker_timeout": 600.0, "index_dir": None,
 }  # fmt: skip
 _TRAINING = {
     "default": {"schedule": "cosine", "nesterov": True, "bn_momentum": 0.1},

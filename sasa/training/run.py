@@ -214,6 +214,7 @@ def load_data(config: Config, device: torch.device | str) -> Data:
         train_images=config.train_images, holdout=holdout, seed=config.seed, skip_bad_images=config.skip_bad_images,
         num_workers=config.num_workers, device=device, eval_size=config.eval_size, eval_crop=config.eval_crop,
         eval_interpolation=config.eval_interpolation, report=print if distributed.is_main() else lambda line: None,
+        worker_timeout=config.worker_timeout, index_dir=config.index_dir,
     )  # fmt: skip
     return Data(*distributed.main_rank_first(load))
 
