@@ -166,7 +166,7 @@ class Config(Settings):
     skip_bad_images: bool = option(False, "skip unreadable images of a tree, counted, instead of ending")
     num_workers: int = option(4, "processes that decode a tree's images", low=0, high=1024, free=True)
     worker_timeout: float = option(
-        600.0, "seconds after which decoding processes that are alive but silent end the run, 0: never", low=0, free=True
+        600.0, "seconds after which silent decoding processes end the run, 0: never", low=0, free=True
     )
     index_dir: str | None = option(
         None, "folder of WEBDATASET's indexes (default: beside the shards, or the user's cache)", free=True
