@@ -28,11 +28,14 @@ Decisions where the paper is silent or ambiguous; each has a switch where ports 
 """
 
 import math
+import operator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import sasa.kernels.flops  # noqa: F401 : counters find our operators' formulas
+from sasa.initialise import normal_weight, set_initialiser
 from sasa.kernels import (
     BORDERS,
     attention_logits,
@@ -42,8 +45,11 @@ from sasa.kernels import (
     stem_operator,
 )
 from sasa.kernels import stem as stem_kernels
+from sasa.kernels.functional import composite_serves
 from sasa.kernels.interface import accumulate_dtype, autocast_dtype, without_autocast
+from sasa.kernels.plain import fused_kind, is_plain_projection
 from sasa.kernels.reference import reach, window_softmax
+from sasa.kernels.tracing import CeilAvgPool2d, as_leaf, is_proxy
 
 POSITIONS = ("relative", "absolute", "none")
 WINDOWS = ("block", "sliding")
@@ -95,9 +101,8 @@ class LocalAttention2d(nn.Module):
         embedding_std: float | None = None,
     ) -> None:
         super().__init__()
-        _check_heads(in_channels, out_channels, num_heads)
-        _check_positive_integer("kernel_size", kernel_size)
-        _check_positive_integer("stride", stride)
+        in_channels, out_channels, num_heads = _checked_heads(in_channels, out_channels, num_heads)
+        kernel_size, stride = _positive_integer("kernel_size", kernel_size), _positive_integer("stride", stride)
         _check_choice("position", position, POSITIONS)
         _check_choice("border", border, BORDERS)
         check_backend(backend)
@@ -133,8 +138,12 @@ class LocalAttention2d(nn.Module):
         else:
             self.register_parameter("rel_row", None)
             self.register_parameter("rel_col", None)
-        # The last window of a ragged map averages the pixels that it has.
-        self.pool = nn.AvgPool2d(stride, stride, ceil_mode=True, count_include_pad=False) if stride > 1 else None
+        self.pool = CeilAvgPool2d(stride) if stride > 1 else None
+        fan_in = in_channels // groups
+        logit_variance = head_dim**-0.5 / self.scale
+        for layer in (self.query, self.key) if content else (self.query,):
+            set_initialiser(layer, normal_weight, std=math.sqrt(logit_variance / fan_in))
+        set_initialiser(self.value, normal_weight, std=fan_in**-0.5)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -144,32 +153,34 @@ class LocalAttention2d(nn.Module):
         standard deviation of sqrt(D), which saturates the softmax of wide heads at the start. Queries, keys and
         embeddings of variance D^(-1/2) / scale make it 1 for every head width. Values keep unit variance.
         """
-        fan_in = self.query.weight[0].numel()
-        logit_variance = self.head_dim**-0.5 / self.scale
-        nn.init.normal_(self.query.weight, std=math.sqrt(logit_variance / fan_in))
-        if self.key is not None:
-            nn.init.normal_(self.key.weight, std=math.sqrt(logit_variance / fan_in))
-        nn.init.normal_(self.value.weight, std=fan_in**-0.5)
+        for layer in (self.query, self.key, self.value):
+            if layer is not None:
+                layer.reset_parameters()
         if self.rel_row is not None:
+            logit_variance = self.head_dim**-0.5 / self.scale
             std = math.sqrt(logit_variance) if self.embedding_std is None else self.embedding_std
             nn.init.normal_(self.rel_row, std=std)
             nn.init.normal_(self.rel_col, std=std)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, in_channels, H, W) -> (B, out_channels, ceil(H / stride), ceil(W / stride))."""
+        if is_proxy(x):
+            return as_leaf(self, x)
         x, rel_row, rel_col = self._placed(x)
         options = {
             "kernel_size": self.kernel_size, "border": self.border, "scale": self.scale, "backend": self.backend,
         }  # fmt: skip
         heads = (self.num_heads, self.head_dim)
-        if self.grouped:  # a grouped product would interleave the three by head; three cost the same arithmetic
-            query, value = self.query(x).unflatten(1, heads), self.value(x).unflatten(1, heads)
-            key = self.key(x).unflatten(1, heads) if self.content else None
-            out = local_attention(query, key, value, rel_row, rel_col, **options)
-        else:
-            layers = [layer for layer in (self.query, self.key, self.value) if layer is not None]
+        layers = [layer for layer in (self.query, self.key, self.value) if layer is not None]
+        # A grouped product would interleave the three by head; three cost the same arithmetic.
+        if not self.grouped and all(
+            is_plain_projection(layer, self.in_channels, self.out_channels, x.device) for layer in layers
+        ):
             qkv = F.conv2d(x, torch.cat([layer.weight for layer in layers]))  # (B, 3 * C, H, W), one product
             out = local_attention_packed(qkv.unflatten(1, (len(layers), *heads)), rel_row, rel_col, **options)
+        else:
+            query, *key, value = (layer(x).unflatten(1, heads) for layer in layers)
+            out = local_attention(query, key[0] if key else None, value, rel_row, rel_col, **options)
         out = out.flatten(1, 2)  # (B, N, D, H, W) -> (B, C, H, W)
         return out if self.pool is None else self.pool(out)
 
@@ -213,6 +224,7 @@ class LocalAttention2d(nn.Module):
         return shown + "".join(f", {k}={getattr(self, k)}" for k, v in defaults.items() if getattr(self, k) != v)
 
 
+@fused_kind
 class AttentionStem(nn.Module):
     """Attention over the image's pixels in place of the first convolution: softmax over q.k, spatially aware values.
 
@@ -253,10 +265,10 @@ class AttentionStem(nn.Module):
         backend: str = "auto",
     ) -> None:
         super().__init__()
-        _check_positive_integer("in_channels", in_channels)
-        _check_heads(None, out_channels, num_heads)
-        _check_positive_integer("block_size", block_size)
-        _check_positive_integer("num_mixtures", num_mixtures)
+        in_channels = _positive_integer("in_channels", in_channels)
+        _, out_channels, num_heads = _checked_heads(None, out_channels, num_heads)
+        block_size = _positive_integer("block_size", block_size)
+        num_mixtures = _positive_integer("num_mixtures", num_mixtures)
         _check_choice("window", window, WINDOWS)
         _check_choice("values", values, VALUES)
         _check_choice("border", border, BORDERS)
@@ -278,6 +290,9 @@ class AttentionStem(nn.Module):
         else:
             for name in ("emb_row", "emb_col", "emb_mix"):
                 self.register_parameter(name, None)
+        for layer in (self.query, self.key):
+            set_initialiser(layer, normal_weight, std=self.head_dim**-0.25 / math.sqrt(in_channels))
+        set_initialiser(self.value, normal_weight, std=self.value.weight[0].numel() ** -0.5)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -286,21 +301,20 @@ class AttentionStem(nn.Module):
         As in `LocalAttention2d.reset_parameters`, for inputs of unit variance; (emb_row + emb_col) . emb_mix is a sum
         of 2 * e products.
         """
-        logit_std = self.head_dim**-0.25 / math.sqrt(self.in_channels)
-        nn.init.normal_(self.query.weight, std=logit_std)
-        nn.init.normal_(self.key.weight, std=logit_std)
-        nn.init.normal_(self.value.weight, std=self.value.weight[0].numel() ** -0.5)
+        for layer in (self.query, self.key, self.value):
+            layer.reset_parameters()
         if self.emb_row is not None:
             for embedding in (self.emb_row, self.emb_col, self.emb_mix):
                 nn.init.normal_(embedding, std=(2 * self.head_dim) ** -0.25)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, in_channels, H, W) -> (B, out_channels, H, W)."""
+        if is_proxy(x):
+            return as_leaf(self, x)
         _check_input(x, self.in_channels)
-        conv_values = None
-        if self.values == "conv":  # padded as a window reaches: an even one one pixel further ahead than back
-            back, ahead = reach(self.block_size)
-            conv_values = self.value(F.pad(x, (back, ahead, back, ahead)))
+        if not self._is_plain(x):
+            return self._attend_maps(x)
+        conv_values = self._values(x) if self.values == "conv" else None
         dtype = autocast_dtype(x.device)
         if dtype is None:
             return self._attend(x, conv_values)
@@ -310,24 +324,51 @@ class AttentionStem(nn.Module):
 
     def _attend(self, x: Tensor, conv_values: Tensor | None) -> Tensor:
         if self.window == "sliding" and conv_values is not None:
-            heads = (self.num_heads, self.head_dim)
-            query, key, value = (y.to(x.dtype).unflatten(1, heads) for y in (self.query(x), self.key(x), conv_values))
-            return local_attention(
-                query, key, value, None, None,
-                kernel_size=self.block_size, border=self.border, backend=self.backend,
-            ).flatten(1, 2)  # fmt: skip
+            return self._slide(*(y.to(x.dtype) for y in (self.query(x), self.key(x), conv_values)))
         if conv_values is not None:
             return stem_kernels.block_attention(x, self._forms(), conv_values.to(x.dtype), self.block_size, self.border)
-        weights = (self._forms(), self._mixture(), self._value_weight())
+        weights = (self._forms(), self._mixture(x), self._value_weight())
         return stem_operator.attend(x, *weights, self.window, self.border, self.backend)
+
+    def _slide(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Sliding windows without a mixture are local attention without embeddings: 3 x (B, C, H, W) -> the same."""
+        query, key, value = (y.unflatten(1, (self.num_heads, self.head_dim)) for y in (query, key, value))
+        options = {"kernel_size": self.block_size, "border": self.border, "backend": self.backend}
+        return local_attention(query, key, value, None, None, **options).flatten(1, 2)
+
+    def _values(self, x: Tensor) -> Tensor:
+        """The value convolution's output: (B, in_channels, H, W) -> (B, M * out_channels, H, W)."""
+        if self.values == "conv":  # padded as a window reaches: an even one one pixel further ahead than back
+            back, ahead = reach(self.block_size)
+            x = F.pad(x, (back, ahead, back, ahead))
+        return self.value(x)
+
+    def _is_plain(self, x: Tensor) -> bool:
+        """Whether weights may be used in place of calls: of query and key, and of value unless it is called anyway."""
+        projections = [(self.query, self.out_channels), (self.key, self.out_channels)]
+        if self.values != "conv":
+            matrices = self.num_mixtures if self.values == "mixture" else 1
+            projections.append((self.value, matrices * self.out_channels))
+        return all(is_plain_projection(layer, self.in_channels, width, x.device) for layer, width in projections)
+
+    def _attend_maps(self, x: Tensor) -> Tensor:
+        """`forward` by calls of query, key and value."""
+        query, key, value = self.query(x), self.key(x), self._values(x)
+        if self.values != "mixture" and self.window == "sliding":
+            return self._slide(query, key, value)
+        with without_autocast(x.device):
+            return stem_kernels.attention_of_maps(
+                query, key, value, self._mixture(value), self.num_heads, self.window, self.border
+            )
 
     def can_pool(self, x: Tensor) -> bool:
         """Whether `pooled` serves this input: blocks, values of one pixel, and a kernel; on a CPU no autocast."""
         if self.window != "block" or self.values == "conv" or x.dtype != accumulate_dtype(x.dtype):
             return False
-        return self.kernel(x.device.type, x.dtype) == "triton" or (
-            autocast_dtype(x.device) is None and self.kernel(x.device.type, x.dtype) is not None
-        )
+        kernel = self.kernel(x.device.type, x.dtype)
+        if kernel is None or not self._is_plain(x) or (kernel == "cpu" and autocast_dtype(x.device) is not None):
+            return False
+        return not composite_serves(self.backend, x, self.emb_row, self.emb_col, self.emb_mix)
 
     def kernel(self, device: str, dtype: torch.dtype) -> str | None:
         """The kernel that serves images of this device's type and dtype: "cpu", "triton", or None for PyTorch."""
@@ -345,7 +386,7 @@ class AttentionStem(nn.Module):
         _check_input(x, self.in_channels)
         dtype = autocast_dtype(x.device)
         with without_autocast(x.device):  # as in `forward`
-            weights = (self._forms(), self._mixture(), self._value_weight())
+            weights = (self._forms(), self._mixture(x), self._value_weight())
             out = stem_operator.attend_normalise_pool(x, *weights, self.border, norm, self.backend)
         return out if dtype is None else out.to(dtype)
 
@@ -359,11 +400,14 @@ class AttentionStem(nn.Module):
         """q.k of each pixel with its window, -inf at masked keys; shapes of `attention_weights`."""
         _check_input(x, self.in_channels)
         chosen = torch.cartesian_prod(*map(torch.arange, x.shape[-2:])) if pixels is None else pixels
-        with without_autocast(x.device):  # wide, as in `forward`
-            logits = stem_kernels.logits_at(
-                x.to(self.query.weight.dtype), self._forms(), chosen.to(x.device), self.block_size, self.window,
-                self.border,
-            )  # fmt: skip
+        chosen, where = chosen.to(x.device), (self.block_size, self.window, self.border)
+        if self._is_plain(x):
+            with without_autocast(x.device):  # wide, as in `forward`
+                logits = stem_kernels.logits_at(x.to(self.query.weight.dtype), self._forms(), chosen, *where)
+        else:
+            query, key = self.query(x), self.key(x)
+            with without_autocast(x.device):
+                logits = stem_kernels.logits_of_maps_at(query, key, self.num_heads, chosen, *where)
         return logits.unflatten(2, x.shape[-2:]) if pixels is None else logits
 
     def attention_weights(self, x: Tensor, pixels: Tensor | None = None) -> Tensor:
@@ -380,10 +424,10 @@ class AttentionStem(nn.Module):
             return pixels // self.block_size * self.block_size
         return pixels - reach(self.block_size)[0]
 
-    def _mixture(self) -> Tensor:
-        """p(a, b, m) as (P, M); with plain values the one matrix has weight 1 everywhere."""
+    def _mixture(self, like: Tensor) -> Tensor:
+        """p(a, b, m) as (P, M); with plain values the one matrix has weight 1 everywhere, of the dtype of `like`."""
         if self.emb_row is None:
-            return self.query.weight.new_ones(self.block_size**2, 1)
+            return like.new_ones(self.block_size**2, 1)
         return stem_kernels.mixture_weights(self.emb_row, self.emb_col, self.emb_mix)
 
     def extra_repr(self) -> str:
@@ -416,20 +460,25 @@ def _check_choice(name: str, got: str, allowed: tuple[str, ...]) -> None:
         raise ValueError(f"{name}={got!r}: allowed are {', '.join(allowed)}")
 
 
-def _check_positive_integer(name: str, got: int) -> None:
-    if not isinstance(got, int) or isinstance(got, bool) or got < 1:
+def _positive_integer(name: str, got: int) -> int:
+    """`got` as Python's int: NumPy's are integers too."""
+    try:
+        number = 0 if isinstance(got, bool) else operator.index(got)
+    except TypeError:
+        number = 0
+    if number < 1:
         raise ValueError(f"{name}={got!r}: must be an integer of at least 1")
+    return number
 
 
-def _check_heads(in_channels: int | None, out_channels: int, num_heads: int) -> None:
+def _checked_heads(in_channels: int | None, out_channels: int, num_heads: int) -> tuple[int | None, int, int]:
     """Heads own equal slices of the output channels, and of the input channels when the projections are grouped."""
-    _check_positive_integer("num_heads", num_heads)
+    num_heads, checked = _positive_integer("num_heads", num_heads), []
     for name, channels in (("in_channels", in_channels), ("out_channels", out_channels)):
-        if channels is None:
-            continue
-        _check_positive_integer(name, channels)
-        if channels % num_heads:
+        checked.append(None if channels is None else _positive_integer(name, channels))
+        if channels is not None and checked[-1] % num_heads:
             raise ValueError(f"{name}={channels}: must be a multiple of num_heads={num_heads}")
+    return *checked, num_heads
 
 
 def _check_input(x: Tensor, channels: int) -> None:

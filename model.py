@@ -18,13 +18,18 @@ import torch
 from torch import Tensor, nn
 
 from attention import AttentionStem, LocalAttention2d
+from sasa.backbone import Backbone, CheckpointedBlock
+from sasa.convert import convert, load_torchvision  # noqa: F401 : parts of this module's interface
+from sasa.initialise import he_weight, set_initialiser, zero_norm
+from sasa.kernels.plain import is_plain, is_plain_norm, is_plain_pool
+from sasa.kernels.tracing import CeilMaxPool2d, is_proxy
 
 STAGES = (1, 2, 3, 4)
 PLANES = (64, 128, 256, 512)  # channels of each stage's spatial layers
 MIN_SIZE = 8  # pixels: the smallest image side that the networks are built for and tested with
 
 
-class Bottleneck(nn.Module):
+class Bottleneck(CheckpointedBlock):
     """1x1, spatial layer, 1x1, plus the shortcut; (B, inplanes, H, W) -> (B, 4 * planes, ceil(H / s), ceil(W / s)).
 
     `attention` makes the spatial layer: called as attention(planes, planes, stride=stride); None is a 3x3 convolution.
@@ -46,7 +51,7 @@ class Bottleneck(nn.Module):
         self.relu = nn.ReLU(inplace=True)
         self.downsample = shortcut(inplanes, width, stride)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def compute(self, x: Tensor) -> Tensor:
         identity = x if self.downsample is None else self.downsample(x)
         out = self.relu(self.bn1(self.conv1(x)))
         out = self.relu(self.bn2(self.spatial(out)))
@@ -54,7 +59,7 @@ class Bottleneck(nn.Module):
         return self.relu(out + identity)
 
 
-class BasicBlock(nn.Module):
+class BasicBlock(CheckpointedBlock):
     """Two 3x3 convolutions plus the shortcut: (B, inplanes, H, W) -> (B, planes, ceil(H/stride), ceil(W/stride))."""
 
     expansion = 1
@@ -70,7 +75,7 @@ class BasicBlock(nn.Module):
         self.relu = nn.ReLU(inplace=True)
         self.downsample = shortcut(inplanes, planes, stride)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def compute(self, x: Tensor) -> Tensor:
         identity = x if self.downsample is None else self.downsample(x)
         out = self.relu(self.bn1(self.conv1(x)))
         out = self.bn2(self.conv2(out))
@@ -87,8 +92,8 @@ VARIANTS: dict[str, tuple[type[nn.Module], tuple[int, ...], tuple[int, ...]]] = 
 }
 
 
-class ResNet(nn.Module):
-    """(B, 3, H, W) with H, W >= 8 -> logits (B, num_classes).
+class ResNet(Backbone):
+    """(B, in_chans, H, W) with H, W >= 8 -> logits (B, num_classes).
 
     Args:
         block: Bottleneck or BasicBlock.
@@ -98,6 +103,7 @@ class ResNet(nn.Module):
         small_images: the CIFAR form instead of the ImageNet form.
         attention_stages: the stages (of 1 to 4) whose spatial layers are attention; () is the
             convolution baseline.
+        in_chans: channels of the image.
         zero_init_residual: each residual branch starts at zero (the last batch norm's weight).
         **layer_options: of `LocalAttention2d`, for every attention stage, and with the prefix `stem_` of
             `AttentionStem`.
@@ -117,6 +123,7 @@ class ResNet(nn.Module):
         small_images: bool = False,
         attention_stages: Collection[int] = STAGES,
         zero_init_residual: bool = False,
+        in_chans: int = 3,
         **layer_options,
     ) -> None:
         super().__init__()
@@ -133,10 +140,10 @@ class ResNet(nn.Module):
             if not attention_stages:
                 _check_fits_a_stage(layer_options)
             with _error_prefix("stem_"):
-                AttentionStem(3, 64, **stem_options)
+                AttentionStem(in_chans, 64, **stem_options)
 
         self.small_images, self.zero_init_residual = small_images, zero_init_residual
-        self.stem = make_stem(64, stem, small_images, stem_options)
+        self.stem = make_stem(64, stem, small_images, stem_options, in_chans)
         attention = partial(LocalAttention2d, **layer_options)
         inplanes = 64
         for stage, (planes, depth) in enumerate(zip(PLANES, layers, strict=True), start=1):
@@ -163,12 +170,14 @@ class ResNet(nn.Module):
         }
         for module in self.modules():
             if isinstance(module, nn.Conv2d) and module not in own:
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+                set_initialiser(module, he_weight)
+                module.reset_parameters()
         if self.zero_init_residual:
             for module in self.modules():
                 if isinstance(module, Bottleneck | BasicBlock):
                     last = module.bn3 if isinstance(module, Bottleneck) else module.bn2
-                    nn.init.zeros_(last.weight)
+                    set_initialiser(last, zero_norm)
+                    last.reset_parameters()
 
     def reset_classifier(self, num_classes: int) -> None:
         """A new, freshly initialised `fc` for `num_classes` classes; 0: none, forward then gives pooled features."""
@@ -177,20 +186,28 @@ class ResNet(nn.Module):
         like = next(self.parameters())
         self.num_classes = num_classes
         self.fc = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
-        self.fc.to(device=like.device, dtype=like.dtype)
+        if any((p.device, p.dtype) != (like.device, like.dtype) for p in self.fc.parameters()):
+            self.fc.to(device=like.device, dtype=like.dtype)
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """(B, 3, H, W) -> (B, num_features, h, w), the map before the global pool."""
-        if x.dim() != 4 or x.shape[1] != 3:
-            raise ValueError(f"the input must be (B, 3, H, W), got shape {tuple(x.shape)}")
-        if min(x.shape[-2:]) < MIN_SIZE:
-            raise ValueError(f"the image must be at least {MIN_SIZE}x{MIN_SIZE}, got {x.shape[-2]}x{x.shape[-1]}")
+        """(B, in_chans, H, W) -> (B, num_features, h, w), the map before the global pool."""
+        self.check_image(x)
         x = self.stem(x)
         return self.layer4(self.layer3(self.layer2(self.layer1(x))))
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.avgpool(self.forward_features(x))
-        return self.fc(torch.flatten(x, 1))
+        """(B, in_chans, H, W) -> logits (B, num_classes), or pooled features (B, num_features) without a classifier."""
+        return self.forward_head(self.forward_features(x))
+
+    def check_image(self, x: Tensor) -> None:
+        """Raises ValueError for an image that the network does not take; a trace of torch.fx has none to check."""
+        if is_proxy(x):
+            return
+        channels = getattr(self.stem[0], "in_channels", None)  # of the layer that is there, which may be another
+        if x.dim() != 4 or channels not in (None, x.shape[1]):
+            raise ValueError(f"the input must be (B, {channels}, H, W), got shape {tuple(x.shape)}")
+        if min(x.shape[-2:]) < MIN_SIZE:
+            raise ValueError(f"the image must be at least {MIN_SIZE}x{MIN_SIZE}, got {x.shape[-2]}x{x.shape[-1]}")
 
 
 class PooledAttentionStem(nn.Sequential):
@@ -198,32 +215,39 @@ class PooledAttentionStem(nn.Sequential):
 
     (B, 3, H, W) -> (B, C, ceil(H / 4), ceil(W / 4)). ReLU and pool commute, and the pool leaves a sixteenth to it. So
     do batch norm and pool, but for the sign of the norm's weight: where the pool's windows are the attention's blocks
-    and the kernel can, it pools before the norm and the map of H x W never exists. With a hook on a layer, all are
-    called one by one.
+    and the kernel can, it pools before the norm and the map of H x W never exists. Where that could be noticed (a
+    hook, a replaced layer, another norm), all are called one by one.
     """
 
     def __init__(self, attention: AttentionStem) -> None:
-        pool = nn.MaxPool2d(4, 4, ceil_mode=True)
-        super().__init__(attention, nn.BatchNorm2d(attention.out_channels), pool, nn.ReLU(inplace=True))
+        norm, pool = nn.BatchNorm2d(attention.out_channels), CeilMaxPool2d(4)
+        super().__init__(attention, norm, pool, nn.ReLU(inplace=True))
 
     def forward(self, x: Tensor) -> Tensor:
-        attention, norm, pool, relu = self
-        plain = type(norm) is nn.BatchNorm2d and norm.momentum is not None and norm.weight.dtype == x.dtype
-        hooked = any(layer._forward_hooks or layer._forward_pre_hooks for layer in self)
-        if not plain or hooked or pool.kernel_size != attention.block_size or not attention.can_pool(x):
+        if not self._fuses(x):
             return super().forward(x)
+        attention, norm, _, relu = self
         return relu(attention.pooled(x, norm))
 
+    def _fuses(self, x: Tensor) -> bool:
+        """Whether attention, norm and pool may be one, and nobody can tell; the ReLU is called in any case."""
+        if is_proxy(x) or len(self) != 4 or not is_plain(self[0], AttentionStem):
+            return False
+        attention, norm, pool, _ = self
+        return is_plain_norm(norm, x) and is_plain_pool(pool, attention.block_size) and attention.can_pool(x)
 
-def make_stem(out_channels: int, attention: bool, small_images: bool, options: dict) -> nn.Sequential:
+
+def make_stem(
+    out_channels: int, attention: bool, small_images: bool, options: dict, in_chans: int = 3
+) -> nn.Sequential:
     """The layers before stage 1. ImageNet form: stride 4 in all; small images: stride 1."""
     if attention:
-        layer = AttentionStem(3, out_channels, **{"window": "sliding" if small_images else "block"} | options)
+        layer = AttentionStem(in_chans, out_channels, **{"window": "sliding" if small_images else "block"} | options)
         if not small_images:
             return PooledAttentionStem(layer)
     else:
         side, stride = (3, 1) if small_images else (7, 2)
-        layer = nn.Conv2d(3, out_channels, side, stride, padding=side // 2, bias=False)
+        layer = nn.Conv2d(in_chans, out_channels, side, stride, padding=side // 2, bias=False)
     layers = [layer, nn.BatchNorm2d(out_channels), nn.ReLU(inplace=True)]
     return nn.Sequential(*layers) if small_images else nn.Sequential(*layers, nn.MaxPool2d(3, 2, padding=1))
 

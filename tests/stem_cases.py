@@ -101,7 +101,7 @@ def repeats_bit_for_bit(window, device="cpu"):
 def opcheck(pooled, image_gradient, device="cpu"):
     stem = AttentionStem(out_channels=4, num_heads=2, backend="triton").to(device)
     x = torch.randn(1, 3, 4, 6, device=device, requires_grad=image_gradient)
-    weights = [w.detach().requires_grad_() for w in (stem._forms(), stem._mixture(), stem._value_weight())]
+    weights = [w.detach().requires_grad_() for w in (stem._forms(), stem._mixture(x), stem._value_weight())]
     operator = torch.ops.sasa.stem_attention.default
     torch.library.opcheck(operator, (x, *weights, "block", "mask", image_gradient, pooled, "triton"))
 

@@ -5,6 +5,8 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 import hubconf
 from conftest import ROOT
 
@@ -30,7 +32,7 @@ print("stem", tuple(net(torch.randn(2, 3, 32, 40)).shape))
 
 
 def test_every_entry_point_is_a_network_and_says_what_it_is():
-    entries = {name: entry for name, entry in vars(hubconf).items() if callable(entry)}
+    entries = {name: entry for name, entry in vars(hubconf).items() if callable(entry) and name[0] != "_"}  # its rule
     assert set(entries) == set(PARAMETERS)
     assert all(inspect.getdoc(entry) for entry in entries.values())
 
@@ -44,3 +46,46 @@ def test_every_network_loads_from_another_folder(tmp_path):
     assert done.returncode == 0, done.stderr
     lines = [f"{name} {count} (1, 10)" for name, count in PARAMETERS.items()]
     assert done.stdout.splitlines() == [*lines, "stem (2, 7)"]
+
+
+LEFT_ALONE = """
+import sys
+first = sys.argv[2]
+if first != "none":
+    __import__(first)
+import torch
+before, path = {n: sys.modules.get(n) for n in ("model", "attention", "config", "kernels")}, list(sys.path)
+net = torch.hub.load(sys.argv[1], "resnet26", source="local", num_classes=3, small_images=True, kernel_size=3)
+assert {n: sys.modules.get(n) for n in before} == before and sys.path == path
+net(torch.randn(2, 3, 8, 8)).sum().backward()  # what our package imports later is still found
+for name in ("model", "attention", "config", "kernels"):
+    assert __import__(name).theirs, name
+other = torch.hub.load(sys.argv[1], "resnet38", source="local", num_classes=3, small_images=True, kernel_size=3)
+assert other(torch.randn(2, 3, 8, 8)).shape == (2, 3)
+import copy, io
+file = io.BytesIO()
+torch.save(copy.deepcopy(net), file)
+file.seek(0)
+assert torch.load(file, weights_only=False).fc.out_features == 3
+"""
+
+
+@pytest.mark.parametrize("first", ["none", "model", "attention", "config", "kernels"])
+def test_files_of_the_user_and_ours_leave_each_other_alone(tmp_path, first):
+    for name in ("model", "attention", "config"):
+        (tmp_path / f"{name}.py").write_text("theirs = True\n")
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels" / "__init__.py").write_text("theirs = True\n")
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command = [sys.executable, "-c", LEFT_ALONE, str(ROOT), first]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+
+
+def test_another_package_of_our_name_is_refused_in_one_line(tmp_path):
+    (tmp_path / "sasa").mkdir()
+    (tmp_path / "sasa" / "__init__.py").write_text("")
+    program = "import sys, sasa, torch; torch.hub.load(sys.argv[1], 'resnet26', source='local')"
+    command = [sys.executable, "-c", program, str(ROOT)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert "another package named sasa is imported" in done.stderr.splitlines()[-1]

@@ -13,8 +13,11 @@ ALLOWED = {
     "sasa.files": set(),
     "config": BASE,
     "sasa.kernels": BASE,
-    "attention": BASE | {"sasa.kernels"},
-    "model": BASE | {"sasa.kernels", "attention"},
+    "sasa.initialise": BASE,
+    "attention": BASE | {"sasa.kernels", "sasa.initialise"},
+    "sasa.backbone": BASE | {"sasa.kernels"},
+    "sasa.convert": BASE | {"sasa.kernels", "attention"},
+    "model": BASE | {"sasa.kernels", "sasa.initialise", "attention", "sasa.backbone", "sasa.convert"},
     "hubconf": BASE | {"model"},
     "sasa.analysis": BASE | {"sasa.kernels", "attention", "model"},
     "sasa.data": BASE,
@@ -22,6 +25,7 @@ ALLOWED = {
     "sasa.training": BASE
     | {"sasa.kernels", "attention", "model", "sasa.analysis", "sasa.data", "preprocess", "config"},
 }
+ALLOWED["sasa.timm_models"] = BASE | {"model"}
 ALLOWED["train"] = ALLOWED["sasa.training"] | {"sasa.training"}
 ALLOWED["sasa.detection"] = ALLOWED["tools"] = ALLOWED["train"] | {"train", "sasa.detection"}
 FILES = sorted(p for p in [*ROOT.glob("*.py"), *ROOT.glob("sasa/**/*.py"), *ROOT.glob("tools/**/*.py")])

@@ -235,7 +235,7 @@ def test_the_stems_of_the_two_forms():
     tail = ["BatchNorm2d", "ReLU"]
     assert kinds() == ["Conv2d", *tail, "MaxPool2d"]
     assert kinds(small_images=True) == ["Conv2d", *tail]
-    assert kinds(stem=True) == ["AttentionStem", "BatchNorm2d", "MaxPool2d", "ReLU"]
+    assert kinds(stem=True) == ["AttentionStem", "BatchNorm2d", "CeilMaxPool2d", "ReLU"]
     assert kinds(stem=True, small_images=True) == ["AttentionStem", *tail]
     assert on_meta(ResNet26, stem=True).stem[0].window == "block"
     assert on_meta(ResNet26, stem=True, small_images=True).stem[0].window == "sliding"

@@ -16,6 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from attention import AttentionStem, LocalAttention2d
 from model import BasicBlock, Bottleneck, ResNet
+from sasa.kernels.flops import attention_flops, stem_flops
 
 RULE = (
     "FLOPs of one image's forward, each operator by its equation; a multiply-add is 2:",
@@ -96,34 +97,22 @@ def _skeleton(model: nn.Module) -> nn.Module:
 
 def _local_attention(layer: LocalAttention2d, x: Tensor, out: Tensor) -> dict[str, int]:
     pixels = x[:, 0].numel()  # of the input: the layer's pool comes after
-    pairs = pixels * layer.kernel_size**2
-    channels, heads = layer.out_channels, layer.num_heads
-    relative_keys = channels if layer.content and layer.position == "relative" else 0  # k + r
-    scaling = heads if layer.scale != 1 else 0
+    pairs, relative = pixels * layer.kernel_size**2, layer.position == "relative"
     weights = sum(p.weight.numel() for p in (layer.query, layer.key, layer.value) if p is not None)
     return {
         "position": x.numel() if layer.position == "absolute" else 0,
         "projection": 2 * weights * pixels,
-        "logits": (relative_keys + 2 * channels + scaling) * pairs,
-        "softmax": 5 * heads * pairs,
-        "weighted sum": 2 * channels * pairs,
+        **attention_flops(pairs, layer.out_channels, layer.num_heads, layer.content, relative, layer.scale != 1),
     }
 
 
 def _attention_stem(layer: AttentionStem, x: Tensor, out: Tensor) -> dict[str, int]:
     pixels = x[:, 0].numel()
-    pairs = pixels * layer.block_size**2
-    channels = layer.out_channels
-    matrices = layer.num_mixtures if layer.values == "mixture" else 0
-    # A pixel has one place in its block, hence one value; in sliding windows one for each window that it is in.
-    mixed = pixels if layer.window == "block" else pairs
-    return {
-        "projection": 2 * sum(p.weight.numel() for p in (layer.query, layer.key, layer.value)) * pixels,
-        "value mixture": 2 * matrices * channels * mixed,
-        "logits": 2 * channels * pairs,
-        "softmax": 5 * layer.num_heads * pairs,
-        "weighted sum": 2 * channels * pairs,
-    }
+    mixed = layer.values == "mixture"
+    sizes = (pixels, layer.block_size, layer.in_channels, layer.out_channels, layer.num_heads)
+    found = stem_flops(*sizes, layer.num_mixtures if mixed else 1, mixed, layer.window == "sliding")
+    weights = sum(p.weight.numel() for p in (layer.query, layer.key, layer.value))  # those of "conv" are wider
+    return found | {"projection": 2 * weights * pixels}
 
 
 # The FLOPs of one call of a module m on x; of a container: what its forward adds to that of its parts.

@@ -19,6 +19,7 @@ MODULES = {
     "cpu": "sasa.kernels.cpu",
     "tiled": "sasa.kernels.tiled",
     "reference": "sasa.kernels.reference",
+    "composite": "sasa.kernels.reference",  # its forward, in operations that PyTorch differentiates: see functional.py
 }
 
 
@@ -67,16 +68,31 @@ def choose_backend(query: Tensor, kernel_size: int, backend: str = "auto") -> st
 
 
 @functools.cache
+def named_backend(backend: str) -> str:
+    """`backend`, or in place of "auto" the name in SASA_BACKEND; "auto" where there is none.
+
+    Raises:
+        ValueError: as `check_backend`, for either.
+    """
+    if backend != "auto":
+        check_backend(backend)
+        return backend
+    backend = os.environ.get("SASA_BACKEND") or "auto"
+    try:
+        check_backend(backend)
+    except ValueError as error:
+        raise ValueError(f"the environment variable SASA_BACKEND: {error}") from None
+    return backend
+
+
+@functools.cache
 def choose_for(kind: CallKind, backend: str = "auto") -> str:
     """`choose_backend` by the kind of the calls.
 
     Raises:
         ValueError: as `choose_backend`.
     """
-    if backend == "auto":
-        backend = _backend_of_environment()
-    else:
-        check_backend(backend)
+    backend = named_backend(backend)
     if backend != "auto":
         reason = module(backend).unsupported(kind)
         if reason is not None:
@@ -90,17 +106,7 @@ def choose_for(kind: CallKind, backend: str = "auto") -> str:
     raise AssertionError("the reference backend takes every call")
 
 
-@functools.cache
-def _backend_of_environment() -> str:
-    backend = os.environ.get("SASA_BACKEND") or "auto"
-    try:
-        check_backend(backend)
-    except ValueError as error:
-        raise ValueError(f"the environment variable SASA_BACKEND: {error}") from None
-    return backend
-
-
 def forget() -> None:
     """Forgets all choices: the next call reads SASA_BACKEND and tries the backends anew."""
     choose_for.cache_clear()
-    _backend_of_environment.cache_clear()
+    named_backend.cache_clear()

@@ -8,9 +8,10 @@ without key).
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from sasa.kernels import operators, reference
-from sasa.kernels.dispatch import check_name
+from sasa.kernels.dispatch import check_name, named_backend
 from sasa.kernels.interface import BORDERS, AttentionOptions, autocast_dtype, without_autocast
 
 
@@ -52,6 +53,8 @@ def local_attention(
     _check(query, key is not None, rel_row, rel_col, options, backend)
     tensors = _to_autocast(query.device, query, key, value, rel_row, rel_col)
     _check_dtypes(*tensors)
+    if composite_serves(backend, *tensors):
+        return _composite(*tensors, *options)
     return operators.local_attention(*tensors, *options, backend)[0]
 
 
@@ -83,6 +86,8 @@ def local_attention_packed(
     _check(qkv[:, 0], qkv.shape[1] == 3, rel_row, rel_col, options, backend)
     qkv, rel_row, rel_col = _to_autocast(qkv.device, qkv, rel_row, rel_col)
     _check_dtypes(qkv, None, None, rel_row, rel_col)
+    if composite_serves(backend, qkv, rel_row, rel_col):
+        return _composite(*operators.split_packed(qkv), rel_row, rel_col, *options)
     return operators.local_attention_packed(qkv, rel_row, rel_col, *options, backend)[0]
 
 
@@ -115,6 +120,49 @@ def attention_logits(
     _check_dtypes(query, key, None, rel_row, rel_col)
     with without_autocast(query.device):
         return reference.logits(query, key, rel_row, rel_col, *options, pixels=pixels)
+
+
+def composite_serves(backend: str, *tensors: Tensor | None) -> bool:
+    """Whether a call is computed outside the operators, in operations that PyTorch differentiates in every way.
+
+    So it is with backend "composite", and without being named under a transform of torch.func, for tensors with a
+    tangent (forward-mode derivatives) and in an export to ONNX, none of which see into an operator.
+
+    Raises:
+        RuntimeError: there, the backend was named and is one that cannot.
+    """
+    name = _name(backend)
+    if name == "composite":
+        return True
+    if not (_is_transformed() or _has_tangent(*tensors)):
+        return torch.onnx.is_in_onnx_export()
+    if name in ("auto", "reference"):  # the reference is the same function
+        return True
+    raise RuntimeError(
+        f"backend={name!r} has no forward-mode derivatives and no transforms of torch.func: backend='composite' has"
+    )
+
+
+@torch.compiler.assume_constant_result  # a compiler does not trace how it is found out
+def _name(backend: str) -> str:
+    return named_backend(backend)
+
+
+def _is_transformed() -> bool:
+    """Inside torch.func.grad, vmap, jvp, ...; a compiler that traces them is not seen."""
+    return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def _has_tangent(*tensors: Tensor | None) -> bool:
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return False
+    return any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors)
+
+
+def _composite(query, key, value, rel_row, rel_col, *options) -> Tensor:
+    """The reference's forward; autograd keeps the K * K copies that it makes."""
+    with without_autocast(query.device):
+        return reference.forward(query, key, value, rel_row, rel_col, *options)[0]
 
 
 def _to_autocast(device: torch.device, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -12,6 +12,7 @@ from typing import Optional
 import torch
 from torch import Tensor
 
+from sasa.kernels import reference
 from sasa.kernels.dispatch import choose_backend, module
 from sasa.kernels.interface import AttentionOptions, accumulate_dtype, empty_like_map, to_layout, without_autocast
 
@@ -177,11 +178,24 @@ def _gradients(operator):
         inputs = saved[:-2]  # without out and lse
         if grad_out is None:
             return (None,) * (len(inputs) + _OPTIONS)
-        grads = operator(grad_out, *saved, *ctx.options)
-        grads = [None if x is None else grad for x, grad in zip(inputs, grads, strict=True)]
+        if torch.is_grad_enabled():  # create_graph=True
+            grads = _differentiable_gradients(grad_out, inputs, ctx.options[:-1])
+        else:
+            grads = operator(grad_out, *saved, *ctx.options)
+            grads = [None if x is None else grad for x, grad in zip(inputs, grads, strict=True)]
         return *grads, *(None,) * _OPTIONS
 
     return backward
+
+
+def _differentiable_gradients(grad_out, inputs, options) -> list[Tensor | None]:
+    """Gradients that can be differentiated again: those of the reference's forward, with its K * K copies."""
+    maps = inputs[:3] if len(inputs) == 5 else split_packed(inputs[0])
+    with without_autocast(grad_out.device):
+        out, _ = reference.forward(*maps, *inputs[-2:], *options)
+    wanted = [x for x in inputs if x is not None and x.requires_grad]
+    grads = iter(torch.autograd.grad(out, wanted, grad_out, create_graph=True))
+    return [next(grads) if x is not None and x.requires_grad else None for x in inputs]
 
 
 local_attention.register_autograd(_gradients(local_attention_backward), setup_context=_setup_context)

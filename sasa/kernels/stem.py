@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sasa.kernels.interface import accumulate_dtype
-from sasa.kernels.reference import windows
+from sasa.kernels.reference import attention_weights, windows
 
 
 def logit_forms(query_weight: Tensor, key_weight: Tensor, num_heads: int) -> Tensor:
@@ -47,17 +47,34 @@ def logits_at(x: Tensor, forms: Tensor, pixels: Tensor, size: int, window: str, 
     The S x S axes are the pixel's own block (window "block") or the window around it ("sliding").
     """
     x = x.to(accumulate_dtype(x.dtype))
+    queries = x[:, :, pixels[:, 0], pixels[:, 1]].transpose(1, 2)[:, :, None]  # (B, P, 1, C)
+    keys, inside = keys_at(x, pixels, size, window, border)
+    logits = window_logits(queries, keys, forms, inside)  # (B, P, N, 1, S * S)
+    return logits.squeeze(3).transpose(1, 2).unflatten(-1, (size, size))
+
+
+def keys_at(x: Tensor, pixels: Tensor, size: int, window: str, border: str) -> tuple[Tensor, Tensor | None]:
+    """What chosen pixels see of a map (B, C, H, W): (B, P, S * S, C), and which of it counts, (1, P, S * S) or None."""
     rows, cols = pixels.unbind(1)
 
-    def keys_of(maps: Tensor) -> Tensor:  # (B, C, H, W) -> (B, P, S * S, C)
+    def gather(maps: Tensor) -> Tensor:
         if window == "sliding":
             return windows(maps, size)[:, :, rows, cols].flatten(-2).permute(0, 2, 3, 1)
         return to_blocks(maps, size)[:, rows // size, cols // size]
 
-    inside = keys_of(x.new_ones(1, 1, *x.shape[-2:]))[..., 0] > 0 if border == "mask" else None  # (1, P, S * S)
-    queries = x[:, :, rows, cols].transpose(1, 2)[:, :, None]  # (B, P, 1, C)
-    logits = window_logits(queries, keys_of(x), forms, inside)  # (B, P, N, 1, S * S)
-    return logits.squeeze(3).transpose(1, 2).unflatten(-1, (size, size))
+    return gather(x), gather(x.new_ones(1, 1, *x.shape[-2:]))[..., 0] > 0 if border == "mask" else None
+
+
+def logits_of_maps_at(
+    query: Tensor, key: Tensor, num_heads: int, pixels: Tensor, size: int, window: str, border: str
+) -> Tensor:
+    """`logits_at` of projected maps: query, key (B, N * D, H, W), pixels (P, 2) -> (B, N, P, S, S)."""
+    query, key = (y.to(accumulate_dtype(y.dtype)) for y in (query, key))
+    queries = query[:, :, pixels[:, 0], pixels[:, 1]].unflatten(1, (num_heads, -1))  # (B, N, D, P)
+    keys, inside = keys_at(key, pixels, size, window, border)
+    logits = torch.einsum("bndp,bpknd->bnpk", queries, keys.unflatten(-1, (num_heads, -1)))
+    logits = logits if inside is None else logits.masked_fill(~inside, float("-inf"))
+    return logits.unflatten(-1, (size, size))
 
 
 def block_attention(x: Tensor, forms: Tensor, value: Tensor, block_size: int, border: str) -> Tensor:
@@ -95,6 +112,37 @@ def sliding_attention(x: Tensor, forms: Tensor, mixture: Tensor, value_weight: T
     mixed = attn @ inputs  # (B, H, W, N, M * C)
     weight = value_weight.unflatten(1, (num_heads, -1)).permute(1, 2, 0, 3).flatten(2)  # (N, D, M * C)
     return torch.einsum("bhwni,ndi->bndhw", mixed, weight).flatten(1, 2)
+
+
+def attention_of_maps(
+    query: Tensor, key: Tensor, value: Tensor, mixture: Tensor, num_heads: int, window: str, border: str
+) -> Tensor:
+    """`block_attention` or `sliding_attention` of projected maps, where projections are more than their weights.
+
+    query, key (B, N * D, H, W), value (B, M * N * D, H, W), mixture p (P, M) -> (B, N * D, H, W).
+    """
+    dtype, (positions, mixtures) = value.dtype, mixture.shape
+    height, width = query.shape[-2:]
+    size, heads = math.isqrt(positions), (num_heads, -1)
+    wide = accumulate_dtype(dtype)
+    query, key, value, mixture = (y.to(wide) for y in (query, key, value, mixture))
+    value = value.unflatten(1, (mixtures, -1))  # (B, M, N * D, H, W)
+    if window == "sliding":
+        attn = attention_weights(query.unflatten(1, heads), key.unflatten(1, heads), None, None, size, border, 1.0)
+        weighted = attn[..., None] * mixture.unflatten(0, (size, size))  # (B, N, H, W, S, S, M)
+        out = torch.zeros_like(query.unflatten(1, heads))
+        for part, values in zip(weighted.unbind(-1), value.unbind(1), strict=True):
+            out = out + torch.einsum("bnhwij,bndhwij->bndhw", part, windows(values.unflatten(1, heads), size))
+        return out.flatten(1, 2).to(dtype)
+    queries, keys = (to_blocks(y, size).unflatten(-1, heads) for y in (query, key))  # (B, H/S, W/S, P, N, D)
+    logits = torch.einsum("bhwqnd,bhwknd->bhwnqk", queries, keys)
+    if border == "mask":
+        inside = to_blocks(query.new_ones(1, 1, height, width), size)[..., 0] > 0  # (1, H/S, W/S, P)
+        logits = logits.masked_fill(~inside[..., None, None, :], float("-inf"))
+    values = to_blocks(value.flatten(1, 2), size).unflatten(-1, (mixtures, *heads))  # (B, H/S, W/S, P, M, N, D)
+    values = torch.einsum("bhwpmnd,pm->bhwpnd", values, mixture)
+    out = torch.einsum("bhwnqk,bhwknd->bhwqnd", logits.softmax(-1), values).flatten(-2)
+    return from_blocks(out, size, height, width).to(dtype)
 
 
 def mixed_block_values(x: Tensor, mixture: Tensor, value_weight: Tensor) -> Tensor:

@@ -11,10 +11,12 @@ a window. Source: Ramachandran et al. 2019, section 3.3; the mathematics is in k
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sasa.kernels import cpu, triton_stem
 from sasa.kernels.dispatch import choose_for
+from sasa.kernels.functional import composite_serves
 from sasa.kernels.interface import CallKind, accumulate_dtype, empty_like_map, empty_map
 from sasa.kernels.stem import block_attention, mixed_block_values, sliding_attention
 
@@ -27,11 +29,17 @@ def attend(
     x (B, C, H, W), forms (N, C, C), mixture p (P, M), value_weight (M, N * D, C) -> (B, N * D, H, W). A kernel serves
     where `kernel_for` names one, PyTorch everything else.
     """
-    kernel = _kernel_of(x, forms, mixture, value_weight, backend)
-    if kernel is not None:
-        wide = accumulate_dtype(x.dtype)
-        tensors = (y.to(wide) for y in (x, forms, mixture, value_weight))
-        return _stem_attention(*tensors, window, border, x.requires_grad, False, kernel)[0].to(x.dtype)
+    tensors = (x, forms, mixture, value_weight)
+    kernel = _kernel_of(*tensors, backend)
+    if kernel is None or composite_serves(backend, *tensors):
+        return _composite(*tensors, window, border)
+    wide = accumulate_dtype(x.dtype)
+    tensors = (y.to(wide) for y in tensors)
+    return _stem_attention(*tensors, window, border, x.requires_grad, False, kernel)[0].to(x.dtype)
+
+
+def _composite(x: Tensor, forms: Tensor, mixture: Tensor, value_weight: Tensor, window: str, border: str) -> Tensor:
+    """`attend` by PyTorch's own operations."""
     if window == "sliding":
         return sliding_attention(x, forms, mixture, value_weight, border)
     size = math.isqrt(mixture.shape[0])
@@ -100,7 +108,7 @@ def kernel_for(
 
 def _kernel_of(x: Tensor, forms: Tensor, mixture: Tensor, value_weight: Tensor, backend: str) -> str | None:
     side, head_dim = math.isqrt(mixture.shape[0]), value_weight.shape[1] // forms.shape[0]
-    return kernel_for(x.device.type, x.dtype, x.shape[1], backend, side, mixture.shape[1], head_dim)
+    return kernel_for(x.device.type, x.dtype, forms.shape[-1], backend, side, mixture.shape[1], head_dim)
 
 
 def _empty_outputs(x: Tensor, mixture: Tensor, value_weight: Tensor, pooled: bool) -> tuple[Tensor, Tensor]:
@@ -171,12 +179,29 @@ def _setup_context(ctx, inputs, output):
 def _backward(ctx, grad_out, grad_index, grad_moments):
     *inputs, index, moments = ctx.saved_tensors
     x, pooled = inputs[0], ctx.options[3]
+    if torch.is_grad_enabled():  # create_graph=True
+        grads = _differentiable_gradients(grad_out, grad_moments, inputs, ctx.options)
+        return *grads, *(None,) * len(ctx.options)
     slopes = moments
     if pooled:  # of the mean, sum(o) / n, and of the variance, sum((o - mean)^2) / n
         of_mean, of_variance = grad_moments / (x.shape[0] * x.shape[2] * x.shape[3])
         slopes = torch.stack((of_mean - 2 * of_variance * moments[0], 2 * of_variance)).to(x.dtype)
     grad_x, *grads = _stem_attention_backward(grad_out, index, slopes, *inputs, *ctx.options)
     return grad_x if ctx.options[2] else None, *grads, *(None,) * len(ctx.options)
+
+
+def _differentiable_gradients(grad_out, grad_moments, inputs, options) -> list[Tensor | None]:
+    """Gradients that can be differentiated again: those of PyTorch's own operations."""
+    window, border, _, pooled, _ = options
+    results, directions = [_composite(*inputs, window, border)], [grad_out]
+    if pooled:
+        (values,), side = results, math.isqrt(inputs[2].shape[0])
+        moments = values.double().var((0, 2, 3), correction=0), values.double().mean((0, 2, 3))
+        results = [F.max_pool2d(values, side, ceil_mode=True), torch.stack(moments[::-1])]
+        directions.append(grad_moments)
+    wanted = [x for x in inputs if x.requires_grad]
+    grads = iter(torch.autograd.grad(results, wanted, directions, create_graph=True))
+    return [next(grads) if x.requires_grad else None for x in inputs]
 
 
 torch.library.register_autograd("sasa::stem_attention", _backward, setup_context=_setup_context)

@@ -147,14 +147,14 @@ def is_tame(query, key, value, rel_row, rel_col, scale: float, grad_out=None) ->
 
     def largest(*tensors) -> Tensor:
         low_high = [x.detach().aminmax() for x in tensors if x is not None]
-        return sum(torch.maximum(-low, high).double() for low, high in low_high)
+        return sum(torch.maximum(-low, high).to(accumulate_dtype(low.dtype)) for low, high in low_high)
 
     if query.numel() == 0 or query.device.type == "cuda":  # there, to look would stop the host until the GPU is done
         return True
     bound = largest(query) * (largest(key, rel_row, rel_col) * abs(scale)) + largest(value)
     if grad_out is not None:
         bound = bound + largest(grad_out) * (largest(value) + 1)
-    return bool(bound * query.shape[2] < LIMIT)  # NaN compares false
+    return bool(bound * query.shape[2] < LIMIT)  # NaN compares false, and so does an overflow
 
 
 # Layout --------------------------------------------------------------------------------------------------------------

@@ -102,7 +102,7 @@ def test_every_thread_count_gives_the_same_bits(window, pooled):
 def test_opcheck(image_gradient, pooled):
     stem = AttentionStem(out_channels=8, num_heads=2).double()
     x = torch.randn(2, 3, 6, 9, dtype=torch.float64, requires_grad=image_gradient)
-    weights = [w.detach().requires_grad_() for w in (stem._forms(), stem._mixture(), stem._value_weight())]
+    weights = [w.detach().requires_grad_() for w in (stem._forms(), stem._mixture(x), stem._value_weight())]
     operator = torch.ops.sasa.stem_attention.default
     torch.library.opcheck(operator, (x, *weights, "block", "mask", image_gradient, pooled))
 

@@ -1,0 +1,80 @@
+"""When weights may be used without calling the module that owns them: where nobody can tell the difference.
+
+A fused path reads the weights of several modules and computes what their calls would. Adapters, hooks, pruning, weight
+norm, offloading, quantization and replaced modules all act through those calls, so one predicate decides: `is_plain`
+for a module whose class, call and forward are PyTorch's own, and more for a projection or a batch norm, whose numbers
+are used. Where it says no, the modules are called.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from sasa.kernels.tracing import CeilMaxPool2d
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_GLOBAL_HOOKS = tuple(getattr(nn.modules.module, f"_global{name}") for name in _HOOKS)
+_CALL = nn.Module.__call__
+_FORWARDS = {kind: kind.forward for kind in (nn.Conv2d, nn.BatchNorm2d, nn.MaxPool2d, CeilMaxPool2d)}
+
+
+def fused_kind(kind: type[nn.Module]) -> type[nn.Module]:
+    """Class decorator: modules of this kind take part in a fused path, as long as its forward is the one of now."""
+    _FORWARDS[kind] = kind.forward
+    return kind
+
+
+def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a call of `module` is the forward of `kind` and nothing else.
+
+    False for a subclass (a parametrized module is one), any hook, its own or global, and a forward that was replaced,
+    in the module or in its class.
+    """
+    if type(module) is not kind or "forward" in module.__dict__ or kind.forward is not _FORWARDS[kind]:
+        return False
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        return False
+    return not any(_GLOBAL_HOOKS) and nn.Module.__call__ is _CALL
+
+
+def is_plain_projection(module: nn.Module, in_channels: int, out_channels: int, device: torch.device) -> bool:
+    """Whether a call of `module` is a 1x1 convolution by a weight (out_channels, in_channels, 1, 1) on `device`.
+
+    False with a bias, for a weight that is not exactly a `Parameter` (sharded, quantized, computed by a hook) and for
+    one that lies elsewhere (offloaded).
+    """
+    if not is_plain(module, nn.Conv2d):
+        return False
+    weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
+    if type(weight) is not nn.Parameter or bias is not None or weight.device != device:
+        return False
+    geometry = module.stride == (1, 1) and module.padding == (0, 0) and module.groups == 1
+    return geometry and weight.shape == (out_channels, in_channels, 1, 1)
+
+
+def is_plain_norm(module: nn.Module, x: Tensor) -> bool:
+    """Whether `module` is an affine batch norm of the dtype and device of x, with running statistics and a momentum."""
+    if not is_plain(module, nn.BatchNorm2d) or module.momentum is None or not module.track_running_stats:
+        return False
+    numbers = (module._parameters.get("weight"), module._parameters.get("bias"))
+    if any(type(y) is not nn.Parameter for y in numbers):
+        return False
+    numbers += (module._buffers.get("running_mean"), module._buffers.get("running_var"))
+    counter = module._buffers.get("num_batches_tracked")
+    return counter is not None and all(
+        y is not None and y.dtype == x.dtype and y.device == x.device and y.shape == numbers[0].shape for y in numbers
+    )
+
+
+def is_plain_pool(module: nn.Module, side: int) -> bool:
+    """Whether `module` takes the largest value of aligned side x side blocks, ragged last ones included."""
+    kind = CeilMaxPool2d if type(module) is CeilMaxPool2d else nn.MaxPool2d
+
+    def equals(value: int | tuple[int, int], wanted: int) -> bool:
+        return value in (wanted, (wanted, wanted))
+
+    return (
+        is_plain(module, kind)
+        and equals(module.kernel_size, side) and equals(module.stride, side)
+        and equals(module.padding, 0) and equals(module.dilation, 1)
+        and module.ceil_mode and not module.return_indices
+    )  # fmt: skip

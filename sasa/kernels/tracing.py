@@ -1,0 +1,69 @@
+"""What the layers do differently while a tracer looks on: torch.fx, and torch.export with free sizes."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.fx import Proxy
+
+
+def is_proxy(x: Tensor) -> bool:
+    """Whether x only stands for a tensor, in a trace of torch.fx: it has no shape and no device to decide by."""
+    return isinstance(x, Proxy)
+
+
+def as_leaf(module: nn.Module, x: Proxy) -> Proxy:
+    """The call of `module` as one node of the trace, whatever the tracer's own leaves are.
+
+    Raises:
+        ValueError: `module` is the root of the trace, which cannot be a node of it.
+    """
+    name = x.tracer.path_of_module(module)
+    if not name:
+        raise ValueError(f"torch.fx: a {type(module).__name__} is one node of a trace, so it cannot be its root")
+    return x.tracer.create_proxy("call_module", name, (x,), {})
+
+
+def has_free_size(x: Tensor) -> bool:
+    """Whether height or width of x (.., H, W) is a symbol, as in torch.export with `Dim`."""
+    return any(isinstance(size, torch.SymInt) for size in x.shape[-2:])
+
+
+def fill_up(x: Tensor, side: int, value: float = 0.0) -> Tensor:
+    """(.., H, W) padded after its last row and column up to whole multiples of `side`."""
+    # Written as a strided convolution writes its size, so that both are seen to be equal.
+    below, right = (((size - 1) // side + 1) * side - size for size in x.shape[-2:])
+    return F.pad(x, (0, right, 0, below), value=value)
+
+
+class CeilAvgPool2d(nn.AvgPool2d):
+    """Average of side x side blocks; a ragged last one averages the pixels that it has.
+
+    (B, C, H, W) -> (B, C, ceil(H / side), ceil(W / side)). PyTorch's own rule for the last block compares sizes, which
+    ties down an exported height and width: those are filled up with zeros, and divided by the share of the map.
+    """
+
+    def __init__(self, side: int) -> None:
+        super().__init__(side, side, ceil_mode=True, count_include_pad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if is_proxy(x):
+            return as_leaf(self, x)
+        side = self.kernel_size
+        if not has_free_size(x):
+            return super().forward(x)
+        share = F.avg_pool2d(fill_up(x.new_ones(1, 1, *x.shape[-2:]), side), side)
+        return F.avg_pool2d(fill_up(x, side), side) / share
+
+
+class CeilMaxPool2d(nn.MaxPool2d):
+    """Largest value of side x side blocks, the ragged last ones included; see `CeilAvgPool2d`."""
+
+    def __init__(self, side: int) -> None:
+        super().__init__(side, side, ceil_mode=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if is_proxy(x):
+            return as_leaf(self, x)
+        if not has_free_size(x):
+            return super().forward(x)
+        return F.max_pool2d(fill_up(x, self.kernel_size, float("-inf")), self.kernel_size)

@@ -1,0 +1,326 @@
+"""Fused paths read weights past their modules: nobody must be able to tell.
+
+Every kind of change that acts through a module's call is tried on every module of every fused path.
+"""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils import parametrize, prune
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from attention import AttentionStem, LocalAttention2d
+from model import PooledAttentionStem
+
+PATHS = {
+    "layer": lambda: LocalAttention2d(4, 16, 3, num_heads=2),
+    "layer without content": lambda: LocalAttention2d(4, 16, 3, num_heads=2, content=False),
+    "stem of blocks": lambda: AttentionStem(3, 16),
+    "sliding stem": lambda: AttentionStem(3, 16, window="sliding", border="zero"),
+    "stem of one matrix": lambda: AttentionStem(3, 16, values="plain", border="zero"),
+    "sliding stem of one matrix": lambda: AttentionStem(3, 16, window="sliding", values="plain"),
+    "stem of convolved values": lambda: AttentionStem(3, 16, values="conv"),
+    "stem in PyTorch": lambda: AttentionStem(3, 16, backend="tiled"),
+    "pooled stem": lambda: PooledAttentionStem(AttentionStem(3, 16)),
+}
+TARGETS = [
+    (path, name)
+    for path, make in PATHS.items()
+    for name, module in make().named_modules()
+    if isinstance(module, nn.Conv2d)
+]
+
+
+def build(path):
+    torch.manual_seed(1)
+    network = PATHS[path]()
+    if path == "pooled stem":
+        network[1].weight.data.uniform_(-1, 1)
+        network[3].inplace = False  # PyTorch's backward hooks do not go with it
+    return network, torch.randn(2, 4 if "layer" in path else 3, 9, 10)
+
+
+# Ways to double what a module returns --------------------------------------------------------------------------------
+
+
+class Doubled(nn.Conv2d):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class Twice(nn.Module):
+    def forward(self, x):
+        return 2 * x
+
+
+class Stored(torch.Tensor):
+    """Stands for a quantized or sharded weight: the numbers are half of the real ones, and only convolutions know."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        out = super().__torch_function__(function, types, args, kwargs or {})
+        return 2 * out.as_subclass(torch.Tensor) if function in (F.conv2d, torch.conv2d) else out
+
+
+def forward_hook(network, name, monkeypatch):
+    network.get_submodule(name).register_forward_hook(lambda module, inputs, out: 2 * out)
+
+
+def forward_pre_hook(network, name, monkeypatch):
+    network.get_submodule(name).register_forward_pre_hook(lambda module, inputs: (2 * inputs[0],))
+
+
+def global_forward_hook(network, name, monkeypatch):
+    target = network.get_submodule(name)
+    return nn.modules.module.register_module_forward_hook(lambda m, i, out: 2 * out if m is target else out)
+
+
+def global_forward_pre_hook(network, name, monkeypatch):
+    target = network.get_submodule(name)
+    return nn.modules.module.register_module_forward_pre_hook(lambda m, i: (2 * i[0],) if m is target else i)
+
+
+def other_forward(network, name, monkeypatch):
+    module = network.get_submodule(name)
+    module.forward = lambda x: 2 * type(module).forward(module, x)
+
+
+def other_forward_of_the_class(network, name, monkeypatch):
+    target, before = network.get_submodule(name), nn.Conv2d.forward
+    monkeypatch.setattr(nn.Conv2d, "forward", lambda self, x: before(self, x) * (2 if self is target else 1))
+
+
+def other_call_of_every_module(network, name, monkeypatch):
+    target, before = network.get_submodule(name), nn.Module.__call__
+    monkeypatch.setattr(nn.Module, "__call__", lambda self, *x: before(self, *x) * (2 if self is target else 1))
+
+
+def subclass(network, name, monkeypatch):
+    network.get_submodule(name).__class__ = Doubled
+
+
+def wrapper(network, name, monkeypatch):
+    parent, _, last = name.rpartition(".")
+    setattr(network.get_submodule(parent), last, nn.Sequential(network.get_submodule(name), Twice()))
+
+
+def parametrization(network, name, monkeypatch):
+    parametrize.register_parametrization(network.get_submodule(name), "weight", Twice())
+
+
+def pruning(network, name, monkeypatch):
+    module = prune.identity(network.get_submodule(name), "weight")
+    module.weight_orig.data.mul_(2)
+
+
+def weight_norm(network, name, monkeypatch):
+    module = nn.utils.weight_norm(network.get_submodule(name))
+    module.weight_g.data.mul_(2)
+
+
+def weight_subclass(network, name, monkeypatch):
+    module = network.get_submodule(name)
+    module.weight = nn.Parameter(module.weight.detach().as_subclass(Stored))
+
+
+def offloading(network, name, monkeypatch):
+    """The weight is brought by the call, and gone after it."""
+    module = network.get_submodule(name)
+    kept = 2 * module.weight.detach()
+    module.weight = nn.Parameter(module.weight.detach().to("meta"))
+    module.forward = lambda x: F.conv2d(x, kept)
+
+
+DOUBLING = [
+    forward_hook, forward_pre_hook, global_forward_hook, global_forward_pre_hook, other_forward,
+    other_forward_of_the_class, other_call_of_every_module, subclass, wrapper, parametrization, pruning, weight_norm,
+    weight_subclass, offloading,
+]  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*")
+@pytest.mark.parametrize("double", DOUBLING, ids=lambda f: f.__name__)
+@pytest.mark.parametrize(("path", "name"), TARGETS)
+def test_what_doubles_a_projection_is_honoured(path, name, double, monkeypatch):
+    plain, x = build(path)
+    before = plain(x)
+    plain.get_submodule(name).weight.data.mul_(2)
+    wanted = plain(x)
+    network, _ = build(path)
+    handle = double(network, name, monkeypatch)
+    try:
+        got = network(x)
+    finally:
+        if handle is not None:
+            handle.remove()
+    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
+    scale = wanted.abs().max()
+    assert (wanted - before).abs().max() > 0.01 * scale or path == "pooled stem"  # a norm forgets a factor
+    assert wanted.abs().max() > 0
+
+
+@pytest.mark.parametrize(("path", "name"), TARGETS)
+def test_a_bias_is_added(path, name):
+    network, x = build(path)
+    shift = torch.randn(network.get_submodule(name).out_channels)
+    network.get_submodule(name).register_forward_hook(lambda m, i, out: out + shift[:, None, None])
+    wanted = network(x)
+    network, _ = build(path)
+    module = network.get_submodule(name)
+    module.bias = nn.Parameter(shift)
+    got = network(x)
+    torch.testing.assert_close(got, wanted)
+    got.square().sum().backward()
+    assert module.bias.grad is not None
+
+
+@pytest.mark.parametrize("register", [
+    "register_full_backward_hook", "register_full_backward_pre_hook",
+    "register_module_full_backward_hook", "register_module_full_backward_pre_hook",
+])  # fmt: skip
+@pytest.mark.parametrize(("path", "name"), TARGETS)
+def test_backward_hooks_run(path, name, register):
+    network, x = build(path)
+    target, seen = network.get_submodule(name), []
+
+    def hook(module, *grads):
+        if module is target:
+            seen.append(module)
+
+    handle = getattr(nn.modules.module if "module" in register else target, register)(hook)
+    try:
+        network(x.requires_grad_()).square().sum().backward()
+    finally:
+        handle.remove()
+    assert len(seen) == 1
+
+
+@pytest.mark.parametrize("change", [("stride", (2, 2)), ("groups", 2), ("padding", (1, 1))], ids=lambda c: c[0])
+@pytest.mark.parametrize("which", ["query", "value"])
+def test_another_geometry_is_no_plain_projection(which, change):
+    layer = LocalAttention2d(4, 16, 3, num_heads=2)
+    setattr(getattr(layer, which), *change)
+    with pytest.raises((RuntimeError, ValueError)):  # as PyTorch says of such a module; never a wrong result
+        layer(torch.randn(2, 4, 9, 10))
+
+
+def test_projections_of_other_widths_are_not_split_wrongly():
+    """Together they have the channels of three, each alone has too many or too few."""
+    layer = LocalAttention2d(4, 16, 3, num_heads=2)
+    layer.query, layer.key, layer.value = (nn.Conv2d(4, width, 1, bias=False) for width in (32, 8, 8))
+    with pytest.raises((RuntimeError, ValueError)):
+        layer(torch.randn(2, 4, 9, 10))
+
+
+# The pooled stem's other modules --------------------------------------------------------------------------------------
+
+
+def hooked(name):
+    def change(stem):
+        stem[name].register_forward_hook(lambda m, i, out: 2 * out)
+
+    return change
+
+
+def norm(**options):
+    def change(stem):
+        stem[1] = nn.BatchNorm2d(16, **options)
+
+    return change
+
+
+def set_on_norm(name, value):
+    return lambda stem: setattr(stem[1], name, value)
+
+
+class OtherNorm(nn.BatchNorm2d):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class OtherStem(AttentionStem):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+POOLED = {
+    "hook on the attention": hooked(0),
+    "hook on the norm": hooked(1),
+    "hook on the pool": hooked(2),
+    "hook on the ReLU": hooked(3),
+    "other attention": lambda stem: setattr(stem[0], "__class__", OtherStem),
+    "other forward": lambda stem: setattr(stem[0], "forward", lambda x: 2 * AttentionStem.forward(stem[0], x)),
+    "other norm": lambda stem: setattr(stem[1], "__class__", OtherNorm),
+    "no affine": norm(affine=False),
+    "no running statistics": norm(track_running_stats=False),
+    "statistics not tracked": set_on_norm("track_running_stats", False),
+    "statistics removed": lambda stem: [setattr(stem[1], n, None) for n in ("running_mean", "running_var")],
+    "no counter": set_on_norm("num_batches_tracked", None),
+    "no bias": set_on_norm("bias", None),
+    "cumulative average": set_on_norm("momentum", None),
+    "group norm": lambda stem: stem.__setitem__(1, nn.GroupNorm(4, 16)),
+    "overlapping pool": lambda stem: stem.__setitem__(2, nn.MaxPool2d(4, 2, ceil_mode=True)),
+    "average pool": lambda stem: stem.__setitem__(2, nn.AvgPool2d(4, 4, ceil_mode=True)),
+    "floor pool": lambda stem: setattr(stem[2], "ceil_mode", False),
+    "other activation": lambda stem: stem.__setitem__(3, nn.Tanh()),
+    "one more module": lambda stem: stem.append(Twice()),
+    "no activation": lambda stem: stem.__delitem__(3),
+}
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("which", POOLED)
+def test_a_changed_pooled_stem_is_its_modules_one_by_one(which, training):
+    stem, x = build("pooled stem")
+    POOLED[which](stem)
+    stem.train(training)
+    steps = copy.deepcopy(stem)
+    if which == "other forward":
+        steps[0].forward = lambda x: 2 * AttentionStem.forward(steps[0], x)
+    for _ in range(2):
+        got, wanted = stem(x), nn.Sequential.forward(steps, x)
+        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
+    for ours, theirs in zip(stem.buffers(), steps.buffers(), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+# And where nothing was changed, they are fused ------------------------------------------------------------------------
+
+
+class Operators(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.seen.append(function.__name__.partition(".")[0])
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_plain_modules_are_fused(path):
+    network, x = build(path)
+    with Operators() as operators:
+        network(x)
+    convolutions = {"layer": 1, "layer without content": 1, "stem of convolved values": 1}.get(path, 0)
+    assert operators.seen.count("convolution") == convolutions
+    if path.startswith("layer"):
+        assert "local_attention_packed" in operators.seen
+    if path == "pooled stem" and "stem_attention" in operators.seen:  # with a compiler
+        assert "native_batch_norm" not in operators.seen and "max_pool2d_with_indices" not in operators.seen
+
+
+@pytest.mark.parametrize("name", ["attention_weights", "attention_logits"])
+@pytest.mark.parametrize("path", [p for p in PATHS if p != "pooled stem"])
+def test_attention_weights_honour_hooks_too(path, name):
+    network, x = build(path)
+    pixels = torch.tensor([[0, 0], [3, 7], [8, 9]])
+    plain, _ = build(path)
+    plain.query.weight.data.mul_(2)
+    network.query.register_forward_hook(lambda m, i, out: 2 * out)
+    for chosen in (None, pixels):
+        got, wanted = (getattr(y, name)(x, chosen) for y in (network, plain))
+        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)

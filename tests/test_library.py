@@ -1,0 +1,47 @@
+"""Each block of docs/library.md runs, in its order, each section with the names of those before."""
+
+import re
+import warnings
+
+import pytest
+import torch
+
+from conftest import ROOT
+
+PAGE = (ROOT / "docs" / "library.md").read_text()
+BLOCKS = re.findall(r"(<!-- not run[^\n]*-->\n)?```python\n(.*?)```", PAGE, flags=re.S)
+OPTIONAL = ("peft", "onnxruntime", "thop")
+
+
+def needs(code: str) -> list[str]:
+    return [name for name in OPTIONAL if re.search(rf"^(from|import) {name}\b", code, flags=re.M)]
+
+
+def test_every_block_that_is_not_marked_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names, ran, skipped = {}, 0, []
+    for mark, code in BLOCKS:
+        if mark:
+            continue
+        absent = [name for name in needs(code) if not installed(name)]
+        if absent:
+            skipped += absent
+            continue
+        torch.manual_seed(0)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            exec(compile(code, "docs/library.md", "exec"), names)
+        ran += 1
+    assert ran >= 10
+    assert names["gradients"]["query.weight"].shape == (4, 8, 8, 1, 1)
+    assert names["flops"] > 4e9
+    if skipped:
+        pytest.skip(f"the blocks of {', '.join(skipped)} were not run: not installed")
+
+
+def installed(name: str) -> bool:
+    try:
+        __import__(name)
+    except ImportError:
+        return False
+    return True
