@@ -32,7 +32,7 @@ def test_every_block_that_is_not_marked_runs(tmp_path, monkeypatch):
             warnings.simplefilter("ignore")
             exec(compile(code, "docs/library.md", "exec"), names)
         ran += 1
-    assert ran >= 10
+    assert ran >= 9
     assert names["gradients"]["query.weight"].shape == (4, 8, 8, 1, 1)
     assert names["flops"] > 4e9
     if skipped:
