@@ -163,7 +163,7 @@ class Config(Settings):
         None, "train on a seeded part of this many images; --holdout is taken from it (default: all)", kind=int, low=1
     )
     holdout: float = option(0.0, "part of train that selects best.pt: a fraction below 1, or a number of images", low=0)
-    skip_bad_images: bool = option(False, "skip unreadable images of a tree, counted, instead of ending")
+    skip_bad_images: bool = option(False, "skip unreadable images of a tree, counted, instead of ending", free=True)
     num_workers: int = option(4, "processes that decode a tree's images", low=0, high=1024, free=True)
     worker_timeout: float = option(
         600.0, "seconds after which silent decoding processes end the run, 0: never", low=0, free=True

@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 import preprocess
 from config import ConfigError
-from preprocess import DataError
+from preprocess import DataError, WorkerError
 from sasa.analysis.attention_maps import attention_layers, lattice, record_attention
 from sasa.analysis.flops import count_flops, count_parameters
 from sasa.console import USAGE_ERROR, print_error
@@ -40,12 +40,14 @@ from sasa.training.device import peak_memory_mib
 from sasa.training.distributed import SharedError
 from sasa.training.evaluation import EVAL_BATCH, Evaluation, evaluate
 from sasa.training.files import BEST, SUMMARY, claim_folder, write_json
+from sasa.training.lock import FolderLock
 from sasa.training.monitor import WRONG_SHOWN, Monitor, Silent
-from sasa.training.optim import build_ema, learning_rate
-from sasa.training.resume import Plan, make_plan
-from sasa.training.run import Run, describe, set_up
+from sasa.training.optim import learning_rate
+from sasa.training.resume import Plan, check_data, make_plan, report_changes
+from sasa.training.run import Run, describe, initialise, set_up
 from sasa.training.saving import Saver, TrainingError
 from sasa.training.scoring import evaluate_checkpoint
+from sasa.training.streams import surviving_streams
 
 WATCHED_IMAGES, WATCHED_PIXELS = 8, 64  # of the attention panels: the first validation images, pixels a map
 SKIPPED_STEPS = 10  # in a row, by fp16's scaler: then the run has diverged
@@ -66,8 +68,8 @@ class Task(NamedTuple):
     """
 
     prog: str
-    plan: Callable[[Command], Plan]
-    set_up: Callable[[Plan], Run]
+    plan: Callable[[Command, FolderLock], Plan]
+    set_up: Callable[[Plan, Callable[[], bool]], Run]
     describe: Callable[[Run], None]
     initial_weights: Callable[[dict[str, Tensor]], dict[str, Tensor]]
     preview: Callable[..., Tensor]
@@ -89,60 +91,68 @@ def main(command: Command, stop: StopRequest | None = None, task: Task | None = 
     if stop is None:
         stop = StopRequest()
         stop.install()
+    with surviving_streams():
+        return run_command(command, stop, task)
+
+
+def run_command(command: Command, stop: StopRequest, task: Task) -> int:
+    """`main`, with streams that cannot fail."""
     distributed.start()
     try:
         code = task.evaluate(command) if command.evaluate is not None else run_to_end(command, stop, task)
     except SharedError as shared:
-        if not isinstance(shared.error, ConfigError | DataError | CheckpointError):
+        code = exit_code_of(shared.error)
+        if code is None:
             raise shared.error from None
         if distributed.is_main():
             print_error(task.prog, shared.error)
-        code = USAGE_ERROR
-    except (ConfigError, DataError, CheckpointError) as error:  # of this rank alone: the others do not know
+    except Exception as error:  # of this rank alone: the others do not know
+        code = exit_code_of(error)
+        if code is None:
+            raise
         print_error(task.prog, error)
-        sys.exit(USAGE_ERROR)
+        sys.exit(code)
     distributed.stop()
     return code
 
 
+def exit_code_of(error: Exception) -> int | None:
+    """Of an error that one line explains; None for any other, whose traceback is wanted."""
+    if isinstance(error, ConfigError | DataError | CheckpointError):
+        return USAGE_ERROR
+    if isinstance(error, WorkerError):  # nothing was trained yet: a restart can help
+        return STOPPED
+    return None
+
+
 def run_to_end(command: Command, stop: StopRequest, task: Task) -> int:
     """Plan, set up, go on from a state or from other weights, train; returns the exit code."""
-    plan = distributed.on_main_rank(partial(task.plan, command))
-    run = task.set_up(plan)
+    lock = FolderLock()
+    try:
+        plan = distributed.on_main_rank(partial(task.plan, command, lock))
+        return run_plan(plan, command, stop, task)
+    finally:
+        lock.release()
+
+
+def run_plan(plan: Plan, command: Command, stop: StopRequest, task: Task) -> int:
+    """`run_to_end`, in a folder that no other run is in."""
+    run = task.set_up(plan, lambda: stop.received is not None)
     try:
         if distributed.is_main():
             task.describe(run)
         if command.init_from is not None:
-            initialise(run, Path(command.init_from), task)
+            initialise(run, Path(command.init_from), task.initial_weights)
         if plan.state is not None:
+            changes = distributed.on_main_rank(
+                partial(check_data, plan.state["data"], run.identity.data, command.allow_changed_data)
+            )
             distributed.on_all_ranks(partial(run.restore, plan.state))
-            report_other_ranks(len(plan.state["generators"]), run.config.sync_bn)
+            run.progress.data_changes += changes
+            report_changes(plan.state, run.config.sync_bn, changes)
         return train(run, stop, command.overwrite, task)
     finally:
         run.data.close()
-
-
-def initialise(run: Run, path: Path, task: Task) -> None:
-    """--init-from: the weights of a checkpoint, and a list of what was not taken."""
-    weights = distributed.on_main_rank(lambda: task.initial_weights(checkpoint.weights_of(checkpoint.load(path))))
-    lines = distributed.on_all_ranks(lambda: checkpoint.transfer_weights(run.model, weights))
-    if distributed.is_main():
-        print(f"--init-from {path}: weights taken, {len(lines)} exceptions")
-        for line in lines:
-            print(f"  {line}")
-    run.ema = build_ema(run.model, run.config.ema)
-
-
-def report_other_ranks(saved: int, sync_bn: bool) -> None:
-    """What is no longer bitwise where a run goes on with another number of ranks."""
-    now = distributed.world_size()
-    if saved == now or not distributed.is_main():
-        return
-    norm = "" if sync_bn else ", batch norm's statistics are of other parts of the batch (no --sync-bn)"
-    print(
-        f"--resume: saved by {saved} ranks, goes on with {now}: same step, global batch, order and rate; no longer "
-        f"bitwise the run of {saved}: sums over the batch round otherwise{norm}, generators are dealt anew"
-    )
 
 
 # ---- training -------------------------------------------------------------------------------------------------------
@@ -153,7 +163,7 @@ def train(run: Run, stop: StopRequest, overwrite: bool, task: Task) -> int:
     config, progress = run.config, run.progress
     fresh = progress.step == 0
     first = distributed.on_all_ranks(lambda: next(run.batches())) if fresh else None  # wrong data: no file changed
-    distributed.on_main_rank(partial(claim_folder, run.folder, config, overwrite))
+    distributed.on_main_rank(partial(claim_folder, run.folder, config, run.identity.run_id, overwrite))
     if distributed.is_main():
         monitor = Monitor(run.folder, progress, run.steps_per_epoch, config.progress and sys.stderr.isatty())
     else:
@@ -165,7 +175,11 @@ def train(run: Run, stop: StopRequest, overwrite: bool, task: Task) -> int:
     else:
         monitor.say(f"resumed   at step {progress.step}, epoch {progress.epoch + 1}, batch {progress.batch}")
     try:
-        finished = train_epochs(run, monitor, saver, stop, task)
+        try:
+            finished = train_epochs(run, monitor, saver, stop, task)
+        except (WorkerError, SharedError) as error:
+            stop_after_worker(error, run, saver, task.prog)
+            return STOPPED
         if not finished:
             signals = [name for name in distributed.all_gather_object(stop.received) if name is not None]
             monitor.say(
@@ -181,6 +195,23 @@ def train(run: Run, stop: StopRequest, overwrite: bool, task: Task) -> int:
         sys.exit(1)  # not `return`: the other ranks do not know
     finally:
         monitor.close()
+
+
+def stop_after_worker(error: WorkerError | SharedError, run: Run, saver: Saver, prog: str) -> None:
+    """A decoding process died while the run is sound: save the last step's state, for a restart can help.
+
+    Where one rank alone has noticed it, the others are in the middle of a step: it ends unsaved, and they with it.
+    """
+    cause = error.error if isinstance(error, SharedError) else error
+    if not isinstance(cause, WorkerError):
+        raise error
+    if isinstance(error, SharedError) or not distributed.is_distributed():
+        saver.save_or_end(run)
+        if distributed.is_main():
+            print_error(prog, f"{cause}; saved at step {run.progress.step}: the same command with --resume goes on")
+        return
+    print_error(prog, cause)
+    sys.exit(STOPPED)
 
 
 def train_epochs(run: Run, monitor: Monitor, saver: Saver, stop: StopRequest, task: Task) -> bool:
@@ -460,7 +491,8 @@ def finish(run: Run, monitor: Monitor, saver: Saver, stop: StopRequest, result: 
             return False
     skipped = bad_images(run)
     if distributed.is_main():
-        checkpoint.save(checkpoint.weights_state(config, weights, epoch, progress.step, about), run.folder, BEST)
+        best = checkpoint.weights_state(config, run.identity, weights, epoch, progress.step, about)
+        checkpoint.save(best, run.folder, BEST)
         write_json(run.folder / SUMMARY, summary(run, saver, result, about, len(skipped)))
         monitor.evaluated(progress.step, result, pictures_of(result, info), info.class_names)
         monitor.hparams(progress.step, config, result)
@@ -468,6 +500,8 @@ def finish(run: Run, monitor: Monitor, saver: Saver, stop: StopRequest, result: 
         f"test top-1 {result.top1_pct:.2f}%, top-5 {result.top5_pct:.2f}% on {result.images} images; "
         f"{about}; trained {progress.seconds:.0f} s; {run.folder / SUMMARY}"
     )
+    if not math.isfinite(result.loss):
+        raise TrainingError(f"the kept weights' loss on the test split is {result.loss}: the run has no result")
     return True
 
 
@@ -486,6 +520,7 @@ def summary(run: Run, saver: Saver, result: Evaluation, about: str, skipped: int
         "save_seconds": saver.seconds,
         "selected": about,
         "bad_images": skipped,
+        "data_changes": run.progress.data_changes,
         "device": str(run.device),
         "torch": str(torch.__version__),
     }

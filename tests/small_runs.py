@@ -62,9 +62,10 @@ def log_rows(folder: Path) -> list[dict]:
 
 
 def state_without_times(folder: Path, name: str = "last.pt") -> dict:
-    """A checkpoint's content but for seconds and paths: equal for equal runs."""
+    """A checkpoint's content but for seconds, paths and the run's id: equal for equal runs."""
     state = torch.load(folder / name, weights_only=True)
     state.pop("config")
+    state.pop("run_id")
     if "progress" in state:
         progress = state["progress"]
         for key in ("seconds", "epoch_seconds"):

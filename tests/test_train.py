@@ -24,7 +24,8 @@ BASE = "--dataset DIGITS --epochs 2 --batch-size 4 --name run --no-progress --de
 LOG_KEYS = {"epoch", "step", "train_loss", "train_top1_pct", "val_loss", "val_top1_pct", "val_top5_pct", "lr",
             "images_per_s", "epoch_s", "peak_mem_mib"}  # fmt: skip
 SUMMARY_KEYS = {"test_top1_pct", "test_top5_pct", "test_loss", "test_images", "parameters", "flops_per_image", "epochs",
-                "steps", "seconds", "save_seconds", "selected", "bad_images", "device", "torch"}  # fmt: skip
+                "steps", "seconds", "save_seconds", "selected", "bad_images", "data_changes", "device",
+                "torch"}  # fmt: skip
 
 
 class Tiny(nn.Sequential):
@@ -113,7 +114,7 @@ def test_the_files_of_a_run_and_their_keys(tmp_path, tiny, capsys):
     folder = go(tmp_path)
     out, error = capsys.readouterr()
     names = {path.name for path in folder.iterdir() if not path.name.startswith("events.out.tfevents.")}
-    assert names == {"config.json", "log.jsonl", "summary.json", "last.pt", "previous.pt", "best.pt"}
+    assert names == {"config.json", "log.jsonl", "summary.json", "last.pt", "previous.pt", "best.pt", ".run.lock"}
     rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     assert [set(row) for row in rows] == [LOG_KEYS] * 2
     assert [(row["epoch"], row["step"]) for row in rows] == [(1, 10), (2, 20)]

@@ -9,6 +9,7 @@ objects that nobody can find in evaluation; images without boxes are trained on 
 import json
 import math
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import numpy as np
 
 from preprocess import DataError
 from sasa.console import one_line, printable
+from sasa.data.fingerprint import fingerprint
 
 LARGEST_SIDE = 30_000  # pixels of an image: beyond, a number is a mistake
 
@@ -48,6 +50,16 @@ class CocoSplit:
         """Boxes (n, 4) and labels (n,) of an image."""
         part = slice(self.first[index], self.first[index + 1])
         return self.boxes[part], self.labels[part]
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What the images are and show: of names, sizes, boxes and labels, not of pixels (`sasa.data.fingerprint`)."""
+
+        def identities() -> Iterator[bytes]:
+            for index, file in enumerate(self.files):
+                boxes, labels = self.targets(index)
+                yield b"\0".join((os.fsencode(file), *(x.tobytes() for x in (self.sizes[index], boxes, labels))))
+
+        return fingerprint(identities(), [0] * len(self), 0)
 
 
 def read_split(data_dir: Path, split: str) -> CocoSplit:

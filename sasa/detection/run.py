@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,6 +25,7 @@ from sasa.kernels import check_backend
 from sasa.training import distributed
 from sasa.training.cli import Command
 from sasa.training.device import AMP_NAMES
+from sasa.training.lock import FolderLock
 from sasa.training.resume import Plan, make_plan
 from sasa.training.run import Run, assemble, prepare_machine, seeded
 
@@ -53,6 +55,13 @@ class DetectionData:
     def splits(self) -> list[DetectionSplit]:
         return [self.train, self.val]
 
+    def identity(self) -> dict[str, Any]:
+        """What a checkpoint keeps of the data (`sasa.data.fingerprint`)."""
+        mean, std = STATS[self.info.name]
+        train, val = self.train.truth.fingerprint(), self.val.truth.fingerprint()
+        about = {"dataset": self.info.name, "class_names": list(self.info.class_names)}
+        return about | {"mean": list(mean), "std": list(std), "train": train, "holdout": None, "test": val}
+
     def close(self) -> None:
         for split in self.splits:
             split.close()
@@ -70,10 +79,10 @@ class DetectionRun(Run):
         )  # fmt: skip
 
 
-def plan(command: Command) -> Plan:
+def plan(command: Command, lock: FolderLock) -> Plan:
     """The plan of a training command. For the main rank: it reads the run's folder."""
     require_pycocotools()  # before an hour of training, not after
-    return make_plan(command, DetectionConfig, new_config)
+    return make_plan(command, lock, DetectionConfig, new_config)
 
 
 def new_config(given: dict[str, Any]) -> DetectionConfig:
@@ -81,13 +90,13 @@ def new_config(given: dict[str, Any]) -> DetectionConfig:
     return resolve(given, given.get("dataset", "DIGITS"), distributed.world_size())
 
 
-def set_up(plan: Plan) -> DetectionRun:
+def set_up(plan: Plan, is_stopped: Callable[[], bool] = lambda: False) -> DetectionRun:
     """Device, data, network and optimizer of a run, and its folder; nothing in the folder is changed yet.
 
     Raises:
         SharedError: the configuration, the data or the machine do not allow it.
     """
-    device, amp = prepare_machine(plan.config, plan.folder)
+    device, amp = prepare_machine(plan.config)
     config = dataclasses.replace(plan.config, amp=AMP_NAMES[amp], name=plan.folder.name)
     data = load_data(config, device)
     distributed.on_all_ranks(partial(check_batch, config, len(data.train)))

@@ -40,7 +40,7 @@ from sasa.training.device import peak_memory_mib, pick_amp, pick_device
 from sasa.training.files import BEST, SUMMARY, write_json
 from sasa.training.monitor import Monitor
 from sasa.training.optim import learning_rate
-from sasa.training.resume import changed_keys, without_auto
+from sasa.training.resume import changed_keys, settled
 from sasa.training.saving import Saver
 
 EVAL_BATCH, SHOWN = 8, 8  # images
@@ -129,7 +129,9 @@ def finish(run: DetectionRun, monitor: Monitor, saver: Saver, stop: StopRequest,
     if distributed.is_main():
         weights = run.eval_model.state_dict()
         checkpoint.save(
-            checkpoint.weights_state(config, weights, progress.epoch, progress.step, about), run.folder, BEST
+            checkpoint.weights_state(config, run.identity, weights, progress.epoch, progress.step, about),
+            run.folder,
+            BEST,
         )
         write_json(run.folder / SUMMARY, summary(run, saver, result, about))
         shown = pictures.detections(run.data.val.truth, *first_images(run.data.val, result.found), result.found)
@@ -168,6 +170,7 @@ def summary(run: DetectionRun, saver: Saver, result: Detections, about: str) -> 
         "seconds": run.progress.seconds,
         "save_seconds": saver.seconds,
         "selected": about,
+        "data_changes": run.progress.data_changes,
         "threads": torch.get_num_threads(),
         "device": str(run.device),
         "torch": str(torch.__version__),
@@ -184,7 +187,7 @@ def evaluate_checkpoint(command: Command) -> int:
     require_pycocotools()
     path = Path(command.evaluate)
     state = distributed.on_main_rank(partial(checkpoint.load, path))
-    given = without_auto(command.given, DetectionConfig)
+    given = settled(command.given, state["config"])
     saved = DetectionConfig.from_dict(state["config"])
     config = dataclasses.replace(saved, **given)
     allowed = ("batch_size", "amp")

@@ -64,9 +64,9 @@ class Board:
     """
 
     def __init__(self, folder: Path, purge_step: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter  # half a second: only a run that trains pays it
+        from sasa.training.events import EventWriter  # half a second: only a run that trains pays it
 
-        self.writer = SummaryWriter(str(folder), purge_step=purge_step)
+        self.writer = EventWriter(folder, purge_step)
         self.writer.add_custom_scalars({"Overview": {name: ["Multiline", tags] for name, tags in OVERVIEW.items()}})
 
     def step(self, step: int, values: dict[str, float]) -> None:
@@ -91,10 +91,12 @@ class Board:
 
     def evaluated(self, step: int, result: Evaluation, images: list[Tensor], class_names: tuple[str, ...]) -> None:
         """Wrong predictions with their labels (`images`: those of result.wrong in [0, 1]) and the confusion matrix."""
+        names = tuple(printable(name) for name in class_names)
         if images:
-            names = [(class_names[label], class_names[guess]) for _, label, guess in result.wrong]
-            self.draw(f"{IMAGES}/wrong_label_then_prediction", figures.mistakes_figure(images, names), step)
-        self.draw(f"{IMAGES}/confusion_matrix", figures.confusion_figure(result.confusion, class_names), step)
+            pairs = [(names[label], names[guess]) for _, label, guess in result.wrong]
+            self.draw(f"{IMAGES}/wrong_label_then_prediction", figures.mistakes_figure(images, pairs), step)
+        if result.confusion is not None:
+            self.draw(f"{IMAGES}/confusion_matrix", figures.confusion_figure(result.confusion, names), step)
 
     def attention(self, step: int, layers: list[LayerAttention]) -> None:
         """What the heads of each layer attend to: mean maps, embeddings, entropy and distance, the largest logit.

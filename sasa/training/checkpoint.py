@@ -9,25 +9,25 @@ with weights_only=True: nothing is ever unpickled.
 import dataclasses
 import os
 import random
-import zipfile
-from collections.abc import Iterator
+import stat
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from config import Config
-from sasa.console import one_line
+from sasa.console import one_line, printable
 from sasa.files import replacing
 from sasa.training import distributed, format2
 from sasa.training.files import LAST, PREVIOUS
+from sasa.training.validation import Invalid, check_archive, check_state
 
-FORMAT = 3  # 3: the whole configuration, and what the recipe provided of it
+FORMAT = 3  # 3: the whole configuration, what the recipe provided of it, the run's id and the data's identity
 READ_ONLY_FORMAT = 2  # evaluated, initialised from and looked at, but not gone on with
-RUN_KEYS = ("recipe", "model", "optimizer", "scaler", "ema", "best", "progress", "generators")
 
 
 class CheckpointError(Exception):
@@ -52,6 +52,7 @@ class Progress:
     figures: dict[str, float] = field(default_factory=dict)  # of the last step, as TensorBoard has them
     best_top1: float | None = None
     best_epoch: int | None = None
+    data_changes: list[str] = field(default_factory=list)  # that --allow-changed-data let pass
     rows: list[dict[str, Any]] = field(default_factory=list)  # of log.jsonl: the file is rebuilt from them on resume
 
     def add(self, loss: float, correct: float, images: int, seconds: float) -> None:
@@ -86,8 +87,23 @@ def set_generator_states(states: dict[str, Any]) -> None:
         torch.cuda.set_rng_state_all(states["cuda"])
 
 
+class Identity(NamedTuple):
+    """What a checkpoint says of its run, beside the configuration."""
+
+    run_id: str
+    data: dict[str, Any]  # preprocess.data_identity
+
+
 def run_state(
-    config: Config, recipe: dict[str, Any], model: nn.Module, optimizer, scaler, ema, best, progress: Progress
+    config: Config,
+    identity: Identity,
+    recipe: dict[str, Any],
+    model: nn.Module,
+    optimizer,
+    scaler,
+    ema,
+    best: dict[str, Tensor] | None,
+    progress: Progress,
 ) -> dict[str, Any]:
     """Everything that a run needs to go on exactly; tensors, numbers, strings, lists and dicts only.
 
@@ -97,7 +113,7 @@ def run_state(
         recipe: what the recipe provided of the configuration; an edited one is noticed by it.
         best: the weights selected so far, or None: a file of its own could be of another moment than this one.
     """
-    return _header(config, "run") | {
+    return _header(config, identity, "run") | {
         "recipe": recipe,
         "model": model.state_dict(),
         "optimizer": optimizer.state_dict(),
@@ -109,13 +125,23 @@ def run_state(
     }
 
 
-def weights_state(config: Config, weights: dict[str, Tensor], epoch: int, step: int, about: str) -> dict[str, Any]:
-    """Weights to keep: best.pt. `about` says how they were selected."""
-    return _header(config, "weights") | {"model": weights, "epoch": epoch, "step": step, "selected": about}
+def weights_state(
+    config: Config, identity: Identity, weights: dict[str, Tensor], epoch: int, step: int, about: str
+) -> dict[str, Any]:
+    """Weights to keep: best.pt. `about` tells how they were selected."""
+    more = {"model": weights, "epoch": epoch, "step": step, "selected": about}
+    return _header(config, identity, "weights") | more
 
 
-def _header(config: Config, kind: str) -> dict[str, Any]:
-    return {"format": FORMAT, "kind": kind, "torch": str(torch.__version__), "config": config.to_dict()}
+def _header(config: Config, identity: Identity, kind: str) -> dict[str, Any]:
+    about = {"format": FORMAT, "kind": kind, "torch": str(torch.__version__), "config": config.to_dict()}
+    return about | identity._asdict()
+
+
+def all_finite(states: Iterable[dict[str, Tensor]]) -> bool:
+    """Whether every number of these weights is finite."""
+    finite = [value.isfinite().all() for state in states for value in state.values() if value.is_floating_point()]
+    return not finite or bool(torch.stack([one.cpu() for one in finite]).all())
 
 
 def restore(state: dict[str, Any], model: nn.Module, optimizer, scaler, ema) -> Progress:
@@ -127,6 +153,8 @@ def restore(state: dict[str, Any], model: nn.Module, optimizer, scaler, ema) -> 
         CheckpointError: the state is of another network, or lacks a part.
     """
     load_weights(model, state["model"])
+    if state["best"] is not None:
+        _check_fit(model, state["best"])
     try:
         optimizer.load_state_dict(state["optimizer"])
         for name, part in (("scaler", scaler), ("ema", ema)):
@@ -135,9 +163,11 @@ def restore(state: dict[str, Any], model: nn.Module, optimizer, scaler, ema) -> 
             if part is not None:
                 part.load_state_dict(state[name])
         progress = Progress(**state["progress"])
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        set_generator_states(state["generators"][distributed.rank() % len(state["generators"])])
+    except CheckpointError:
+        raise
+    except Exception as error:  # torch's own parts check little of what they are given
         raise CheckpointError(f"the checkpoint does not fit this version: {one_line(error, 200)}") from error
-    set_generator_states(state["generators"][distributed.rank() % len(state["generators"])])
     return progress
 
 
@@ -147,18 +177,22 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
     Raises:
         CheckpointError: missing or unexpected names, or other shapes.
     """
+    _check_fit(model, weights)
+    model.load_state_dict(weights)
+
+
+def _check_fit(model: nn.Module, weights: dict[str, Tensor]) -> None:
     differences = list(weight_differences(model.state_dict(), weights))
     if differences:
         more = f" and {len(differences) - 3} more" if len(differences) > 3 else ""
         raise CheckpointError(f"the checkpoint is of another network: {'; '.join(differences[:3])}{more}")
-    model.load_state_dict(weights)
 
 
 def weight_differences(wanted: dict[str, Tensor], got: dict[str, Tensor]) -> Iterator[str]:
     for name in wanted.keys() - got.keys():
         yield f"{name} is missing"
     for name in got.keys() - wanted.keys():
-        yield f"{name} is not in this network"
+        yield f"{printable(name[:100])} is not in this network"
     for name in wanted.keys() & got.keys():
         if wanted[name].shape != got[name].shape:
             yield f"{name} is {tuple(got[name].shape)} there and {tuple(wanted[name].shape)} here"
@@ -191,42 +225,25 @@ def load(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: missing, truncated, corrupted, of another format, or not a checkpoint.
     """
+    name = printable(path)
     try:
-        _verify(path)
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise CheckpointError(f"{name}: is {'a folder' if path.is_dir() else 'no regular file'}, not a checkpoint")
+        check_archive(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such file") from None
-    except IsADirectoryError:
-        raise CheckpointError(f"{path}: is a folder, not a checkpoint") from None
-    except Exception as error:  # whatever damaged bytes make the readers raise, it is a damaged file
-        raise CheckpointError(f"{path}: truncated, corrupted or not a checkpoint ({one_line(error, 200)})") from error
-    _check_form(path, state)
-    if state["format"] == READ_ONLY_FORMAT:
-        try:
+        check_state(state, FORMAT, READ_ONLY_FORMAT)
+        if state["format"] == READ_ONLY_FORMAT:
             state["config"] = format2.complete(state["config"])
-        except (KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{path}: its configuration is not one of format 2 ({one_line(error)})") from error
+    except FileNotFoundError:
+        raise CheckpointError(f"{name}: no such file") from None
+    except Invalid as error:
+        raise CheckpointError(f"{name}: {error}") from error
+    except CheckpointError:
+        raise
+    except Exception as error:  # whatever damaged bytes make the readers raise, it is a damaged file
+        what = one_line(error, 200)
+        raise CheckpointError(f"{name}: truncated, corrupted or not a checkpoint ({what})") from error
     return state
-
-
-def _verify(path: Path) -> None:
-    """Every member's CRC: a flipped bit in a weight would load silently."""
-    with zipfile.ZipFile(path) as archive:
-        damaged = archive.testzip()
-    if damaged is not None:
-        raise CheckpointError(f"wrong checksum of {damaged}")
-
-
-def _check_form(path: Path, state: Any) -> None:
-    if not isinstance(state, dict) or "format" not in state:
-        raise CheckpointError(f"{path}: not a checkpoint of train.py")
-    if state["format"] not in (READ_ONLY_FORMAT, FORMAT):
-        raise CheckpointError(f"{path}: format {state['format']}, this version reads formats 2 and {FORMAT}")
-    run_keys = RUN_KEYS if state["format"] == FORMAT else RUN_KEYS[1:]
-    wanted = ("kind", "torch", "config", "model", *(run_keys if state.get("kind") == "run" else ()))
-    missing = [key for key in wanted if key not in state]
-    if missing:
-        raise CheckpointError(f"{path}: lacks {', '.join(missing)}")
 
 
 def newest(folder: Path) -> tuple[dict[str, Any], Path, list[str]] | None:

@@ -25,6 +25,7 @@ class Command:
     init_from: str | None = None
     evaluate: str | None = None
     overwrite: bool = False
+    allow_changed_data: bool = False
 
 
 def parse_command_line(
@@ -61,6 +62,8 @@ def _parser(settings: type[Settings], prog: str, about: str) -> Parser:
     parser.add_argument("--init-from", metavar="PATH", help="start from the weights of a checkpoint, nothing else")
     parser.add_argument("--evaluate", metavar="PATH", help="evaluate a checkpoint and end")
     parser.add_argument("--overwrite", action="store_true", help="replace a run that the folder already holds")
+    parser.add_argument("--allow-changed-data", action="store_true",
+                        help="resume although the data set's files have changed; summary.json tells so")  # fmt: skip
     return parser
 
 

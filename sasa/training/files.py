@@ -1,44 +1,79 @@
 """The files of a run's folder: which there are, when a folder may be taken, and how they are replaced."""
 
 import json
+import math
+import os
 import re
+import secrets
 from pathlib import Path
 from typing import Any
 
 from config import Config, ConfigError
+from sasa.console import one_line
 from sasa.files import write_text
 
 LAST, PREVIOUS, BEST = "last.pt", "previous.pt", "best.pt"
 CONFIG, LOG, SUMMARY = "config.json", "log.jsonl", "summary.json"
 RUN_FILES = (LAST, PREVIOUS, BEST, CONFIG, LOG, SUMMARY)
+RUN_ID = "run_id"  # of config.json: whose files these are
 EVENTS, PREVIEW = "events.out.tfevents.*", "progress.png"
+OWN_EVENTS = re.compile(r"events\.out\.tfevents\.\d{10}\.")
 UNFINISHED = re.compile(r"\.(last|best)\.pt\.[0-9a-f]{16}\.tmp")  # `sasa.files.replacing`
 
 
+def to_json(values: Any, indent: int | None = None) -> str:
+    """JSON, which has no NaN and no infinity: null stands for them."""
+    return json.dumps(_finite(values), indent=indent, allow_nan=False)
+
+
+def _finite(values: Any) -> Any:
+    if isinstance(values, dict):
+        return {key: _finite(value) for key, value in values.items()}
+    if isinstance(values, list | tuple):
+        return [_finite(value) for value in values]
+    return None if isinstance(values, float) and not math.isfinite(values) else values
+
+
 def write_json(path: Path, values: dict[str, Any]) -> None:
-    write_text(path, json.dumps(values, indent=2) + "\n")
+    write_text(path, to_json(values, indent=2) + "\n")
 
 
-def read_config(path: Path) -> dict[str, Any]:
-    """A run's config.json.
+def new_run_id() -> str:
+    return secrets.token_hex(8)
+
+
+def read_config(folder: Path) -> tuple[dict[str, Any], str | None]:
+    """The configuration in a run's config.json, and the run's id: None where an older version wrote it.
 
     Raises:
         ConfigError: the file is damaged.
     """
+    path = folder / CONFIG
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise ConfigError(f"{path}: damaged ({error}): --overwrite starts anew") from error
+        values = dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise ConfigError(f"{path}: damaged ({one_line(error, 200)}): --name names another folder") from error
+    run_id = values.pop(RUN_ID, None)
+    return values, run_id if isinstance(run_id, str) else None
+
+
+def is_run(folder: Path) -> bool:
+    """Whether the folder's config.json is one that a run wrote."""
+    try:
+        values, _ = read_config(folder)
+    except ConfigError:
+        return False
+    return {"model_name", "dataset", "seed"} <= values.keys()
 
 
 def held_files(folder: Path) -> list[Path]:
-    """The files of a run that the folder holds.
+    """What the folder holds under the names of a run's files.
 
     Raises:
         ConfigError: the folder cannot be read.
     """
     try:
-        return [folder / name for name in RUN_FILES if (folder / name).exists()]
+        return [folder / name for name in RUN_FILES if os.path.lexists(folder / name)]
     except OSError as error:
         raise _not_writable(folder, error) from error
 
@@ -48,6 +83,18 @@ def refuse_other_run(folder: Path) -> None:
     if held_files(folder):
         raise ConfigError(
             f"{folder} already holds a run: --resume goes on with it, --overwrite replaces it, --name names another"
+        )
+
+
+def refuse_foreign_files(folder: Path) -> None:
+    """--overwrite replaces what a run wrote and nothing else. Raises ConfigError."""
+    held = held_files(folder)
+    odd = [path for path in held if path.is_dir() and not path.is_symlink()]
+    if odd:
+        raise ConfigError(f"--overwrite: {odd[0]} is a folder, which no run wrote; --name names another run")
+    if held and not is_run(folder):
+        raise ConfigError(
+            f"--overwrite: {held[0]} is of no run: {folder / CONFIG} is not a run's configuration; --name names another"
         )
 
 
@@ -62,15 +109,17 @@ def make_folder(folder: Path) -> None:
         raise _not_writable(folder, error) from error
 
 
-def claim_folder(folder: Path, config: Config, overwrite: bool) -> None:
+def claim_folder(folder: Path, config: Config, run_id: str, overwrite: bool) -> None:
     """The folder is this run's from here on: with `overwrite` the old run's files go; config.json is written."""
     if overwrite:
-        for path in [*held_files(folder), *folder.glob(EVENTS), *folder.glob(PREVIEW)]:
+        refuse_foreign_files(folder)
+        events = [path for path in folder.glob(EVENTS) if OWN_EVENTS.match(path.name)]
+        for path in [*held_files(folder), *events, *folder.glob(PREVIEW)]:
             path.unlink()
     for path in folder.glob(".*.tmp"):  # of a process that was killed while it saved: as large as a checkpoint
         if UNFINISHED.fullmatch(path.name):
             path.unlink()
-    write_json(folder / CONFIG, config.to_dict())
+    write_json(folder / CONFIG, config.to_dict() | {RUN_ID: run_id})
 
 
 def _not_writable(folder: Path, error: OSError) -> ConfigError:

@@ -1,6 +1,10 @@
 """What a person sees of a run: lines on the terminal, bars, log.jsonl, TensorBoard, and progress.png."""
 
-import json
+import contextlib
+import os
+import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +14,15 @@ from tqdm import tqdm
 from config import Config
 from sasa.analysis import figures
 from sasa.analysis.attention_maps import LayerAttention
+from sasa.console import one_line, printable
 from sasa.files import write_text
 from sasa.training.board import Board
 from sasa.training.checkpoint import Progress
 from sasa.training.evaluation import Evaluation
-from sasa.training.files import PREVIEW
+from sasa.training.files import LOG, PREVIEW, to_json
 
 SCALAR_EVERY = 10  # steps between points of the training curves
+EVENT_FILES = "TensorBoard's event file"
 WRONG_SHOWN = 24  # images
 
 
@@ -24,18 +30,60 @@ class Monitor:
     """Writes log.jsonl and TensorBoard's files of one run's folder, and progress.png with `config.preview`.
 
     On a resumed run log.jsonl is rebuilt from the rows of `progress`, and what TensorBoard holds of later steps is
-    purged.
+    purged. An output that fails (a full disk, a picture that cannot be drawn) is reported once and dropped until it
+    works again: none may cost the run its state.
     """
 
     def __init__(self, folder: Path, progress: Progress, steps_per_epoch: int, bars: bool) -> None:
         self.folder, self.bars, self.rows = folder, bars, list(progress.rows)
-        write_text(folder / "log.jsonl", "".join(json.dumps(row) + "\n" for row in self.rows))
+        self._log_is_whole = False
+        self._failing: set[str] = set()
+        self._board: Board | None = None
         # Steps done are the x axis: what was logged at this one stays, what comes after it is written again; and of an
         # epoch whose steps are done, its end, whose figures stand at this step too.
         ended = progress.batch >= steps_per_epoch
-        self.board = Board(folder, progress.step + (not ended))
+        self._purge_step = progress.step + (not ended)
+        self._guard(LOG, self._write_log)
+        self._guard(EVENT_FILES, lambda: self.board)
         if ended:
             self.step(progress.step, progress.figures)
+
+    @property
+    def board(self) -> Board:
+        """TensorBoard's files; a new one where the last one failed."""
+        if self._board is None:
+            self._board = Board(self.folder, self._purge_step)
+        return self._board
+
+    def _guard(self, what: str, action: Callable[[], Any]) -> None:
+        """Do what writes one output; a failure is reported and survived."""
+        try:
+            action()
+            self._failing.discard(what)
+        except Exception as error:
+            if what not in self._failing:
+                self._failing.add(what)
+                print(f"train.py: {what} could not be written: {one_line(error, 300)}; the run goes on",
+                      file=sys.stderr, flush=True)  # fmt: skip
+            if what == EVENT_FILES and isinstance(error, OSError):
+                self._drop_board()
+
+    def _drop_board(self) -> None:
+        board, self._board = self._board, None
+        with contextlib.suppress(Exception):  # its buffer cannot be written either
+            board.close()
+
+    def _write_log(self) -> None:
+        """The last row to the end of log.jsonl; all rows to a new one where it is not whole."""
+        path = self.folder / LOG
+        if self._log_is_whole:
+            self._log_is_whole = False  # until the row is written
+            flags = os.O_WRONLY | os.O_APPEND | getattr(os, "O_NOFOLLOW", 0)
+            with os.fdopen(os.open(path, flags), "a", encoding="utf-8") as file:
+                file.write(to_json(self.rows[-1]) + "\n")
+        else:
+            write_text(path, "".join(to_json(row) + "\n" for row in self.rows))
+        self._log_is_whole = True
 
     def whole_run(self, total: int, done: int) -> tqdm:
         """The bar of the run's steps, whose estimate of the time left counts what validation and saves take."""
@@ -52,11 +100,12 @@ class Monitor:
 
     def say(self, line: str) -> None:
         """A line for a person, above the bars."""
-        tqdm.write(line)
+        tqdm.write(printable(line), file=sys.stdout)
+        sys.stdout.flush()
 
     def step(self, step: int, values: dict[str, float]) -> None:
         if step % SCALAR_EVERY == 0:
-            self.board.step(step, values)
+            self._guard(EVENT_FILES, lambda: self.board.step(step, values))
 
     def epoch(self, step: int, row: dict[str, Any], epochs: int) -> None:
         """`row` of a classification run."""
@@ -72,32 +121,33 @@ class Monitor:
     def row(self, step: int, row: dict[str, Any], line: str) -> None:
         """An epoch's row: one line on the terminal, one in log.jsonl, the epoch's scalars."""
         self.rows.append(row)
-        with open(self.folder / "log.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-        self.board.epoch(step, row)
+        self._purge_step = step + 1  # of a new event file, should this one fail
+        self._guard(LOG, self._write_log)
+        self._guard(EVENT_FILES, lambda: self.board.epoch(step, row))
         self.say(line)
 
     def preview(self, result: Evaluation, images: list[Tensor], class_names: tuple[str, ...]) -> None:
         """progress.png: the curves so far and the first wrong predictions (`images`: those of result.wrong)."""
         names = [(class_names[label], class_names[guess]) for _, label, guess in result.wrong]
         mistakes = [(image, *pair) for image, pair in zip(images, names, strict=True)]
-        figures.save(figures.progress_figure(list(self.rows), mistakes), self.folder / PREVIEW)
+        draw = partial(figures.progress_figure, list(self.rows), mistakes)
+        self._guard(PREVIEW, lambda: figures.save(draw(), self.folder / PREVIEW))
 
     def start(self, step: int, config: Config, summary: str, batch: Tensor) -> None:
         """The first augmented batch (B, 3, H, W in [0, 1]), the configuration and the network as text."""
-        self.board.start(step, config, summary, batch)
+        self._guard(EVENT_FILES, lambda: self.board.start(step, config, summary, batch))
 
     def evaluated(self, step: int, result: Evaluation, images: list[Tensor], class_names: tuple[str, ...]) -> None:
         """Wrong predictions with their labels (`images`: those of result.wrong in [0, 1]) and the confusion matrix."""
-        self.board.evaluated(step, result, images, class_names)
+        self._guard(EVENT_FILES, lambda: self.board.evaluated(step, result, images, class_names))
 
     def attention(self, step: int, layers: list[LayerAttention]) -> None:
         """TensorBoard's attention panels."""
-        self.board.attention(step, layers)
+        self._guard(EVENT_FILES, lambda: self.board.attention(step, layers))
 
     def hparams(self, step: int, config: Config, result: Evaluation) -> None:
         """The settings beside the test scores."""
-        self.board.hparams(step, config, result)
+        self._guard(EVENT_FILES, lambda: self.board.hparams(step, config, result))
 
     def picture(self, name: str, image: Tensor, step: int) -> None:
         """(3, H, W) in [0, 1]."""
@@ -105,10 +155,12 @@ class Monitor:
 
     def flush(self) -> None:
         """Before a checkpoint: what it will purge from must be on the disk."""
-        self.board.flush()
+        self._guard(EVENT_FILES, lambda: self.board.flush())
 
     def close(self) -> None:
-        self.board.close()
+        if self._board is not None:
+            self._guard(EVENT_FILES, lambda: self.board.flush())
+        self._drop_board()
 
 
 class Silent:

@@ -12,6 +12,7 @@ from config import FIELDS, Config, ConfigError, flag_of
 from preprocess import DataInfo, info_without_files
 from sasa.kernels import check_backend
 from sasa.training import checkpoint
+from sasa.training.checkpoint import CheckpointError
 
 
 class Trained(NamedTuple):
@@ -31,20 +32,36 @@ def network_of(state: dict[str, Any], backend: str | None = None) -> Trained:
 
     Returns:
         The network with its weights, in eval mode on the CPU; the run's configuration; and its data set's class names,
-        image size and normalisation, for which none of its files is needed.
+        image size and normalisation, for which none of its files is needed. A checkpoint of format 2 holds no class
+        names: they are then numbers.
 
     Raises:
         ConfigError: a configuration that this version does not know, or a backend that is not usable here.
         CheckpointError: the weights are not of the network that the configuration describes.
     """
     config = Config.from_dict(state["config"])
+    if config.img_size is None:
+        raise ConfigError("--img-size None: a checkpoint's configuration must name it")
     if backend is not None:
         config = dataclasses.replace(config, backend=backend)
     weights = checkpoint.weights_of(state)
     classes = checkpoint.classes_of(weights)
     network = build_network(config, classes)
     checkpoint.load_weights(network, weights)
-    return Trained(network.eval(), config, info_without_files(config.dataset, classes, config.img_size))
+    return Trained(network.eval(), config, _info(state, config, classes))
+
+
+def _info(state: dict[str, Any], config: Config, classes: int) -> DataInfo:
+    info = info_without_files(config.dataset, classes, config.img_size)
+    info = dataclasses.replace(info, eval_size=config.eval_size or config.img_size)
+    data = state.get("data")
+    if data is None:  # format 2
+        return info
+    if len(data["class_names"]) != classes:
+        raise CheckpointError(f"the checkpoint has {len(data['class_names'])} class names for {classes} classes")
+    return dataclasses.replace(
+        info, class_names=tuple(data["class_names"]), mean=tuple(data["mean"]), std=tuple(data["std"])
+    )
 
 
 def build_network(config: Config, num_classes: int) -> nn.Module:

@@ -10,9 +10,23 @@ import torch
 
 import preprocess
 from config import Config, ConfigError, Settings, flag_of, resolve
+from sasa.data.fingerprint import differences as data_differences
 from sasa.training import checkpoint, distributed
 from sasa.training.cli import Command
-from sasa.training.files import CONFIG, LAST, PREVIOUS, read_config, refuse_other_run
+from sasa.training.device import AMP_NAMES, pick_amp, pick_device
+from sasa.training.files import (
+    CONFIG,
+    LAST,
+    PREVIOUS,
+    held_files,
+    make_folder,
+    read_config,
+    refuse_foreign_files,
+    refuse_other_run,
+)
+from sasa.training.lock import FolderLock
+
+SMALL_FORM_LIMIT = 64  # pixels: images up to this side get the small form of the network
 
 
 @dataclass(frozen=True)
@@ -24,6 +38,7 @@ class Plan:
         recipe: the values that the recipe provides, of the fields that the command line leaves to it.
         started: the configuration is that of a run which was set up before.
         state: to go on from; None: step 0.
+        run_id: of the run that goes on; None: a new one.
     """
 
     config: Settings
@@ -31,17 +46,22 @@ class Plan:
     recipe: dict[str, Any]
     started: bool = False
     state: dict[str, Any] | None = None
+    run_id: str | None = None
 
 
 def new_config(given: dict[str, Any]) -> Config:
     """The configuration of a new run of train.py by its flags."""
-    return resolve(given, given.get("dataset") or auto_dataset(given), distributed.world_size())
+    dataset = given.get("dataset", "auto")
+    return resolve(given, auto_dataset(given) if dataset == "auto" else dataset, distributed.world_size())
 
 
 def make_plan(
-    command: Command, settings: type[Settings] = Config, new: Callable[[dict[str, Any]], Settings] = new_config
+    command: Command,
+    lock: FolderLock,
+    settings: type[Settings] = Config,
+    new: Callable[[dict[str, Any]], Settings] = new_config,
 ) -> Plan:
-    """The plan of a training command. For the main rank: it reads the run's folder.
+    """The plan of a training command, whose folder is made and locked. For the main rank: it reads the folder.
 
     Args:
         settings: the kind of configuration. new: the one of a new run by its flags.
@@ -50,37 +70,66 @@ def make_plan(
         ConfigError, CheckpointError: a folder that holds another run, a state that cannot be gone on from, or flags
             that would change the run's result.
     """
-    given = without_auto(command.given, settings)
+    given = command.given
     if command.resume:
-        path = Path(command.resume)
-        state = checkpoint.load_run(path)
-        folder = Path(given.get("output_dir", "runs"), given["name"]) if "name" in given else path.parent
-        return _resumed(state, given, folder, settings)
+        return _plan_from_file(Path(command.resume), given, lock, settings)
     config = new(given)
     folder = Path(config.output_dir, config.name or config.default_name())
+    make_folder(folder)
+    lock.acquire(folder)
     if command.resume is None:
-        if not command.overwrite:
+        if command.overwrite:
+            refuse_foreign_files(folder)
+        else:
             refuse_other_run(folder)
         return Plan(config, folder, _left_to_recipe(config, given))
     found = checkpoint.newest(folder)
     if found is None:
         print(f"--resume: no checkpoint was ever written to {folder}: starting at step 0")
-        started = (folder / CONFIG).exists()
-        if started:
-            config = resumed_config(read_config(folder / CONFIG), given, settings)
-        return Plan(config, folder, _left_to_recipe(config, given), started)
+        if not (folder / CONFIG).exists():
+            return Plan(config, folder, _left_to_recipe(config, given))
+        saved, run_id = read_config(folder)
+        config = resumed_config(saved, given, settings)
+        return Plan(config, folder, _left_to_recipe(config, given), True, run_id=run_id)
     state, path, problems = found
     for problem in problems:
         print(f"--resume: {problem}: using {path.name}, the whole one before it")
+    _refuse_another_runs(state, folder)
+    plan = _resumed(state, given, folder, settings)
     if path.name == PREVIOUS and (folder / LAST).exists():  # the next save must not put a damaged file in its place
         (folder / LAST).replace(folder / f"damaged-{LAST}")
-    return _resumed(state, given, folder, settings)
+    return plan
 
 
-def without_auto(given: dict[str, Any], settings: type[Settings] = Config) -> dict[str, Any]:
-    """The flags whose value is not their default, "auto"."""
-    automatic = {f.name for f in fields(settings) if f.default == "auto"}
-    return {key: value for key, value in given.items() if not (value == "auto" and key in automatic)}
+def _plan_from_file(path: Path, given: dict[str, Any], lock: FolderLock, settings: type[Settings]) -> Plan:
+    """--resume PATH: in the file's own folder, or in another one, which has to be empty."""
+    state = checkpoint.load_run(path)
+    own = path.absolute().parent
+    folder = path.parent
+    if "output_dir" in given or "name" in given:
+        name = given.get("name") or state["config"].get("name") or own.name
+        folder = Path(given.get("output_dir", own.parent), name)
+    if folder.absolute() != own and (not folder.exists() or not folder.samefile(own)):
+        if held_files(folder):
+            raise ConfigError(f"--resume {path} into {folder}: it already holds a run; allowed is an empty folder")
+        plan = dataclasses.replace(_resumed(state, given, folder, settings), run_id=None)
+        make_folder(folder)
+        lock.acquire(folder)
+        refuse_other_run(folder)
+        return plan
+    plan = _resumed(state, given, folder, settings)
+    make_folder(folder)
+    lock.acquire(folder)
+    _refuse_another_runs(state, folder)
+    return dataclasses.replace(plan, state=checkpoint.load_run(path))  # as a run that was in the folder has left it
+
+
+def _refuse_another_runs(state: dict[str, Any], folder: Path) -> None:
+    """The folder's files are replaced by those of the run that goes on: they must be its own. Raises ConfigError."""
+    if (folder / CONFIG).exists():
+        _, run_id = read_config(folder)
+        if run_id != state["run_id"]:
+            raise ConfigError(f"{folder}: its config.json is another run's than the checkpoint; --name names another")
 
 
 def auto_dataset(given: dict[str, Any]) -> str:
@@ -101,7 +150,7 @@ def _resumed(state: dict[str, Any], given: dict[str, Any], folder: Path, setting
             f"--resume: the recipe {config.recipe_name()} has changed since the run was started: "
             f"{'; '.join(changed)}. Give these flags with the run's values to go on with them"
         )
-    return Plan(config, folder, left, True, state)
+    return Plan(config, folder, left, True, state, state["run_id"])
 
 
 def resumed_config(saved: dict[str, Any], given: dict[str, Any], settings: type[Settings] = Config) -> Settings:
@@ -110,11 +159,29 @@ def resumed_config(saved: dict[str, Any], given: dict[str, Any], settings: type[
     Raises:
         ConfigError: flags of the command line that would change the result.
     """
-    config = dataclasses.replace(settings.from_dict(saved), **{"max_steps": None} | given)
+    config = dataclasses.replace(settings.from_dict(saved), **{"max_steps": None} | settled(given, saved))
     changed = changed_keys(saved, config)
     if changed:
         raise ConfigError(f"--resume: the run was started with another configuration: {'; '.join(changed)}")
     return config
+
+
+def settled(given: dict[str, Any], saved: dict[str, Any]) -> dict[str, Any]:
+    """The given values with what "auto" stands for here, where the saved configuration has the value itself."""
+    values = dict(given)
+    if values.get("dataset") == "auto":
+        values["dataset"] = auto_dataset(given)
+    if values.get("form") == "auto" and type(saved.get("img_size")) is int:
+        values["form"] = form_of(saved["img_size"])
+    if values.get("amp") == "auto":
+        device = pick_device(given.get("device", saved.get("device", "auto")))
+        values["amp"] = AMP_NAMES[pick_amp("auto", device)]
+    return values
+
+
+def form_of(image_size: int) -> str:
+    """The form of network that --form auto stands for."""
+    return "small" if image_size <= SMALL_FORM_LIMIT else "imagenet"
 
 
 def changed_keys(saved: dict[str, Any], config: Settings) -> list[str]:
@@ -141,3 +208,41 @@ def recipe_changes(config: Settings, left: dict[str, Any]) -> list[str]:
     """How today's recipe differs from what it provided when the run was started, one line each."""
     now = config.recipe_values()
     return [f"{flag_of(key)} was {left[key]}, is {now.get(key)}" for key in left if left[key] != now.get(key)]
+
+
+# ---- the data and the version that the state was made with ----------------------------------------------------------
+
+
+def check_data(saved: dict[str, Any], now: dict[str, Any], allow: bool) -> list[str]:
+    """How the data set (`preprocess.data_identity`) differs from the saved run's, one line each.
+
+    Raises:
+        ConfigError: it does, and that is not allowed.
+    """
+    try:
+        lines = data_differences(saved, now)
+    except (KeyError, TypeError, ValueError, IndexError) as error:
+        raise ConfigError("--resume: the checkpoint's description of its data set is damaged") from error
+    if lines and not allow:
+        raise ConfigError(
+            f"--resume: the data set has changed since the run was saved: {'; '.join(lines)}. --allow-changed-data "
+            "goes on with it all the same"
+        )
+    return lines
+
+
+def report_changes(state: dict[str, Any], sync_bn: bool, data_changes: list[str]) -> None:
+    """Why the run is no longer bitwise the one that was interrupted: other data, another torch, other ranks."""
+    if not distributed.is_main():
+        return
+    for line in data_changes:
+        print(f"--allow-changed-data: {line}")
+    if state["torch"] != str(torch.__version__):
+        print(f"--resume: saved by torch {state['torch']}, goes on with {torch.__version__}: no longer bitwise")
+    saved, now = len(state["generators"]), distributed.world_size()
+    if saved != now:
+        norm = "" if sync_bn else ", batch norm's statistics are of other parts of the batch (no --sync-bn)"
+        print(
+            f"--resume: saved by {saved} ranks, goes on with {now}: same step, global batch, order and rate; no longer "
+            f"bitwise the run of {saved}: sums over the batch round otherwise{norm}, generators are dealt anew"
+        )

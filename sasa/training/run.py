@@ -19,18 +19,18 @@ from torch.nn.parallel import DistributedDataParallel
 import preprocess
 from attention import LocalAttention2d
 from config import Config, ConfigError, Settings, nominal_batch, rate_factor
-from preprocess import AugmentConfig, DataInfo
+from preprocess import AugmentConfig, DataError, DataInfo
 from sasa.analysis.flops import count_flops, count_parameters
+from sasa.data.fingerprint import differences
 from sasa.training import checkpoint, distributed
-from sasa.training.checkpoint import Progress
+from sasa.training.checkpoint import Identity, Progress
 from sasa.training.device import AMP_NAMES, keep_freed, pick_amp, pick_device
-from sasa.training.files import make_folder
+from sasa.training.distributed import SharedError
+from sasa.training.files import new_run_id
 from sasa.training.network import build_network
 from sasa.training.optim import build_ema, build_optimizer, ema_decay, set_batch_norm_momentum
-from sasa.training.resume import Plan
+from sasa.training.resume import Plan, form_of
 from sasa.training.sync_batchnorm import sync_batch_norms
-
-SMALL_FORM_LIMIT = 64  # pixels: images up to this side get the small form of the network
 
 
 @dataclass
@@ -49,6 +49,10 @@ class Data:
         """What the epochs are watched on: the held-out images, else the test split."""
         return self.test if self.holdout is None else self.holdout
 
+    def identity(self) -> dict[str, Any]:
+        """What a checkpoint keeps of the data: class names, normalisation, and a fingerprint of every split."""
+        return preprocess.data_identity(self.info, self.train, self.holdout, self.test)
+
     def close(self) -> None:
         """Ends the workers: an abandoned epoch's cannot be ended once the garbage collector has met it."""
         for split in self.splits:
@@ -64,6 +68,7 @@ class Run:
     """
 
     config: Settings  # of train.py a Config
+    identity: Identity
     recipe: dict[str, Any]  # what the recipe provided of the config: `resume.Plan`
     folder: Path
     device: torch.device
@@ -110,11 +115,15 @@ class Run:
         models = [self.model] if self.ema is None else [self.model, self.ema]  # in the same order on every rank
         return [buffer for model in models for buffer in model.buffers()]
 
+    def weights(self) -> list[dict[str, Tensor]]:
+        """All weights that a save writes: the network's, the moving average's and the selected ones."""
+        states = [self.model.state_dict(), self.best or {}]
+        return states if self.ema is None else [*states, self.ema.state_dict()]
+
     def state(self) -> dict[str, Any]:
         """Everything that the run needs to go on exactly. Called on every rank, as each has its own generators."""
-        return checkpoint.run_state(
-            self.config, self.recipe, self.model, self.optimizer, self.scaler, self.ema, self.best, self.progress
-        )
+        parts = (self.model, self.optimizer, self.scaler, self.ema, self.best, self.progress)
+        return checkpoint.run_state(self.config, self.identity, self.recipe, *parts)
 
     def restore(self, state: dict[str, Any]) -> None:
         """Put a run's state back. Raises CheckpointError where it is of another network."""
@@ -126,15 +135,15 @@ def augmentation(config: Config) -> AugmentConfig:
     return AugmentConfig(**{f.name: getattr(config, f.name) for f in dataclasses.fields(AugmentConfig)})
 
 
-def set_up(plan: Plan) -> Run:
+def set_up(plan: Plan, is_stopped: Callable[[], bool] = lambda: False) -> Run:
     """Device, data, network and optimizer of a run, and its folder; nothing in the folder is changed yet.
 
     Raises:
         SharedError: the configuration, the data or the machine do not allow it.
     """
     config = plan.config
-    device, amp = prepare_machine(config, plan.folder)
-    data = load_data(config, device)
+    device, amp = prepare_machine(config)
+    data = load_data(config, device, is_stopped)
     nominal = nominal_batch(config, distributed.world_size())
     if plan.state is not None:
         nominal = plan.state["progress"]["global_batch"]
@@ -143,8 +152,8 @@ def set_up(plan: Plan) -> Run:
     return assemble(Run, plan, config, data, model, device, amp, nominal, config.compile)
 
 
-def prepare_machine(config: Settings, folder: Path) -> tuple[torch.device, torch.dtype | None]:
-    """The device, the dtype of mixed precision (None for none), and a folder that can be written to.
+def prepare_machine(config: Settings) -> tuple[torch.device, torch.dtype | None]:
+    """The device, and the dtype of mixed precision (None for none).
 
     Raises:
         SharedError: the machine has not got them.
@@ -155,7 +164,6 @@ def prepare_machine(config: Settings, folder: Path) -> tuple[torch.device, torch
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or cuBLAS refuses
         torch.use_deterministic_algorithms(True)
-    distributed.on_main_rank(partial(make_folder, folder))
     return device, amp
 
 
@@ -175,8 +183,10 @@ def assemble(
     Args:
         kind: Run, or a class of it for other data. config: settled. nominal: images of a step over all ranks.
     """
+    identity = Identity(distributed.on_main_rank(lambda: plan.run_id or new_run_id()), data.identity())
+    check_ranks_agree(identity.data)
     return kind(
-        config, plan.recipe, plan.folder, device, data, model,
+        config, identity, plan.recipe, plan.folder, device, data, model,
         network=_parallel(torch.compile(model) if compiled else model, device),
         optimizer=build_optimizer(model, config, device),
         scaler=torch.amp.GradScaler() if amp is torch.float16 else None,
@@ -186,24 +196,38 @@ def assemble(
     )  # fmt: skip
 
 
+def check_ranks_agree(identity: dict[str, Any]) -> None:
+    """Ranks whose folders differ would train on contradicting labels.
+
+    Raises:
+        SharedError: a rank has other data than the main one.
+    """
+    main, *others = distributed.all_gather_object(identity)
+    for rank, other in enumerate(others, start=1):
+        if other != main:
+            raise SharedError(DataError(f"rank {rank} has other data than rank 0: {differences(main, other)[0]}"))
+
+
 def settle(config: Config, data: Data, amp: torch.dtype | None, nominal: int, plan: Plan) -> Config:
     """The Config with nothing open: what only the data and the machine could tell."""
     info, real = data.info, min(nominal, len(data.train))
     lr = config.lr
     if not plan.started and "lr" in plan.recipe and real < nominal:  # the recipe's rate, for the batch that there is
         lr *= rate_factor(config, real) / rate_factor(config, nominal)
-    small = info.image_size <= SMALL_FORM_LIMIT
     return dataclasses.replace(
         config,
-        form=("small" if small else "imagenet") if config.form == "auto" else config.form,
+        form=form_of(info.image_size) if config.form == "auto" else config.form,
         img_size=info.image_size, eval_size=info.eval_size or info.image_size, amp=AMP_NAMES[amp], lr=lr,
         ema=ema_decay(config.ema, plan.recipe.get("ema"), config.epochs * data.train.steps_per_epoch(nominal)),
         name=plan.folder.name,
     )  # fmt: skip
 
 
-def load_data(config: Config, device: torch.device | str) -> Data:
+def load_data(config: Config, device: torch.device | str, is_stopped: Callable[[], bool] = lambda: False) -> Data:
     """The data set of a Config, on the main rank first, which downloads what is missing.
+
+    Args:
+        is_stopped: whether the run was asked to stop: then nothing waits for a silent worker.
 
     Raises:
         SharedError: what is wrong with it.
@@ -213,8 +237,8 @@ def load_data(config: Config, device: torch.device | str) -> Data:
         preprocess.load, dataset=config.dataset, data_dir=config.data_dir, img_size=config.img_size,
         train_images=config.train_images, holdout=holdout, seed=config.seed, skip_bad_images=config.skip_bad_images,
         num_workers=config.num_workers, device=device, eval_size=config.eval_size, eval_crop=config.eval_crop,
-        eval_interpolation=config.eval_interpolation, report=print if distributed.is_main() else lambda line: None,
-        worker_timeout=config.worker_timeout, index_dir=config.index_dir,
+        eval_interpolation=config.eval_interpolation, worker_timeout=config.worker_timeout, is_stopped=is_stopped,
+        index_dir=config.index_dir, report=print if distributed.is_main() else lambda line: None,
     )  # fmt: skip
     return Data(*distributed.main_rank_first(load))
 
@@ -268,6 +292,17 @@ def _parallel(network: nn.Module, device: torch.device) -> nn.Module:
         return DistributedDataParallel(
             network, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
         )
+
+
+def initialise(run: Run, path: Path, select: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> None:
+    """--init-from: the weights of a checkpoint that `select` takes, and a list of what was not taken."""
+    weights = distributed.on_main_rank(lambda: select(checkpoint.weights_of(checkpoint.load(path))))
+    lines = distributed.on_all_ranks(lambda: checkpoint.transfer_weights(run.model, weights))
+    if distributed.is_main():
+        print(f"--init-from {path}: weights taken, {len(lines)} exceptions")
+        for line in lines:
+            print(f"  {line}")
+    run.ema = build_ema(run.model, run.config.ema)
 
 
 def describe(run: Run) -> None:

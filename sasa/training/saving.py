@@ -43,8 +43,13 @@ class Saver:
         """Write the state; a failure (a full disk) is reported and survived, up to SAVE_FAILURES in a row.
 
         Raises:
-            TrainingError: too many failures in a row.
+            TrainingError: too many failures in a row, or weights that are not finite.
         """
+        if not all(distributed.all_gather_object(checkpoint.all_finite(run.weights()))):
+            raise TrainingError(
+                f"the weights are not finite at step {run.progress.step}: nothing is saved, the checkpoints of "
+                f"{run.folder} are as they were. Try a lower --lr, a longer --warmup-epochs or --clip-grad 1"
+            )
         started = time.monotonic()
         self._monitor.flush()
         state = run.state()

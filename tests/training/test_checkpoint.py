@@ -16,6 +16,9 @@ from sasa.training.optim import build_ema, build_optimizer
 from sasa.training.resume import changed_keys
 
 RECIPE = {"lr": 0.5}
+SPLIT = {"images": 3, "hash": "00", "classes": [[1, "0"], [2, "1"]]}
+DATA = {"dataset": "DIGITS", "class_names": ["a", "b", "c"], "mean": [0.5] * 3, "std": [0.25] * 3}
+IDENTITY = checkpoint.Identity("00ff", DATA | {"train": SPLIT, "holdout": None, "test": SPLIT})
 
 
 def small_parts(epochs=3):
@@ -32,7 +35,9 @@ def small_parts(epochs=3):
 
 def small_state(**progress):
     config, model, optimizer, ema = small_parts()
-    return checkpoint.run_state(config, RECIPE, model, optimizer, None, ema, None, Progress(**progress))
+    return checkpoint.run_state(
+        config, IDENTITY, RECIPE, model, optimizer, None, ema, None, Progress(global_batch=4, **progress)
+    )
 
 
 def equal(a, b):
@@ -50,7 +55,7 @@ def test_every_file_loads_with_weights_only_and_comes_back_equal(tmp_path):
     checkpoint.save(state, tmp_path)
     checkpoint.save(state, tmp_path)
     config, model, _, _ = small_parts()
-    checkpoint.save(checkpoint.weights_state(config, model.state_dict(), 1, 5, "test"), tmp_path, BEST)
+    checkpoint.save(checkpoint.weights_state(config, IDENTITY, model.state_dict(), 1, 5, "test"), tmp_path, BEST)
     for name in (checkpoint.LAST, checkpoint.PREVIOUS, BEST):
         torch.load(tmp_path / name, weights_only=True)
     assert equal(checkpoint.load(tmp_path / checkpoint.LAST), state)
@@ -67,7 +72,7 @@ def test_restore_puts_every_part_back(tmp_path):
     optimizer.state.clear()
     progress = checkpoint.restore(checkpoint.load(tmp_path / checkpoint.LAST), model, optimizer, None, ema)
     config = resolve({"epochs": 3, "ema": 0.9}, "DIGITS")
-    assert equal(checkpoint.run_state(config, RECIPE, model, optimizer, None, ema, None, progress), state)
+    assert equal(checkpoint.run_state(config, IDENTITY, RECIPE, model, optimizer, None, ema, None, progress), state)
 
 
 def test_previous_is_the_whole_file_before_the_last(tmp_path):
@@ -258,7 +263,7 @@ def test_missing_file_folder_and_weights_only_file_are_named(tmp_path):
     with pytest.raises(CheckpointError, match="folder"):
         checkpoint.load(tmp_path)
     config, model, _, _ = small_parts()
-    checkpoint.save(checkpoint.weights_state(config, model.state_dict(), 1, 5, "test"), tmp_path, BEST)
+    checkpoint.save(checkpoint.weights_state(config, IDENTITY, model.state_dict(), 1, 5, "test"), tmp_path, BEST)
     with pytest.raises(CheckpointError, match="weights only"):
         checkpoint.load_run(tmp_path / BEST)
 

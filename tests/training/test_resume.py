@@ -10,6 +10,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import config
 import small_runs
 import train
 from sasa.training import board, checkpoint
@@ -77,6 +78,11 @@ def assert_same_run(a: Path, b: Path):
         summary.pop("seconds")
         summary.pop("save_seconds")
     assert summaries[0] == summaries[1]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file but the lock, which names the last run that was started."""
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != ".run.lock"}
 
 
 def resume(output, *flags):
@@ -149,7 +155,7 @@ def test_resuming_twice_and_by_path(tmp_path, straight, monkeypatch):
             kill_at_step(patch, step, lambda: os.kill(os.getpid(), signal.SIGUSR1))
             assert (small_runs.run(tmp_path, *STRAIGHT) if step == 1 else resume(tmp_path)) == 75
     small_runs.scramble_generators()
-    assert small_runs.run(tmp_path / "ignored", "--resume", str(tmp_path / "run/last.pt"), "--no-progress") == 0
+    assert small_runs.run(tmp_path, "--resume", str(tmp_path / "run/last.pt"), "--no-progress") == 0
     assert_same_run(straight, tmp_path / "run")
 
 
@@ -189,10 +195,10 @@ def test_with_no_whole_file_left_exit_2_and_nothing_overwritten(tmp_path, straig
     shutil.copytree(straight, tmp_path / "run")
     for name in ("last.pt", "previous.pt"):
         (tmp_path / "run" / name).write_bytes(b"damaged")
-    before = {path: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+    before = contents(tmp_path / "run")
     assert resume(tmp_path) == 2
     assert "last.pt" in capsys.readouterr().err
-    assert {path: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
+    assert contents(tmp_path / "run") == before
 
 
 def test_the_previous_whole_file_survives_a_resume_from_it(tmp_path, stopped_at_6, monkeypatch):
@@ -301,10 +307,10 @@ def test_a_missing_named_checkpoint_is_exit_2(tmp_path, capsys):
 
 
 def test_a_folder_that_holds_a_run_is_refused_without_resume_or_overwrite(stopped, capsys):
-    before = {path: path.read_bytes() for path in (stopped / "run").iterdir()}
+    before = contents(stopped / "run")
     assert small_runs.run(stopped, *STRAIGHT) == 2
     assert "--resume" in capsys.readouterr().err
-    assert {path: path.read_bytes() for path in (stopped / "run").iterdir()} == before
+    assert contents(stopped / "run") == before
     assert small_runs.run(stopped, *STRAIGHT, "--overwrite", "--max-steps", "1") == 0
     assert [row["step"] for row in small_runs.log_rows(stopped / "run")] == [1]
 
@@ -408,3 +414,81 @@ def test_attention_panels_change_nothing_and_resume(tmp_path, straight, monkeypa
             assert [point.step for point in read(f"{group}/{layer}")] == [4, 8]
     events = EventAccumulator(str(straight)).Reload()
     assert not any("attention" in tag for kind in ("images", "scalars", "histograms") for tag in events.Tags()[kind])
+
+
+# ---- an edited recipe -----------------------------------------------------------------------------------------------
+
+
+def test_an_edited_recipe_is_refused_by_name_and_goes_on_with_the_runs_own_value(
+    stopped, straight, monkeypatch, capsys
+):
+    edited = config.RECIPES["default"]["DIGITS"] | {"schedule": "step", "rotate": 30.0}
+    monkeypatch.setitem(config.RECIPES["default"], "DIGITS", edited)
+    assert resume(stopped) == 2
+    error = capsys.readouterr().err
+    assert "--schedule was cosine, is step" in error and "--rotate was 10.0, is 30.0" in error
+    assert "recipe default" in error and error.count("\n") == 1
+    assert resume(stopped, "--schedule", "step", "--rotate", "10") == 2
+    assert "--schedule was cosine, is step" in capsys.readouterr().err
+    assert resume(stopped, "--schedule", "cosine", "--rotate", "10") == 0
+    assert small_runs.log_rows(stopped / "run") == small_runs.log_rows(straight)
+
+
+def test_an_edit_of_what_the_command_line_gave_itself_is_none(stopped, straight, monkeypatch):
+    """The run was started with --optimizer adamw and --mixup 0.2."""
+    edited = config.RECIPES["default"]["DIGITS"] | {"optimizer": "sgd", "mixup": 0.7}
+    monkeypatch.setitem(config.RECIPES["default"], "DIGITS", edited)
+    assert resume(stopped) == 0
+    assert_same_run(straight, stopped / "run")
+
+
+# ---- other data, another version, another folder --------------------------------------------------------------------
+
+
+def test_other_images_are_refused_and_allowed_knowingly(stopped, monkeypatch, capsys):
+    small_runs.few_digits(monkeypatch, 39)
+    assert resume(stopped) == 2
+    error = capsys.readouterr().err
+    assert "train: 31 images, were 32" in error and "--allow-changed-data" in error and error.count("\n") == 1
+    assert resume(stopped, "--allow-changed-data") == 0
+    assert "train: 31 images" in capsys.readouterr().out
+    summary = json.loads((stopped / "run/summary.json").read_text())
+    assert any("train: 31 images, were 32" in line for line in summary["data_changes"])
+
+
+def test_another_torch_is_told(stopped, capsys):
+    state = torch.load(stopped / "run/last.pt", weights_only=True)
+    checkpoint.save(state | {"torch": "2.6.0+cu124"}, stopped / "run")
+    assert resume(stopped) == 0
+    assert "saved by torch 2.6.0+cu124" in capsys.readouterr().out
+
+
+def test_a_run_goes_on_in_another_folder_only_if_that_is_empty(stopped, straight, tmp_path, capsys):
+    source = contents(stopped / "run")
+    other = ["--resume", str(stopped / "run/last.pt"), "--output-dir", str(tmp_path / "mine"), "--no-progress"]
+    assert small_runs.run(tmp_path, *other) == 0
+    assert contents(stopped / "run") == source
+    assert_same_run(straight, tmp_path / "mine" / "run")
+    ids = [json.loads((f / "run/config.json").read_text())["run_id"] for f in (stopped, tmp_path / "mine")]
+    assert ids[0] != ids[1]
+    before = contents(tmp_path / "mine" / "run")
+    capsys.readouterr()
+    assert small_runs.run(tmp_path, *other) == 2
+    assert "already holds a run" in capsys.readouterr().err and contents(tmp_path / "mine" / "run") == before
+
+
+def test_a_checkpoint_among_another_runs_files_is_refused(stopped, tmp_path, capsys):
+    assert small_runs.run(tmp_path / "b", *STRAIGHT, "--seed", "9", "--max-steps", "1") == 0
+    shutil.copy(stopped / "run/last.pt", tmp_path / "b/run/last.pt")
+    before = contents(tmp_path / "b/run")
+    assert small_runs.run(tmp_path / "b", "--resume", str(tmp_path / "b/run/last.pt")) == 2
+    assert "another run's" in capsys.readouterr().err and contents(tmp_path / "b/run") == before
+
+
+def test_weights_that_are_not_finite_are_never_saved(tmp_path, capsys):
+    """The update makes them infinite: the loss before it was finite."""
+    flags = "--dataset DIGITS --batch-size 4 --lr 1e38 --clip-grad 0 --warmup-epochs 0 --max-steps 1 --name run --ema 0"
+    assert small_runs.run(tmp_path, *flags.split(), "--no-progress", "--device", "cpu") == 1
+    error = capsys.readouterr().err
+    assert "weights are not finite at step 1" in error and error.count("\n") == 1
+    assert not list((tmp_path / "run").glob("*.pt")) and not (tmp_path / "run/summary.json").exists()
