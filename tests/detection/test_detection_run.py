@@ -136,7 +136,9 @@ def classification_checkpoint(path: Path, network):
     from config import resolve as resolve_classification
 
     config = resolve_classification({"img_size": 64}, "DIGITS")
-    checkpoint.save(checkpoint.weights_state(config, network.state_dict(), 1, 1, "test"), path.parent, path.name)
+    weights = network.state_dict()
+    identity = small_runs.identity("DIGITS", len(weights["fc.weight"]))
+    checkpoint.save(checkpoint.weights_state(config, identity, weights, 1, 1, "test"), path.parent, path.name)
 
 
 def test_a_classification_network_s_weights_go_into_the_backbone(tmp_path, capsys):

@@ -13,6 +13,7 @@ from PIL import Image
 from torchvision.transforms.v2.functional import to_pil_image
 
 import preprocess
+import small_runs
 from config import resolve
 from model import ResNet26
 from sasa.training import checkpoint
@@ -24,7 +25,10 @@ TREE = {"img_size": 24, "eval_size": 28, "eval_crop": 0.8, "eval_interpolation":
 
 def save(folder, network, dataset, **given):
     config = resolve({"form": "small", "name": "run", **given}, dataset)
-    checkpoint.save(checkpoint.weights_state(config, network.state_dict(), 3, 77, "the last epoch"), folder, "best.pt")
+    weights = network.state_dict()
+    identity = small_runs.identity(dataset, len(weights["fc.weight"]))
+    state = checkpoint.weights_state(config, identity, weights, 3, 77, "the last epoch")
+    checkpoint.save(state, folder, "best.pt")
     return str(folder / "best.pt")
 
 

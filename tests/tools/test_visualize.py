@@ -27,7 +27,10 @@ SIDE = 12  # pixels: the maps are then 12, 6, 3 and 2 wide
 
 def save(folder, network, dataset="DIGITS", **given):
     config = resolve({"form": "small", "img_size": SIDE, "name": "run", **given}, dataset)
-    checkpoint.save(checkpoint.weights_state(config, network.state_dict(), 3, 77, "the last epoch"), folder, "best.pt")
+    weights = network.state_dict()
+    identity = small_runs.identity(dataset, len(weights["fc.weight"]))
+    state = checkpoint.weights_state(config, identity, weights, 3, 77, "the last epoch")
+    checkpoint.save(state, folder, "best.pt")
     return folder / "best.pt"
 
 
