@@ -21,6 +21,7 @@ from sasa.detection.coco import read_split
 from sasa.detection.config import ABOUT, PROG, DetectionConfig, resolve
 from sasa.training import checkpoint
 from sasa.training.cli import parse_command_line
+from sasa.training.files import read_config
 from sasa.training.signals import STOP_SIGNALS
 
 ROOT = Path(detection.__file__).resolve().parents[2]
@@ -70,8 +71,8 @@ def test_a_run_s_files_and_figures(tmp_path, capsys):
     events = b"".join(path.read_bytes() for path in folder.glob("events.*"))
     for tag in (b"1_validation/map_pct", b"2_training/box_loss", b"5_images/first_batch", b"5_images/detections"):
         assert tag in events, tag
-    config = json.loads((folder / "config.json").read_text())
-    assert DetectionConfig.from_dict(config).fpn_channels == 16
+    config, run_id = read_config(folder)
+    assert len(run_id) == 16 and DetectionConfig.from_dict(config).fpn_channels == 16
 
 
 @pytest.mark.parametrize("step", [1, pytest.param(2, marks=pytest.mark.slow)])
