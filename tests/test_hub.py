@@ -4,11 +4,11 @@ import inspect
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 import hubconf
-from conftest import ROOT
 
 PARAMETERS = {
     "naive_resnet26": 8_740_682,
@@ -29,6 +29,8 @@ for name in sys.argv[2:]:
 net = torch.hub.load(folder, "resnet26", source="local", num_classes=7, stem=True, kernel_size=3, stem_values="plain")
 print("stem", tuple(net(torch.randn(2, 3, 32, 40)).shape))
 """
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def test_every_entry_point_is_a_network_and_says_what_it_is():

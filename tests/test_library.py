@@ -2,11 +2,13 @@
 
 import re
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
 
-from conftest import ROOT
+ROOT = Path(__file__).resolve().parents[1]
+
 
 PAGE = (ROOT / "docs" / "library.md").read_text()
 BLOCKS = re.findall(r"(<!-- not run[^\n]*-->\n)?```python\n(.*?)```", PAGE, flags=re.S)

@@ -12,7 +12,7 @@ from torch.autograd import forward_ad
 
 from sasa.kernels import operators, reference
 from sasa.kernels.dispatch import check_name, named_backend
-from sasa.kernels.interface import BORDERS, AttentionOptions, autocast_dtype, without_autocast
+from sasa.kernels.interface import BORDERS, AttentionOptions, autocast_dtype, channels_innermost, without_autocast
 
 
 def local_attention(
@@ -162,7 +162,12 @@ def _has_tangent(*tensors: Tensor | None) -> bool:
 def _composite(query, key, value, rel_row, rel_col, *options) -> Tensor:
     """The reference's forward; autograd keeps the K * K copies that it makes."""
     with without_autocast(query.device):
-        return reference.forward(query, key, value, rel_row, rel_col, *options)[0]
+        out, _ = reference.forward(query, key, value, rel_row, rel_col, *options)
+    if torch.onnx.is_in_onnx_export():  # no strides there
+        return out
+    if channels_innermost(query):
+        return out.permute(0, 3, 4, 1, 2).contiguous().permute(0, 3, 4, 1, 2)
+    return out.contiguous()
 
 
 def _to_autocast(device: torch.device, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:

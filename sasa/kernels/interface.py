@@ -65,13 +65,18 @@ def without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
     return torch.autocast(device.type, enabled=False)
 
 
+def channels_innermost(x: Tensor) -> bool:
+    """Whether channels lie side by side in memory, as with channels_last: x (.., C, H, W)."""
+    return x.stride(-3) == 1 and x.stride(-1) != 1
+
+
 def empty_map(like: Tensor, channels: tuple[int, ...], size: tuple[int, int]) -> Tensor:
     """An uninitialised (B, *channels, *size) map with the batch, dtype, device and memory order of `like`.
 
     Channels are innermost in memory where they are in `like` (B, .., C, H, W), as with channels_last; else the map is
     contiguous.
     """
-    if like.stride(-3) == 1 and like.stride(-1) != 1:
+    if channels_innermost(like):
         inner = like.new_empty((like.shape[0], *size, *channels))
         return inner.permute(0, *range(3, inner.dim()), 1, 2)
     return like.new_empty((like.shape[0], *channels, *size))
