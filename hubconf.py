@@ -43,9 +43,13 @@ def _load_package() -> None:
 
 
 def _load_model() -> _ModuleType:
-    """model.py, which imports attention.py by that name: the caller's, if there is one, steps aside meanwhile."""
-    if _is_ours("model", _ROOT / "model.py"):
-        return sys.modules["model"]
+    """model.py, which imports attention.py by that name: the caller's, if there is one, steps aside meanwhile.
+
+    torch.hub runs this file at each load, but classes must stay those of the first, or their networks cannot be saved.
+    """
+    for name in ("model", "sasa_hub_model"):
+        if _is_ours(name, _ROOT / "model.py"):
+            return sys.modules[name]
     _load_package()
     path = _ROOT / "attention.py"
     ours = sys.modules["attention"] if _is_ours("attention", path) else _load("sasa_hub_attention", path)
