@@ -34,7 +34,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import sasa.kernels.flops  # noqa: F401 : counters find our operators' formulas
 from sasa.initialise import normal_weight, set_initialiser
 from sasa.kernels import (
     BORDERS,
@@ -44,6 +43,7 @@ from sasa.kernels import (
     local_attention_packed,
     stem_operator,
 )
+from sasa.kernels import flops as kernel_flops
 from sasa.kernels import stem as stem_kernels
 from sasa.kernels.functional import composite_serves
 from sasa.kernels.interface import accumulate_dtype, autocast_dtype, without_autocast
@@ -101,6 +101,7 @@ class LocalAttention2d(nn.Module):
         embedding_std: float | None = None,
     ) -> None:
         super().__init__()
+        kernel_flops.register()
         in_channels, out_channels, num_heads = _checked_heads(in_channels, out_channels, num_heads)
         kernel_size, stride = _positive_integer("kernel_size", kernel_size), _positive_integer("stride", stride)
         _check_choice("position", position, POSITIONS)
@@ -265,6 +266,7 @@ class AttentionStem(nn.Module):
         backend: str = "auto",
     ) -> None:
         super().__init__()
+        kernel_flops.register()
         in_channels = _positive_integer("in_channels", in_channels)
         _, out_channels, num_heads = _checked_heads(None, out_channels, num_heads)
         block_size = _positive_integer("block_size", block_size)

@@ -123,6 +123,7 @@ class Work:
 
 def run_all(work: Work) -> None:
     """Every run that is not done, `jobs` at a time; on a signal the open ones save and end."""
+    work.stop.has_state = True  # the runs': they save and end when the signal is handed on to them
     work.stop.install()
     waiting, processes, signalled = list(work.trials), {}, False
     while processes or (waiting and work.stop.received is None):

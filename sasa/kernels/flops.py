@@ -5,10 +5,10 @@ norm, ReLU, pools, sums, biases); the rest agrees with sasa/analysis/flops.py, w
 functions. Backward counts twice the forward, as FlopCounterMode counts convolutions.
 """
 
+import functools
 import math
 
 import torch
-from torch.utils.flop_counter import register_flop_formula
 
 from sasa.kernels import operators, stem_operator  # noqa: F401 : they define what has formulas here
 
@@ -59,23 +59,21 @@ def _attention(query, has_key: bool, rel_row, kernel_size: int, scale: float) ->
     )
 
 
-@register_flop_formula(torch.ops.sasa.local_attention)
-def _(query, key, value, rel_row, rel_col, kernel_size, border, scale, *rest, **others) -> int:
+def _forward(query, key, value, rel_row, rel_col, kernel_size, border, scale, *rest, **others) -> int:
     return _attention(query, key is not None, rel_row, kernel_size, scale)
 
 
-@register_flop_formula(torch.ops.sasa.local_attention_backward)
-def _(grad_out, query, key, value, rel_row, rel_col, out, lse, kernel_size, border, scale, *rest, **others) -> int:
+def _backward(
+    grad_out, query, key, value, rel_row, rel_col, out, lse, kernel_size, border, scale, *rest, **others
+) -> int:
     return 2 * _attention(query, key is not None, rel_row, kernel_size, scale)
 
 
-@register_flop_formula(torch.ops.sasa.local_attention_packed)
-def _(qkv, rel_row, rel_col, kernel_size, border, scale, *rest, **others) -> int:
+def _packed(qkv, rel_row, rel_col, kernel_size, border, scale, *rest, **others) -> int:
     return _attention((qkv[0], *qkv[2:]), qkv[1] == 3, rel_row, kernel_size, scale)
 
 
-@register_flop_formula(torch.ops.sasa.local_attention_packed_backward)
-def _(grad_out, qkv, rel_row, rel_col, out, lse, kernel_size, border, scale, *rest, **others) -> int:
+def _packed_backward(grad_out, qkv, rel_row, rel_col, out, lse, kernel_size, border, scale, *rest, **others) -> int:
     return 2 * _attention((qkv[0], *qkv[2:]), qkv[1] == 3, rel_row, kernel_size, scale)
 
 
@@ -87,11 +85,32 @@ def _stem(x, forms, mixture, value_weight, window: str) -> int:
     return sum(stem_flops(*sizes, num_matrices > 1, window == "sliding").values())
 
 
-@register_flop_formula(torch.ops.sasa.stem_attention)
-def _(x, forms, mixture, value_weight, window, *rest, **others) -> int:
+def _stem_forward(x, forms, mixture, value_weight, window, *rest, **others) -> int:
     return _stem(x, forms, mixture, value_weight, window)
 
 
-@register_flop_formula(torch.ops.sasa.stem_attention_backward)
-def _(grad_out, index, slopes, x, forms, mixture, value_weight, window, *rest, **others) -> int:
+def _stem_backward(grad_out, index, slopes, x, forms, mixture, value_weight, window, *rest, **others) -> int:
     return 2 * _stem(x, forms, mixture, value_weight, window)
+
+
+_FORMULAS = {
+    "local_attention": _forward,
+    "local_attention_backward": _backward,
+    "local_attention_packed": _packed,
+    "local_attention_packed_backward": _packed_backward,
+    "stem_attention": _stem_forward,
+    "stem_attention_backward": _stem_backward,
+}
+
+
+@functools.cache
+def register() -> None:
+    """Makes the formulas known to `FlopCounterMode`, once a process.
+
+    The layers call it when they are made, not this module when it is imported: torch's counter imports Triton, which
+    takes a while and reads its settings from the environment then.
+    """
+    from torch.utils.flop_counter import register_flop_formula
+
+    for name, formula in _FORMULAS.items():
+        register_flop_formula(getattr(torch.ops.sasa, name))(formula)

@@ -143,9 +143,13 @@ def composite_serves(backend: str, *tensors: Tensor | None) -> bool:
     )
 
 
-@torch.compiler.assume_constant_result  # a compiler does not trace how it is found out
 def _name(backend: str) -> str:
     return named_backend(backend)
+
+
+# As torch.compiler.assume_constant_result does: a compiler takes the name as it is, not how it is found.
+# The function itself imports torch._dynamo, and with it Triton, which reads its environment then.
+_name._dynamo_marked_constant = True
 
 
 def _is_transformed() -> bool:

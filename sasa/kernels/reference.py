@@ -75,7 +75,8 @@ def logits(query, key, rel_row, rel_col, *options, pixels: Tensor | None = None)
         total = total + torch.einsum("bnd...,ndij->bn...ij", query_at, relative)
     total = total * scale
     if border == "mask":
-        inside = windows(torch.ones(height, width, device=query.device), kernel_size) > 0  # (H, W, K, K)
+        # Contiguous: for strides that tie, as a view's do, a comparison ties down an exported height and width.
+        inside = windows(torch.ones(height, width, device=query.device), kernel_size).contiguous() > 0  # (H, W, K, K)
         total = total.masked_fill(~inside[(*at, slice(None), slice(None))], float("-inf"))
     return total
 
