@@ -34,6 +34,7 @@ from preprocess import DataError, WorkerError
 from sasa.analysis.attention_maps import attention_layers, lattice, record_attention
 from sasa.analysis.flops import count_flops, count_parameters
 from sasa.console import USAGE_ERROR, print_error
+from sasa.kernels.stop_signals import BuildStopped
 from sasa.training import checkpoint, distributed
 from sasa.training.checkpoint import CheckpointError, Progress
 from sasa.training.device import peak_memory_mib
@@ -120,7 +121,7 @@ def exit_code_of(error: Exception) -> int | None:
     """Of an error that one line explains; None for any other, whose traceback is wanted."""
     if isinstance(error, ConfigError | DataError | CheckpointError):
         return USAGE_ERROR
-    if isinstance(error, WorkerError):  # nothing was trained yet: a restart can help
+    if isinstance(error, WorkerError | BuildStopped):  # nothing was trained yet: a restart can help
         return STOPPED
     return None
 
