@@ -1,92 +1,21 @@
-"""Config (every setting of a run), the recipes that fill in what the command line leaves open, and `resolve`.
+"""Config (every setting of a run) and `resolve`, which fills in what the command line leaves open.
 
-A value comes from the command line (sasa/training/cli.py), else from the recipe of the data set, else from the field's
-default. "auto" values are resolved once, at the start of a run; the resolved Config is what config.json and the
-checkpoints hold, so that an edited recipe never changes a run that was started before. Read without torch.
+A value comes from the command line (sasa/training/cli.py), else from the recipe of the data set (sasa/recipes.py),
+else from the field's default. "auto" values are resolved once, at the start of a run; the resolved Config is what
+config.json and the checkpoints hold, so that an edited recipe never changes a run that was started before. Read without
+torch.
 """
 
 import dataclasses
 import math
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import Any
 
+from sasa.data.specs import DATASETS, SIDES, TREE_EVAL_CROP
+from sasa.recipes import RECIPES
+from sasa.settings import ConfigError, Settings, flag_of, from_recipe, option
+
 MODELS = ("ResNet26", "ResNet38", "ResNet50", "NaiveResNet26", "NaiveResNet38")
-# The side of the stored images in pixels; None for trees and shards, whose images differ.
-SIDES = {
-    "DIGITS": 8, "CIFAR10": 32, "CIFAR100": 32, "MNIST": 28, "FashionMNIST": 28,
-    "IMAGENET": None, "FOLDER": None, "WEBDATASET": None,
-}  # fmt: skip
-DATASETS = tuple(SIDES)
-TREE_EVAL_CROP = 0.875  # 224 of 256 pixels, as the ImageNet family evaluates
-MAX_INT = 2**31 - 1  # of every integer: beyond it floats, timers and progress bars overflow
-
-
-class ConfigError(ValueError):
-    """A value that cannot be: one line that names the flag, the value and what is allowed."""
-
-
-def option(
-    default: Any, text: str, *, kind: type | None = None, free: bool = False, in_recipe: bool = False, **rule
-) -> Any:
-    """A field of Config and its flag.
-
-    Args:
-        default: the value without the flag.
-        text: the help text: what the flag does.
-        kind: the type of a value, where the default does not show it.
-        free: a resumed run may change it, since it cannot change the result.
-        in_recipe: the value without the flag is the recipe's.
-        rule: what is allowed, `choices`, `low`, `high` (inclusive), `above` or `below` (exclusive); `alias` maps an old
-            spelling of a choice to the present one; `nargs` and `metavar` are argparse's.
-    """
-    kind = kind or (str if default is None else type(default))
-    about = {"help": text, "kind": kind, "free": free, "in_recipe": in_recipe, "rule": rule}
-    return field(default=default, metadata=about)
-
-
-def from_recipe(text: str, kind: type, **rule) -> Any:
-    """A field whose value comes from the recipe unless its flag is given."""
-    return option(None, f"{text} (default: the recipe's)", kind=kind, in_recipe=True, **rule)
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What the configuration of every kind of run can do, by the fields that its class has.
-
-    Raises:
-        ConfigError: a value of another type or out of its bounds.
-    """
-
-    def __post_init__(self) -> None:
-        for f in fields(self):
-            _check_typed(f, getattr(self, f.name))
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values only, as config.json and the checkpoints hold them."""
-        values = dataclasses.asdict(self)
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]):
-        """The configuration that `to_dict` gave.
-
-        Raises:
-            ConfigError: keys that this version does not know, or lacks; values that cannot be.
-        """
-        known = {f.name for f in fields(cls)}
-        differing = sorted(str(key) for key in known ^ values.keys())
-        if differing:
-            more = f" and {len(differing) - 5} more" if len(differing) > 5 else ""
-            raise ConfigError(f"the configuration is of another version: {', '.join(differing[:5])}{more} differ")
-        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
-
-    def recipe_values(self) -> dict[str, Any]:
-        """What this version's recipe gives to each field that has its value from there unless its flag is given."""
-        raise NotImplementedError
-
-    def recipe_name(self) -> str:
-        """That recipe, for a person."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)
@@ -275,72 +204,6 @@ FIELDS = {f.name: f for f in fields(Config)}
 IN_RECIPE = tuple(f.name for f in fields(Config) if f.metadata["in_recipe"])
 
 
-def flag_of(name: str) -> str:
-    """The flag of a field."""
-    return "--" + name.replace("_", "-")
-
-
-# ---- what is allowed ------------------------------------------------------------------------------------------------
-
-
-def parse_value(f: dataclasses.Field, text: str) -> Any:
-    """The text of a flag's value in its field's type and spelling.
-
-    Raises:
-        ConfigError: it is not of that type, or not allowed.
-    """
-    kind, rule = f.metadata["kind"], f.metadata["rule"]
-    value = _number(kind, text, f"{flag_of(f.name)} {text}") if kind in (int, float) else text
-    if "choices" in rule:
-        spelling = {str(choice).lower(): choice for choice in rule["choices"]} | rule.get("alias", {})
-        value = spelling.get(str(value).lower(), value)
-    _check_rule(f, value)
-    return value
-
-
-def _number(kind: type, text: str, given: str) -> int | float:
-    try:
-        return kind(text)
-    except ValueError:  # also of an integer of thousands of digits
-        digits = text.strip().removeprefix("-").isdigit()
-        wanted = f"at most {MAX_INT}" if digits else "an integer" if kind is int else "a number"
-        raise ConfigError(f"{given[:60]}: must be {wanted}") from None
-
-
-def _check_typed(f: dataclasses.Field, value: Any) -> None:
-    """A field's value as code or a file gives it. Raises ConfigError."""
-    kind = f.metadata["kind"]
-    if value is None and f.default is None:
-        return
-    items = value if isinstance(value, tuple) and "nargs" in f.metadata["rule"] else (value,)
-    for item in items:
-        if type(item) is not kind and not (kind is float and type(item) is int):
-            raise ConfigError(f"{flag_of(f.name)} {str(item)[:60]!r}: must be of type {kind.__name__}")
-        _check_rule(f, item)
-
-
-def _check_rule(f: dataclasses.Field, value: Any) -> None:
-    """A value of the right type against its field's bounds and choices. Raises ConfigError."""
-    rule, given = f.metadata["rule"], f"{flag_of(f.name)} {str(value)[:60]}"
-    if isinstance(value, str) and "\0" in value:
-        raise ConfigError(f"{given!r}: must not hold a zero byte")
-    if isinstance(value, float) and not math.isfinite(value):
-        raise ConfigError(f"{given}: must be finite")
-    if f.metadata["kind"] is int and abs(value) > MAX_INT:
-        raise ConfigError(f"{given}: must be at most {MAX_INT}")
-    if f.metadata["kind"] in (int, float):
-        for bound, holds, words in (
-            ("low", value.__ge__, "at least"),
-            ("high", value.__le__, "at most"),
-            ("above", value.__gt__, "above"),
-            ("below", value.__lt__, "below"),
-        ):
-            if bound in rule and not holds(type(value)(rule[bound])):
-                raise ConfigError(f"{given}: must be {words} {rule[bound]}")
-    if "choices" in rule and value not in rule["choices"]:
-        raise ConfigError(f"{given}: allowed are {', '.join(map(str, rule['choices']))}")
-
-
 def _check_together(config: Config) -> None:
     """Values that do not go together. Raises ConfigError."""
     if config.position in ("none", "absolute") and not config.content:
@@ -363,64 +226,6 @@ def _check_together(config: Config) -> None:
                     f"{flag_of(name)} {getattr(config, name):g}: {config.dataset} is trained on random resized crops "
                     "instead; allowed is 0"
                 )
-
-
-# ---- recipes --------------------------------------------------------------------------------------------------------
-
-# What most recipes share: no regularisation, no augmentation, the rate as it stands.
-_BASE = {
-    "pad": 0, "flip": False, "rotate": 0.0, "translate": 0.0, "zoom": 0.0, "cutout": 0, "randaugment": False,
-    "mixup": 0.0, "cutmix": 0.0, "reflect": False, "schedule": "cosine", "momentum": 0.9, "nesterov": True,
-    "bn_momentum": 0.1, "label_smoothing": 0.0, "clip_grad": 0.0, "ema": 0.0, "zero_init_residual": False,
-}  # fmt: skip
-_ADAMW = _BASE | {
-    "optimizer": "adamw", "lr": 1e-3, "lr_scaling": "sqrt", "weight_decay": 0.05, "label_smoothing": 0.1,
-    "clip_grad": 1.0, "zero_init_residual": True,
-}  # fmt: skip
-_DIGITS = {"rotate": 10.0, "translate": 0.1, "zoom": 0.1}  # what leaves a digit the same digit
-_CIFAR = {"pad": 4, "flip": True, "cutout": 8}
-# The paper's ImageNet run (section 4.1); weight decay, label smoothing and augmentation are not given there.
-_PAPER = _BASE | {
-    "optimizer": "sgd", "epochs": 130, "batch_size": 256, "lr": 0.1, "lr_scaling": "linear", "lr_batch": 256,
-    "warmup_epochs": 10.0, "weight_decay": 1e-4, "label_smoothing": 0.1, "ema": 0.9999, "bn_momentum": 1e-4,
-}  # fmt: skip
-_IMAGENET = _PAPER | {"clip_grad": 5.0, "bn_momentum": 0.1, "flip": True}
-# The port's CIFAR-10 run: the rate divided by 10 every 30 epochs (README of the port, results table).
-_PORT = _BASE | {
-    "optimizer": "sgd", "epochs": 100, "batch_size": 25, "lr": 0.1, "lr_scaling": "none", "lr_batch": 25,
-    "warmup_epochs": 0.0, "weight_decay": 1e-4, "schedule": "step", "nesterov": False,
-}  # fmt: skip
-
-
-def _digits(epochs: int, batch: int, **more) -> dict[str, Any]:
-    return _ADAMW | {"epochs": epochs, "batch_size": batch, "lr_batch": batch, "warmup_epochs": 2.0} | more
-
-
-def _everywhere(values: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """A recipe with one augmentation for all sets: the CIFAR family's crop, by an eighth of the side, and the flip.
-
-    A mirrored digit is another picture, so digits are not flipped; trees have their resized crop instead of the pad.
-    """
-    mirrored = {name: name not in ("DIGITS", "MNIST") for name in DATASETS}
-    return {name: values | {"pad": (SIDES[name] or 0) // 8, "flip": mirrored[name]} for name in DATASETS}
-
-
-# Every recipe of every data set, each complete. The default of DIGITS was found by trials (docs/recipes.md); the others
-# follow it, or their family's practice.
-RECIPES: dict[str, dict[str, dict[str, Any]]] = {
-    "default": {
-        "DIGITS": _digits(12, 32, ema=0.98, **_DIGITS),
-        "MNIST": _digits(20, 64, **_DIGITS),
-        "FashionMNIST": _digits(30, 64, pad=2, flip=True),
-        "CIFAR10": _digits(200, 128, ema=0.999, **_CIFAR) | {"warmup_epochs": 10.0},
-        "CIFAR100": _digits(200, 128, ema=0.999, **_CIFAR) | {"warmup_epochs": 10.0},
-        "IMAGENET": _IMAGENET,
-        "WEBDATASET": _IMAGENET,  # which is what shards are for
-        "FOLDER": _ADAMW | {"epochs": 90, "batch_size": 64, "lr_batch": 256, "warmup_epochs": 5.0, "flip": True},
-    },
-    "port": _everywhere(_PORT),
-    "paper": _everywhere(_PAPER),
-}
 
 
 def recipe(name: str, dataset: str, img_size: int | None = None) -> dict[str, Any]:

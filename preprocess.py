@@ -24,13 +24,14 @@ from torch import Tensor
 
 from sasa.data.augment import AugmentConfig, stream
 from sasa.data.batches import DataInfo, denormalise, epoch_order
-from sasa.data.datasets import SMALL_SETS, SPECS, canonical_name
+from sasa.data.datasets import SMALL_SETS
 from sasa.data.download import resolve_auto
 from sasa.data.errors import DataError, WorkerError
 from sasa.data.fingerprint import of_tensors
 from sasa.data.images import Evaluated, resize_tensor
 from sasa.data.shards import main as shards_main
 from sasa.data.shards import read_shards
+from sasa.data.specs import DATASETS, SPECS, TREE_EVAL_CROP, TREE_SIZE, canonical_name
 from sasa.data.splits import FolderData, Split, TensorData
 from sasa.data.trees import read_trees
 from sasa.data.workers import WORKER_TIMEOUT_S
@@ -40,10 +41,6 @@ __all__ = [
     "canonical_name", "channel_stats", "data_identity", "denormalise", "epoch_order",
     "info_without_files", "load", "resolve_auto",
 ]  # fmt: skip
-
-DATASETS = tuple(SPECS)
-_DEFAULT_TREE_SIZE = 224
-_TREE_EVAL_CROP = 224 / 256  # share of the short side that evaluation feeds: the ImageNet family's
 
 
 def load(
@@ -100,8 +97,8 @@ def load(
         classes, train, test = SMALL_SETS[name](Path(data_dir))
     part = _draw_part(len(train[1]), train_images, seed)
     kept, held = (part[index] for index in _hold_out(len(part), holdout, seed))
-    side = img_size or spec.side or _DEFAULT_TREE_SIZE
-    crop = eval_crop or (_TREE_EVAL_CROP if spec.side is None else 1.0)
+    side = img_size or spec.side or TREE_SIZE
+    crop = eval_crop or (TREE_EVAL_CROP if spec.side is None else 1.0)
     evaluated = Evaluated(eval_size or side, round((eval_size or side) / crop), eval_interpolation)
     info = DataInfo(
         name=name,

@@ -11,7 +11,10 @@ BASE = {"sasa.console", "sasa.files"}
 ALLOWED = {
     "sasa.console": set(),
     "sasa.files": set(),
-    "config": BASE,
+    "sasa.data.specs": set(),
+    "sasa.settings": BASE,
+    "sasa.recipes": {"sasa.data.specs"},
+    "config": BASE | {"sasa.data.specs", "sasa.recipes", "sasa.settings"},
     "sasa.kernels": BASE,
     "sasa.initialise": BASE,
     "attention": BASE | {"sasa.kernels", "sasa.initialise"},
@@ -20,10 +23,20 @@ ALLOWED = {
     "model": BASE | {"sasa.kernels", "sasa.initialise", "attention", "sasa.backbone", "sasa.convert"},
     "hubconf": BASE | {"model"},
     "sasa.analysis": BASE | {"sasa.kernels", "attention", "model"},
-    "sasa.data": BASE,
-    "preprocess": BASE | {"sasa.data"},
+    "sasa.data": BASE | {"sasa.data.specs"},
+    "preprocess": BASE | {"sasa.data", "sasa.data.specs"},
     "sasa.training": BASE
-    | {"sasa.kernels", "attention", "model", "sasa.analysis", "sasa.data", "preprocess", "config"},
+    | {
+        "sasa.kernels",
+        "attention",
+        "model",
+        "sasa.analysis",
+        "sasa.data",
+        "sasa.data.specs",
+        "preprocess",
+        "config",
+        "sasa.settings",
+    },
 }
 ALLOWED["sasa.timm_models"] = BASE | {"model"}
 ALLOWED["train"] = ALLOWED["sasa.training"] | {"sasa.training"}

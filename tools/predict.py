@@ -24,13 +24,14 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from config import FIELDS, Config, ConfigError, parse_value
+from config import FIELDS, Config, ConfigError
 from preprocess import DataError, DataInfo, FolderData, WorkerError
 from sasa import files
 from sasa.console import Parser, print_error, printable
-from sasa.data.datasets import SPECS
 from sasa.data.decode import EXTENSIONS
 from sasa.data.images import Evaluated, Files
+from sasa.data.specs import SPECS
+from sasa.settings import parse_value
 from sasa.training import checkpoint
 from sasa.training.checkpoint import CheckpointError
 from sasa.training.network import network_of

@@ -15,6 +15,7 @@ from torch.utils.data import Dataset, default_collate
 from sasa.console import one_line, printable
 from sasa.data.augment import crop_box
 from sasa.data.decode import decode
+from sasa.data.specs import TREE_EVAL_CROP
 
 _STATS_AT_ONCE, _STAT_THREADS = 4096, 16
 _LONGEST = 16  # short sides that evaluation looks at, of a longer picture
@@ -124,12 +125,12 @@ class ImageFiles(Dataset):
         skip_bad_images: bool,
         evaluated: Evaluated | None = None,
     ) -> None:
-        """`size`: the side of a training image, pixels; `evaluated`: None is that side, of 256/224 of it."""
+        """`size`: the side of a training image, pixels; `evaluated`: None is that side, cropped as trees are."""
         self.files = files
         self.labels = np.array(labels, dtype=np.int64)
         self.skip_bad_images = skip_bad_images
         self._size = [size, size]
-        self._evaluated = evaluated or Evaluated(size, round(size * 256 / 224))
+        self._evaluated = evaluated or Evaluated(size, round(size / TREE_EVAL_CROP))
 
     def __len__(self) -> int:
         return len(self.labels)

@@ -9,8 +9,9 @@ from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any
 
-from config import Config, ConfigError, Settings, flag_of, parse_value
+from config import Config
 from sasa.console import Parser, fail
+from sasa.settings import ConfigError, Settings, flag_of, parse_value
 
 PROG = "train.py"
 ABOUT = "Train a stand-alone self-attention network (or its convolution baseline), resume it, evaluate it."

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from config import MAX_INT
+from sasa.settings import MAX_INT
 
 PICKLE_LIMIT = 256 * 2**20  # bytes of the member that is not tensors
 
