@@ -14,12 +14,13 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
+from functools import partial
 from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, get_worker_info
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from sasa.console import one_line, printable
 from sasa.data.errors import DataError, WorkerError
@@ -32,18 +33,17 @@ _KILL_AFTER_S = 3.0  # how long processes may take to end by themselves
 _RESTART = "a restart can help"
 
 
-class Reader:
-    """Reads batches of `files`, by `num_workers` processes or, with 0, by this one.
+class Workers:
+    """Batches of samples, made by `num_workers` processes or, with 0, by this one.
 
     One pass at a time: starting another ends the first, as they share the processes.
-
-    Attributes:
-        bad_images: "path: what is wrong" of each file that was skipped so far.
     """
 
     def __init__(
         self,
-        files: ImageFiles,
+        samples: Dataset,
+        collate: Callable[[list], Any],
+        name: Callable[[int], str],
         device: torch.device,
         num_workers: int,
         timeout_s: float = WORKER_TIMEOUT_S,
@@ -51,19 +51,21 @@ class Reader:
     ) -> None:
         """
         Args:
+            samples: what a key becomes; a key has the number of its file as `index`.
+            collate: a batch of a list of samples.
+            name: the file of a number, for a person.
+            device: where the batches go: for CUDA they are put into pinned memory.
             timeout_s: of one batch, of processes that are alive; 0 waits without end.
             is_stopped: while a batch is waited for: whether the run was asked to stop.
         """
-        self.bad_images: list[str] = []
-        self._files, self._device = files, device
-        self._timeout_s, self._is_stopped = timeout_s, is_stopped
+        self._name, self._timeout_s, self._is_stopped = name, timeout_s, is_stopped
         self._pass: _Pass | None = None
         self._keys = _Refillable()
         self._loader = DataLoader(
-            files,
+            samples,
             batch_sampler=self._keys,
             num_workers=num_workers,
-            collate_fn=_hand_over if num_workers else collate,
+            collate_fn=partial(_hand_over, collate) if num_workers else collate,
             pin_memory=device.type == "cuda",
             persistent_workers=num_workers > 0,
             worker_init_fn=ignore_signals,
@@ -77,23 +79,12 @@ class Reader:
             # SIGTERM, which ours ignore, and waits for them without end.
             atexit.register(self._finalizer)
 
-    def read(self, keys: Iterator[list[Key]]) -> Iterator[tuple[Tensor, Tensor]]:
-        """Batches on the device, in the order of the keys: images (B, 3, H, W) uint8 and labels (B,) int64.
+    def batches(self, keys: Iterator[list]) -> Iterator[Any]:
+        """What `collate` made of each item of `keys`, in their order.
 
         Raises:
-            DataError: a file that cannot be read, unless such are skipped; no file at all that can.
             WorkerError: a process died, or handed nothing over.
         """
-        for images, labels, bad in self._batches(keys):
-            if bad and not self._files.skip_bad_images:
-                raise DataError(f"cannot read image {bad[0]}; repair or remove it, or skip such with --skip-bad-images")
-            self.bad_images.extend(line for line in dict.fromkeys(bad) if line not in self.bad_images)
-            if len(self.bad_images) == len(self._files):
-                raise DataError(f"cannot read any of the {len(self._files)} images, the first: {self.bad_images[0]}")
-            yield images.to(self._device, non_blocking=True), labels.to(self._device, non_blocking=True)
-
-    def _batches(self, keys: Iterator[list[Key]]) -> Iterator[tuple[Tensor, Tensor, list[str]]]:
-        """What `collate` made of each item of `keys`."""
         if not self._loader.num_workers:
             self._keys.batches = keys
             yield from self._loader
@@ -118,7 +109,7 @@ class Reader:
             if main and before is not None:
                 signal.signal(signal.SIGCHLD, before)
 
-    def _rest(self, current: "_Pass", cut: bool = False) -> Iterator[tuple[Tensor, Tensor, list[str]]]:
+    def _rest(self, current: "_Pass", cut: bool = False) -> Iterator[Any]:
         """The batches that are left of a pass; with `cut`, only those that are on their way."""
         current.is_cut = cut
         while current is self._pass and current.iterator is not None:
@@ -171,12 +162,45 @@ class Reader:
     def _next(self, current: "_Pass") -> str:
         """The files of the batch that is waited for."""
         keys = current.given.get(current.received, [])
-        names = printable(self._files.files.name(keys[0].index)) if keys else "nothing"
+        names = printable(self._name(keys[0].index)) if keys else "nothing"
         return names + (f" and {len(keys) - 1} more" if len(keys) > 1 else "")
 
     def close(self) -> None:
         """Ends the processes. The next pass would need a new object; at the end of the process it is done by itself."""
         _end_processes(self._loader)
+
+
+class Reader:
+    """Reads batches of image files for classification by `Workers`.
+
+    Attributes:
+        bad_images: "path: what is wrong" of each file that was skipped so far.
+    """
+
+    def __init__(self, files: ImageFiles, device: torch.device, num_workers: int, *args, **kwargs) -> None:
+        """`args`, `kwargs`: the rest of what `Workers` takes."""
+        self.bad_images: list[str] = []
+        self.workers = Workers(files, collate, files.files.name, device, num_workers, *args, **kwargs)
+        self._files, self._device = files, device
+
+    def read(self, keys: Iterator[list[Key]]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Batches on the device, in the order of the keys: images (B, 3, H, W) uint8 and labels (B,) int64.
+
+        Raises:
+            DataError: a file that cannot be read, unless such are skipped; no file at all that can.
+            WorkerError: a process died, or handed nothing over.
+        """
+        for images, labels, bad in self.workers.batches(keys):
+            if bad and not self._files.skip_bad_images:
+                raise DataError(f"cannot read image {bad[0]}; repair or remove it, or skip such with --skip-bad-images")
+            self.bad_images.extend(line for line in dict.fromkeys(bad) if line not in self.bad_images)
+            if len(self.bad_images) == len(self._files):
+                raise DataError(f"cannot read any of the {len(self._files)} images, the first: {self.bad_images[0]}")
+            yield images.to(self._device, non_blocking=True), labels.to(self._device, non_blocking=True)
+
+    def close(self) -> None:
+        """Ends the processes."""
+        self.workers.close()
 
 
 def ignore_signals(_worker: int) -> None:
@@ -221,17 +245,17 @@ def _how_it_died(worker) -> str:
 class _Pass:
     """One pass over the files: the batch sampler that DataLoader is given, and how far it is."""
 
-    def __init__(self, keys: Iterator[list[Key]]) -> None:
+    def __init__(self, keys: Iterator[list]) -> None:
         self.iterator: Any = None
         self.received = 0
         self.is_cut = False
-        self.given: dict[int, list[Key]] = {}  # batches that the processes have and have not handed over
+        self.given: dict[int, list] = {}  # batches that the processes have and have not handed over
         self._keys, self._asked = keys, 0
 
     def __iter__(self) -> "_Pass":
         return self
 
-    def __next__(self) -> list[Key]:
+    def __next__(self) -> list:
         if self.is_cut:
             raise StopIteration
         keys = next(self._keys)
@@ -245,9 +269,9 @@ class _Refillable:
     """A batch sampler that persistent workers can be given anew for every pass."""
 
     def __init__(self) -> None:
-        self.batches: Iterator[list[Key]] = iter(())
+        self.batches: Iterator[list] = iter(())
 
-    def __iter__(self) -> Iterator[list[Key]]:
+    def __iter__(self) -> Iterator[list]:
         return self.batches
 
 
@@ -264,8 +288,8 @@ class _Parcel:
         return pickle.loads, (self.content,)
 
 
-def _hand_over(samples: list) -> "_Parcel | str":
-    """`collate`, as a parcel, or why it cannot be handed over.
+def _hand_over(collate: Callable[[list], Any], samples: list) -> "_Parcel | str":
+    """A collated batch as a parcel, or why it cannot be handed over.
 
     Pickled here and not by the queue's own thread, whose errors nobody hears of: a full /dev/shm, a TMPDIR too long for
     the name of a socket.

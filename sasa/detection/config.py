@@ -77,6 +77,7 @@ class DetectionConfig(Settings):
     img_size: int | None = from_recipe("longer side of the images as the network takes them, pixels", int,
                                        low=32, high=4096)  # fmt: skip
     num_workers: int = option(2, "processes that decode images", low=0, high=1024, free=True)
+    worker_timeout: float = same("worker_timeout")
     flip: bool | None = from_recipe("mirror each training image left to right, half of the time", bool)
     jitter_low: float | None = from_recipe("smallest random scale of a training image", float, low=0.05, high=10)
     jitter_high: float | None = from_recipe("largest", float, low=0.05, high=10)

@@ -9,18 +9,19 @@ they are, which the detector itself resizes.
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
-from preprocess import DataError, epoch_order
 from sasa.console import one_line, printable
 from sasa.data.augment import stream
-from sasa.data.workers import ignore_signals
+from sasa.data.batches import epoch_order, own_part, steps_per_epoch
+from sasa.data.errors import DataError
+from sasa.data.workers import Workers
 from sasa.detection.coco import CocoSplit
 
 Target = dict[str, Tensor]  # boxes (n, 4) float32: x1, y1, x2, y2 in pixels; labels (n,) int64
@@ -65,11 +66,6 @@ def plan(
     return steps()
 
 
-def steps_per_epoch(size: int, global_batch: int) -> int:
-    """Optimizer steps in an epoch: whole global batches only, at least one; each epoch leaves out other images."""
-    return max(size // global_batch, 1)
-
-
 class CocoImages(Dataset):
     """The images of a split, each a function of its key, whichever worker makes it."""
 
@@ -79,6 +75,10 @@ class CocoImages(Dataset):
 
     def __len__(self) -> int:
         return len(self.split)
+
+    def name(self, index: int) -> str:
+        """The file of an image."""
+        return str(self.split.folder / self.split.files[index])
 
     def __getitem__(self, key: Key) -> tuple[Tensor, Target]:
         """Image (3, H, W) uint8, size x size in training, and its boxes and labels.
@@ -95,7 +95,7 @@ class CocoImages(Dataset):
         return pixels, {"boxes": torch.from_numpy(np.array(boxes)), "labels": torch.from_numpy(np.array(labels))}
 
     def _read(self, index: int) -> Image.Image:
-        path, size = self.split.folder / self.split.files[index], tuple(self.split.sizes[index].tolist())
+        path, size = self.name(index), tuple(self.split.sizes[index].tolist())
         try:
             with Image.open(path) as file:
                 image = file.convert("RGB")
@@ -153,11 +153,12 @@ class DetectionSplit:
     One pass at a time: starting another ends the first.
     """
 
-    def __init__(self, images: CocoImages, device: torch.device, num_workers: int) -> None:
+    def __init__(self, images: CocoImages, device: torch.device, *workers) -> None:
+        """`workers`: num_workers, timeout_s and is_stopped of `sasa.data.workers.Workers`."""
         self.truth = images.split
         self.bad_images: list[str] = []  # none is ever skipped
-        self._samples, self._device, self._workers = _Samples(images), device, num_workers
-        self._reading: Any = None
+        self._workers = Workers(_Samples(images), list, images.name, device, *workers)
+        self._device = device
 
     def __len__(self) -> int:
         return len(self.truth)
@@ -176,28 +177,21 @@ class DetectionSplit:
 
         Raises:
             DataError: an image that cannot be read, or a step with fewer images than pieces.
+            WorkerError: a decoding process died, or handed nothing over.
         """
-        return self._read(list(plan(len(self), epoch, start_step, **options)))
+        return self._read(plan(len(self), epoch, start_step, **options))
 
     def eval_batches(
         self, batch_size: int, rank: int = 0, world_size: int = 1
     ) -> Iterator[tuple[list[int], list[Tensor], list[Target]]]:
         """Each image once over all ranks, in order, as it is: numbers, images (3, H, W) float32 in [0, 1], targets."""
-        start, stop = len(self) * rank // world_size, len(self) * (rank + 1) // world_size
-        numbers = [range(first, min(first + batch_size, stop)) for first in range(start, stop, batch_size)]
-        read = self._read([[Key(i, None) for i in part] for part in numbers])
+        numbers = list(own_part(len(self), batch_size, rank, world_size))
+        read = self._read([Key(i, None) for i in part] for part in numbers)
         for part, (images, targets) in zip(numbers, read, strict=True):
             yield list(part), images, targets
 
-    def _read(self, keys: list[list[Key]]) -> Iterator[tuple[list[Tensor], list[Target]]]:
-        self.close()
-        loader = DataLoader(
-            self._samples, batch_sampler=keys, num_workers=self._workers, collate_fn=list,
-            worker_init_fn=ignore_signals, pin_memory=self._device.type == "cuda",
-            generator=torch.Generator(),  # DataLoader draws a seed for its workers: not from the global state
-        )  # fmt: skip
-        self._reading = iter(loader)
-        for samples in self._reading:
+    def _read(self, keys: Iterator[list[Key]]) -> Iterator[tuple[list[Tensor], list[Target]]]:
+        for samples in self._workers.batches(keys):
             for sample in samples:
                 if isinstance(sample, str):
                     raise DataError(sample)
@@ -206,9 +200,7 @@ class DetectionSplit:
 
     def close(self) -> None:
         """Ends the workers, where there are any."""
-        if self._reading is not None and self._workers:
-            self._reading._shutdown_workers()
-        self._reading = None
+        self._workers.close()
 
 
 class _Samples(Dataset):

@@ -35,7 +35,6 @@ KINDS = ("conv", "attention")
 NORMS = ("plain", "frozen", "sync")
 LEVELS = 5  # P3 to P7
 RATIOS = (0.5, 1.0, 2.0)  # height / width of the anchors
-PRIOR = 0.01  # every anchor's score of every class at the start (Lin et al. 2017)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 

@@ -98,7 +98,7 @@ def set_up(plan: Plan, is_stopped: Callable[[], bool] = lambda: False) -> Detect
     """
     device, amp = prepare_machine(plan.config)
     config = dataclasses.replace(plan.config, amp=AMP_NAMES[amp], name=plan.folder.name)
-    data = load_data(config, device)
+    data = load_data(config, device, is_stopped)
     distributed.on_all_ranks(partial(check_batch, config, len(data.train)))
     nominal = config.batch_size * config.accumulate * distributed.world_size()
     if plan.state is not None:
@@ -120,16 +120,21 @@ def check_batch(config: DetectionConfig, images: int) -> None:
         )
 
 
-def load_data(config: DetectionConfig, device: torch.device) -> DetectionData:
+def load_data(
+    config: DetectionConfig, device: torch.device, is_stopped: Callable[[], bool] = lambda: False
+) -> DetectionData:
     """The data set of a configuration, on the main rank first, which draws the digits.
+
+    Args:
+        is_stopped: whether the run was asked to stop: then nothing waits for a silent worker.
 
     Raises:
         SharedError: what is wrong with it.
     """
-    return distributed.main_rank_first(partial(_read_data, config, device))
+    return distributed.main_rank_first(partial(_read_data, config, device, is_stopped))
 
 
-def _read_data(config: DetectionConfig, device: torch.device) -> DetectionData:
+def _read_data(config: DetectionConfig, device: torch.device, is_stopped: Callable[[], bool]) -> DetectionData:
     folder = Path(config.data_dir)
     if config.dataset == "DIGITS":
         folder = digits.make(folder)
@@ -141,7 +146,8 @@ def _read_data(config: DetectionConfig, device: torch.device) -> DetectionData:
     jitter = Jitter(config.jitter_low, config.jitter_high, config.flip)
     info = DetectionInfo(config.dataset, len(train.class_names), train.class_names, config.img_size)
     parts = [CocoImages(split, config.img_size, fill, jitter) for split in (train, val)]
-    return DetectionData(info, *(DetectionSplit(part, device, config.num_workers) for part in parts))
+    workers = config.num_workers, config.worker_timeout, is_stopped
+    return DetectionData(info, *(DetectionSplit(part, device, *workers) for part in parts))
 
 
 def build_detector(config: DetectionConfig, num_classes: int) -> nn.Module:

@@ -39,7 +39,7 @@ def test_workers_ignore_the_launchers_signals(tree):
     _, train, _, _ = load(dataset="FOLDER", data_dir=tree, img_size=16, num_workers=1)
     epoch = train.batches(0, batch_size=2, seed=5)
     first = next(epoch)
-    (worker,) = train._reader._loader._iterator._workers
+    (worker,) = train._reader.workers._loader._iterator._workers
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         os.kill(worker.pid, number)
     assert same([first, *epoch], batches(load(dataset="FOLDER", data_dir=tree, img_size=16)[1], batch_size=2))
@@ -100,7 +100,7 @@ def test_a_worker_that_dies_is_one_line_and_no_exception_elsewhere(tree, how, fa
     with pytest.raises(WorkerError, match=words) as error:
         list(epoch)
     assert "\n" not in str(error.value) and "a restart can help" in str(error.value)
-    assert not any(worker.is_alive() for worker in reader._loader._iterator._workers)
+    assert not any(worker.is_alive() for worker in reader.workers._loader._iterator._workers)
 
 
 def test_a_silent_worker_is_named_and_then_ends_the_pass(tree, fast, monkeypatch, capfd):
@@ -113,7 +113,7 @@ def test_a_silent_worker_is_named_and_then_ends_the_pass(tree, fast, monkeypatch
     assert 4 <= time.monotonic() - begin < 30
     lines = [line for line in capfd.readouterr().err.splitlines() if "silent" in line]
     assert len(lines) == 1 and "cat/09.jpg; ends the run after 4 s (--worker-timeout)" in lines[0]
-    assert not any(worker.is_alive() for worker in reader._loader._iterator._workers)
+    assert not any(worker.is_alive() for worker in reader.workers._loader._iterator._workers)
 
 
 def test_a_run_that_was_asked_to_stop_waits_no_longer_for_a_silent_worker(tree, fast, monkeypatch):

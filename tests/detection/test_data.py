@@ -1,13 +1,16 @@
 """Keys of a step as functions of seed, epoch and step; boxes that go with their pixels."""
 
+import os
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from test_coco import box, read
 
-from preprocess import DataError
-from sasa.detection.data import CocoImages, Jitter, Key, place, plan, to_device
+from preprocess import DataError, WorkerError
+from sasa.data import workers
+from sasa.detection.data import CocoImages, DetectionSplit, Jitter, Key, place, plan, to_device
 
 STILL = np.array([0.0, 0.0, 0.0, 0.9])  # lowest scale, no shift, no flip
 
@@ -75,6 +78,14 @@ def test_images_that_cannot_be_read_or_differ_in_size_are_refused(tmp_path):
     (tmp_path / "val" / "1.png").write_bytes(b"no image")
     with pytest.raises(DataError, match=r"cannot read image .*1\.png"):
         images[Key(1, None)]
+
+
+def test_a_worker_that_dies_ends_the_pass_in_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(workers, "_POLL_S", 1)
+    monkeypatch.setattr(CocoImages, "__getitem__", lambda images, key: os._exit(3))
+    split = DetectionSplit(CocoImages(read(tmp_path, [box(1)]), 32, (0, 0, 0), Jitter()), torch.device("cpu"), 1)
+    with pytest.raises(WorkerError, match=r"ended by itself, exit code 3: a restart can help$"):
+        next(split.eval_batches(2))
 
 
 OPTIONS = {"global_batch": 12, "accumulate": 1, "rank": 0, "world_size": 1, "seed": 5}
