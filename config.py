@@ -27,147 +27,189 @@ class Config(Settings):
     """
 
     # Model
-    model_name: str = option("ResNet26", "network", choices=MODELS)
-    stem: bool = option(False, "attention stem in place of the first convolution")
+    model_name: str = option("ResNet26", "build this network", choices=MODELS)
+    stem: bool = option(False, "use the attention stem in place of the first convolution")
     form: str = option(
-        "auto", "form of the network; auto: small up to 64 pixels", choices=("auto", "small", "imagenet")
+        "auto",
+        "build the network's form for small images or for ImageNet's; auto: small up to 64 pixels",
+        choices=("auto", "small", "imagenet"),
     )
     attention_stages: tuple[int, ...] | None = option(
         None,
-        "stages (1 2 3 4) whose 3x3 convolutions become attention; no value: the convolution baseline (default: all; "
-        "none for the Naive networks)",
+        "give these stages (1 2 3 4) attention in place of 3x3 convolutions; no value: the convolution baseline",
+        otherwise="all; none for the Naive networks",
         kind=int,
         choices=(1, 2, 3, 4),
         nargs="*",
         metavar="N",
     )
-    kernel_size: int = option(7, "side of the attention window, pixels", low=1, high=1023)
-    num_heads: int = option(8, "heads of each attention layer (the stem has 4)", low=1)
-    position: str = option("relative", "position information", choices=("relative", "absolute", "none"))
+    kernel_size: int = option(7, "set the side of the attention window, pixels", low=1, high=1023)
+    num_heads: int = option(8, "set the heads of each attention layer (the stem has 4)", low=1)
+    position: str = option(
+        "relative", "give attention this position information", choices=("relative", "absolute", "none")
+    )
     content: bool = option(True, "attend by q.k + q.r; --no-content: by q.r alone (Table 6)")
     border: str = option(
-        "mask", "keys outside the map: weight 0, or zero keys in the softmax", choices=("mask", "zero")
+        "mask", "give keys outside the map weight 0, or take them as zero keys in the softmax", choices=("mask", "zero")
     )
-    scale: float = option(1.0, "factor of the logits (the paper has none)", above=0)
-    grouped: bool = option(False, "each head projects its own input channels only")
-    share_embeddings: bool = option(False, "one pair of embedding tables for all heads of a layer")
+    scale: float = option(1.0, "multiply the logits by this factor (the paper has none)", above=0)
+    grouped: bool = option(False, "let each head project its own input channels only")
+    share_embeddings: bool = option(False, "share one pair of embedding tables among all heads of a layer")
     embedding_std: float | None = option(
-        None, "spread of the embeddings at the start (default: by head width)", kind=float, low=0
+        None, "set the standard deviation of the embeddings at the start", otherwise="by head width", kind=float, low=0
     )
     stem_window: str = option(
-        "auto", "windows of the attention stem; auto: sliding in the small form", choices=("auto", "block", "sliding")
+        "auto",
+        "set the windows of the attention stem; auto: sliding in the small form",
+        choices=("auto", "block", "sliding"),
     )
-    stem_values: str = option("mixture", "values of the attention stem (Table 7)", choices=("mixture", "plain", "conv"))
-    stem_mixtures: int = option(4, "value matrices of the attention stem", low=1, high=1024)
+    stem_values: str = option(
+        "mixture", "set how the attention stem makes its values (Table 7)", choices=("mixture", "plain", "conv")
+    )
+    stem_mixtures: int = option(4, "set how many value matrices the attention stem mixes", low=1, high=1024)
     zero_init_residual: bool | None = from_recipe("start each residual branch at zero", bool)
-    backend: str = option("auto", "kernel of the attention (python -m tools.backends lists them)", free=True)
+    backend: str = option("auto", "compute attention by this kernel (python -m tools.backends lists them)", free=True)
 
     # Data
     dataset: str = option(
         "auto",
-        "data set; auto: CIFAR10 if at hand, or downloadable to a GPU machine, else DIGITS",
+        "train on this data set; auto: CIFAR10 if at hand, or downloadable to a GPU machine, else DIGITS",
         choices=("auto", *DATASETS),
     )
     data_dir: str = option(
-        "datasets", "folder of the data sets, or of a FOLDER or IMAGENET tree, or WEBDATASET's train shards", free=True
+        "datasets",
+        "read the data sets from this folder, or a FOLDER or IMAGENET tree, or WEBDATASET's train shards",
+        free=True,
     )
     img_size: int | None = option(
-        None, "side of the images fed, pixels (default: the set's own; 224 for trees)", kind=int, low=8, high=4096
+        None, "feed images of this side, pixels", otherwise="the set's own; 224 for trees", kind=int, low=8, high=4096
     )
     eval_size: int | None = option(
-        None, "side of the images fed in evaluation, pixels (default: --img-size)", kind=int, low=8, high=4096
+        None, "evaluate images of this side, pixels", otherwise="--img-size", kind=int, low=8, high=4096
     )
     eval_crop: float | None = option(
         None,
-        "share of the resized image's side that evaluation feeds, its centre (default: 0.875 for trees and shards, "
-        "else 1)",
+        "evaluate this share of the resized image's side, its centre",
+        otherwise="0.875 for trees and shards, else 1",
         kind=float,
         above=0,
         high=1,
     )
     eval_interpolation: str = option(
-        "bilinear", "how evaluation resizes images, antialiased", choices=("bilinear", "bicubic")
+        "bilinear", "resize images for evaluation by this interpolation, antialiased", choices=("bilinear", "bicubic")
     )
     train_images: int | None = option(
-        None, "train on a seeded part of this many images; --holdout is taken from it (default: all)", kind=int, low=1
+        None, "train on a seeded part of this many images; --holdout is taken from it", otherwise="all", kind=int, low=1
     )
-    holdout: float = option(0.0, "part of train that selects best.pt: a fraction below 1, or a number of images", low=0)
+    holdout: float = option(
+        0.0, "hold this part of train out to select best.pt by: a fraction below 1, or a number of images", low=0
+    )
     skip_bad_images: bool = option(False, "skip unreadable images of a tree, counted, instead of ending", free=True)
-    num_workers: int = option(4, "processes that decode a tree's images", low=0, high=1024, free=True)
+    num_workers: int = option(4, "decode a tree's images by this many processes", low=0, high=1024, free=True)
     worker_timeout: float = option(
-        600.0, "seconds after which silent decoding processes end the run, 0: never", low=0, free=True
+        600.0, "end the run when decoding processes are silent for this many seconds, 0: never", low=0, free=True
     )
     index_dir: str | None = option(
-        None, "folder of WEBDATASET's indexes (default: beside the shards, or the user's cache)", free=True
+        None, "keep WEBDATASET's indexes in this folder", otherwise="beside the shards, or the user's cache", free=True
     )
 
     # Augmentation of the training images
-    pad: int | None = from_recipe("pixels of padding that a random crop shifts the image into", int, low=0, high=4096)
+    crop_area: float | None = from_recipe(
+        "set the smallest share of a tree's image that its random resized crop takes", float, above=0, high=1
+    )
+    crop_aspect: float | None = from_recipe(
+        "set the widest aspect of that crop, width / height; its inverse is the narrowest", float, low=1, high=100
+    )
+    pad: int | None = from_recipe("shift each image by up to this many pixels, into padding", int, low=0, high=4096)
     flip: bool | None = from_recipe("mirror each image left to right, half of the time", bool)
-    rotate: float | None = from_recipe("largest rotation, degrees", float, low=0, high=180)
-    translate: float | None = from_recipe("largest shift, as a share of the side", float, low=0, below=1)
-    zoom: float | None = from_recipe("largest change of scale, as a share", float, low=0, below=1)
-    cutout: int | None = from_recipe("side of a square of each image set to the mean, pixels", int, low=0, high=4096)
-    randaugment: bool | None = from_recipe("torchvision's RandAugment", bool)
-    mixup: float | None = from_recipe("mixup's alpha, 0 for none", float, low=0)
-    cutmix: float | None = from_recipe("cutmix's alpha, 0 for none", float, low=0)
+    rotate: float | None = from_recipe("rotate each image by up to this many degrees", float, low=0, high=180)
+    translate: float | None = from_recipe("shift each image by up to this share of its side", float, low=0, below=1)
+    zoom: float | None = from_recipe("scale each image by up to this share, either way", float, low=0, below=1)
+    cutout: int | None = from_recipe(
+        "set a square of each image to the mean, of this side in pixels", int, low=0, high=4096
+    )
+    randaugment: bool | None = from_recipe("augment by torchvision's RandAugment", bool)
+    rand_rounds: int | None = from_recipe("set how many of RandAugment's operations an image gets", int, low=1, high=14)
+    rand_magnitude: int | None = from_recipe("set the magnitude of RandAugment's operations", int, low=0, high=30)
+    mixup: float | None = from_recipe("mix images by mixup with this alpha, 0: not at all", float, low=0)
+    cutmix: float | None = from_recipe("mix images by CutMix with this alpha, 0: not at all", float, low=0)
     reflect: bool | None = from_recipe("mirror the image beyond its border where it is shifted, not black", bool)
 
     # Training
     recipe: str = option(
-        "default", "values of the flags above and below that say so, by data set", choices=("default", "port", "paper"),
+        "default", "take the values of the flags that name the recipe from this one, by data set",
+        choices=("default", "port", "paper"),
         alias={"seed": "port"},
     )  # fmt: skip
-    epochs: int | None = from_recipe("epochs", int, low=1)
-    batch_size: int | None = from_recipe("images in a batch of one process", int, low=1)
-    accumulate: int = option(1, "batches whose gradients make one step", low=1)
-    optimizer: str | None = from_recipe("optimizer", str, choices=("sgd", "adamw"))
-    lr: float | None = from_recipe("peak learning rate, taken as it is; the recipe's is scaled", float, above=0)
+    epochs: int | None = from_recipe("train for this many epochs", int, low=1)
+    batch_size: int | None = from_recipe("set the images in a batch of one process", int, low=1)
+    accumulate: int = option(1, "make one step of the gradients of this many batches", low=1)
+    optimizer: str | None = from_recipe("train by this optimizer", str, choices=("sgd", "adamw"))
+    lr: float | None = from_recipe("set the peak learning rate, taken as it is; the recipe's is scaled", float, above=0)
     lr_scaling: str | None = from_recipe(
-        "how the recipe's rate follows the ratio of the global batch to --lr-batch", str,
+        "set how the recipe's rate follows the ratio of the global batch to --lr-batch", str,
         choices=("none", "sqrt", "linear"),
     )  # fmt: skip
-    lr_batch: int | None = from_recipe("global batch that the recipe's rate is for", int, low=1)
+    lr_batch: int | None = from_recipe("set the global batch that the recipe's rate is for", int, low=1)
     schedule: str | None = from_recipe(
-        "the rate after the warm-up: a cosine to 0, or a tenth every 30 epochs", str, choices=("cosine", "step")
+        "set the rate after the warm-up: a cosine to 0, or steps of --step-factor every --step-epochs", str,
+        choices=("cosine", "step"),
+    )  # fmt: skip
+    step_epochs: int | None = from_recipe("set the epochs between two steps of --schedule step", int, low=1)
+    step_factor: float | None = from_recipe(
+        "set what each step of --schedule step multiplies the rate by", float, above=0, high=1
     )
-    warmup_epochs: float | None = from_recipe("epochs of linear warm-up", float, low=0)
-    momentum: float | None = from_recipe("SGD's momentum", float, low=0, high=1)
-    nesterov: bool | None = from_recipe("SGD's momentum in Nesterov's form", bool)
-    weight_decay: float | None = from_recipe("weight decay, not of norms, biases and embeddings", float, low=0)
-    embedding_weight_decay: float = option(0.0, "weight decay of the attention's embeddings", low=0)
+    warmup_epochs: float | None = from_recipe("warm up linearly for this many epochs", float, low=0)
+    momentum: float | None = from_recipe("set SGD's momentum", float, low=0, high=1)
+    nesterov: bool | None = from_recipe("use SGD's momentum in Nesterov's form", bool)
+    adam_beta1: float | None = from_recipe("set the decay of AdamW's mean gradient", float, low=0, below=1)
+    adam_beta2: float | None = from_recipe("set the decay of AdamW's mean square gradient", float, low=0, below=1)
+    adam_eps: float | None = from_recipe("set what AdamW adds to its denominator", float, above=0)
+    weight_decay: float | None = from_recipe(
+        "decay weights by this, but not norms, biases and embeddings", float, low=0
+    )
+    embedding_weight_decay: float = option(0.0, "decay the attention's embeddings by this", low=0)
     bn_momentum: float | None = from_recipe(
-        "batch norm's momentum: 1 - decay of its running statistics", float, above=0, high=1
+        "set batch norm's momentum: 1 - decay of its running statistics", float, above=0, high=1
     )
-    label_smoothing: float | None = from_recipe("label smoothing", float, low=0, high=1)
-    sync_bn: bool = option(False, "batch norm over the batches of all ranks")
-    clip_grad: float | None = from_recipe("largest norm of the gradient, 0 for no limit", float, low=0)
+    label_smoothing: float | None = from_recipe("smooth the labels by this share", float, low=0, high=1)
+    sync_bn: bool = option(False, "normalise by the batches of all ranks together")
+    clip_grad: float | None = from_recipe("clip the gradient to this norm, 0: no limit", float, low=0)
     ema: float | None = option(
         None,
-        "decay of the weights' moving average, 0 for none (default: the recipe's, over at most a fifth of the steps)",
+        "keep a moving average of the weights with this decay, 0: none",
+        otherwise="the recipe's, over at most a fifth of the steps",
         kind=float,
         low=0,
         below=1,
         in_recipe=True,
     )
-    seed: int = option(0, "seed of weights, order and augmentation", low=0)
+    seed: int = option(0, "set the seed of weights, order and augmentation", low=0)
 
     # Machine
-    device: str = option("auto", "auto, cpu, cuda or cuda:N", free=True)
+    device: str = option("auto", "run on auto, cpu, cuda or cuda:N", free=True)
     amp: str = option(
-        "auto", "mixed precision; auto: bf16 on GPUs that have it", choices=("auto", "off", "bf16", "fp16")
+        "auto", "compute in mixed precision; auto: bf16 on GPUs that have it", choices=("auto", "off", "bf16", "fp16")
     )
-    compile: bool = option(False, "torch.compile the network")
+    compile: bool = option(False, "compile the network with torch.compile")
     channels_last: bool = option(True, "keep maps in channels-last layout; --no-channels-last: contiguous")
     deterministic: bool = option(False, "refuse operators that are not deterministic")
 
     # Files
-    output_dir: str = option("runs", "folder of the runs", free=True)
-    name: str | None = option(None, "folder of this run (default: by model, stem, data set, recipe, seed)", free=True)
-    save_every: int = option(1, "epochs between saves, a minute apart at least; 0: not by epochs", low=0, free=True)
-    save_minutes: float = option(10.0, "minutes between saves of last.pt, 0: not by the clock", low=0, free=True)
+    output_dir: str = option("runs", "write the runs below this folder", free=True)
+    name: str | None = option(
+        None, "name this run's folder", otherwise="by model, stem, data set, recipe, seed", free=True
+    )
+    save_every: int = option(
+        1, "save whenever this many epochs are done, a minute apart at least; 0: not by epochs", low=0, free=True
+    )
+    save_minutes: float = option(
+        10.0, "save last.pt whenever this many minutes are over, 0: not by the clock", low=0, free=True
+    )
     progress: bool = option(True, "show progress bars on a terminal", free=True)
-    attention_every: int = option(5, "epochs between TensorBoard's attention panels, 0: none", low=0, free=True)
+    attention_every: int = option(
+        5, "draw TensorBoard's attention panels whenever this many epochs are done, 0: never", low=0, free=True
+    )
     preview: bool = option(False, "write progress.png, curves and wrong predictions, at each validation", free=True)
     max_steps: int | None = option(None, "end the run at this global step", kind=int, low=1, free=True)
 

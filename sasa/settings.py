@@ -12,18 +12,34 @@ from typing import Any
 MAX_INT = 2**31 - 1  # of every integer: beyond it floats, timers and progress bars overflow
 
 
+# Fields that are younger than stored configurations (checkpoints of format 3, results/), with what the code did before
+# it had them. An entry never changes, whatever becomes of defaults and recipes.
+ADDED = {
+    "step_epochs": 30, "step_factor": 0.1, "adam_beta1": 0.9, "adam_beta2": 0.999, "adam_eps": 1e-8,
+    "rand_rounds": 2, "rand_magnitude": 9, "crop_area": 0.08, "crop_aspect": 4 / 3,
+}  # fmt: skip
+
+
 class ConfigError(ValueError):
     """A value that cannot be: one line that names the flag, the value and what is allowed."""
 
 
 def option(
-    default: Any, text: str, *, kind: type | None = None, free: bool = False, in_recipe: bool = False, **rule
+    default: Any,
+    text: str,
+    *,
+    otherwise: str | None = None,
+    kind: type | None = None,
+    free: bool = False,
+    in_recipe: bool = False,
+    **rule,
 ) -> Any:
     """A field of Config and its flag.
 
     Args:
         default: the value without the flag.
         text: the help text: what the flag does.
+        otherwise: what holds without the flag, in words, where the default does not show it.
         kind: the type of a value, where the default does not show it.
         free: a resumed run may change it, since it cannot change the result.
         in_recipe: the value without the flag is the recipe's.
@@ -31,13 +47,13 @@ def option(
             spelling of a choice to the present one; `nargs` and `metavar` are argparse's.
     """
     kind = kind or (str if default is None else type(default))
-    about = {"help": text, "kind": kind, "free": free, "in_recipe": in_recipe, "rule": rule}
+    about = {"help": text, "otherwise": otherwise, "kind": kind, "free": free, "in_recipe": in_recipe, "rule": rule}
     return field(default=default, metadata=about)
 
 
 def from_recipe(text: str, kind: type, **rule) -> Any:
     """A field whose value comes from the recipe unless its flag is given."""
-    return option(None, f"{text} (default: the recipe's)", kind=kind, in_recipe=True, **rule)
+    return option(None, text, otherwise="the recipe's", kind=kind, in_recipe=True, **rule)
 
 
 @dataclass(frozen=True)
@@ -59,12 +75,13 @@ class Settings:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]):
-        """The configuration that `to_dict` gave.
+        """The configuration that `to_dict` gave, of this version or before the fields of `ADDED`.
 
         Raises:
             ConfigError: keys that this version does not know, or lacks; values that cannot be.
         """
         known = {f.name for f in fields(cls)}
+        values = {key: value for key, value in ADDED.items() if key in known} | values
         differing = sorted(str(key) for key in known ^ values.keys())
         if differing:
             more = f" and {len(differing) - 5} more" if len(differing) > 5 else ""

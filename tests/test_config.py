@@ -14,6 +14,7 @@ import config
 import model
 import preprocess
 from config import FIELDS, IN_RECIPE, Config, ConfigError, recipe, resolve
+from sasa import settings
 from sasa.training.cli import parse_command_line
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -36,7 +37,9 @@ TYPED = {
     "label_smoothing": ("0.1", 0.1), "clip_grad": ("1", 1.0), "ema": ("0.99", 0.99), "mixup": (".2", 0.2),
     "cutmix": ("1", 1.0), "seed": ("3", 3), "device": ("cuda:1", "cuda:1"), "amp": ("BF16", "bf16"),
     "output_dir": ("out", "out"), "name": ("A", "A"), "save_every": ("0", 0), "save_minutes": ("0.5", 0.5),
-    "attention_every": ("3", 3), "max_steps": ("10", 10),
+    "step_epochs": ("20", 20), "step_factor": (".2", 0.2), "adam_beta1": ("0.8", 0.8), "adam_beta2": ("0.95", 0.95),
+    "adam_eps": ("1e-6", 1e-6), "rand_rounds": ("3", 3), "rand_magnitude": ("12", 12), "crop_area": ("0.25", 0.25),
+    "crop_aspect": ("2", 2.0), "attention_every": ("3", 3), "max_steps": ("10", 10),
 }  # fmt: skip
 SWITCHES = {
     "stem": True, "content": False, "grouped": True, "share_embeddings": True, "zero_init_residual": True,
@@ -215,7 +218,9 @@ def test_values_that_do_not_go_together(given, words):
 def test_a_recipe_fills_every_field_and_the_command_line_wins(dataset, name):
     values = resolve({"recipe": name}, dataset)
     assert set(IN_RECIPE) == recipe(name, dataset).keys()
-    assert [f.name for f in fields(Config) if "(default: the recipe's" in f.metadata["help"]] == list(IN_RECIPE)
+    assert [
+        f.name for f in fields(Config) if f.metadata["otherwise"] and f.metadata["otherwise"].startswith("the recipe's")
+    ] == list(IN_RECIPE)
     average = ["ema"] if recipe(name, dataset)["ema"] else []  # the run's start fills it in (test_optim.py)
     assert [key for key in IN_RECIPE if getattr(values, key) is None] == average
     alone = {"lr_scaling", "lr_batch"}  # which are for the recipe's rate
@@ -313,6 +318,18 @@ def test_a_config_from_a_file_is_checked_as_a_command_line_is(values):
     with pytest.raises(ConfigError, match="--" + next(iter(values)).replace("_", "-")) as error:
         Config.from_dict(ours | values)
     assert "\n" not in str(error.value) and len(str(error.value)) < 200
+
+
+def test_a_configuration_from_before_a_field_has_what_the_code_did_then(monkeypatch):
+    """Whatever becomes of the recipes and defaults."""
+    values = resolve({}, "DIGITS").to_dict()
+    for key in settings.ADDED:
+        del values[key]
+    edited = config.RECIPES["default"]["DIGITS"] | {"step_epochs": 5}
+    monkeypatch.setitem(config.RECIPES["default"], "DIGITS", edited)
+    read = Config.from_dict(values)
+    assert {key: getattr(read, key) for key in settings.ADDED} == settings.ADDED
+    assert (read.step_epochs, read.adam_beta2, read.crop_aspect) == (30, 0.999, 4 / 3)
 
 
 def test_a_config_of_another_version_is_refused_by_the_keys_that_differ():

@@ -30,6 +30,7 @@ from config import DATASETS, MODELS, Config, ConfigError
 from sasa import console
 from sasa.console import Parser, one_line, print_error, printable
 from sasa.files import open_regular
+from sasa.settings import ADDED
 from sasa.training import format2
 from sasa.training.cli import Command, parse_command_line
 from sasa.training.signals import StopRequest
@@ -71,7 +72,8 @@ def differing(saved: dict[str, Any], config: Config) -> list[str]:
     names = []
     for f in dataclasses.fields(Config):
         open_value = f.name in SETTLED and ours[f.name] in ("auto", None)
-        if not f.metadata["free"] and not open_value and saved.get(f.name, f.default) != ours[f.name]:
+        before = saved.get(f.name, ADDED.get(f.name, f.default))
+        if not f.metadata["free"] and not open_value and before != ours[f.name]:
             names.append(f.name)
     return names
 

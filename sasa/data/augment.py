@@ -20,7 +20,6 @@ from torch import Tensor
 from sasa.data import randaugment
 
 CROP_TRIES = 10  # as torchvision's RandomResizedCrop
-CROP_AREA, CROP_ASPECT = (0.08, 1.0), (3 / 4, 4 / 3)  # share of the area, width / height: the ImageNet family's
 
 
 @dataclass(frozen=True)
@@ -31,9 +30,11 @@ class AugmentConfig:
     flip: mirrored left to right, half of the time
     rotate, translate, zoom: one affine resampling: up to this many degrees, this share of the side, this scale +-
     cutout: side of a square set to the data set's mean, centred anywhere, clipped at the border
-    randaugment: RandAugment (`sasa.data.randaugment`), before the affine resampling
+    randaugment: RandAugment (`sasa.data.randaugment`), before the affine resampling: rand_rounds operations an image at
+        rand_magnitude
     mixup, cutmix: alpha of the Beta distribution; where both are given, each step takes one of them, evenly
     reflect: what a shifted or rotated image shows beyond its border: itself mirrored, rather than black
+    crop_area, crop_aspect: of the random resized crop of image trees: smallest share of the area, widest width / height
     """
 
     pad: int = 0
@@ -46,6 +47,10 @@ class AugmentConfig:
     mixup: float = 0.0
     cutmix: float = 0.0
     reflect: bool = False
+    rand_rounds: int = 2
+    rand_magnitude: int = 9
+    crop_area: float = 0.08
+    crop_aspect: float = 4 / 3
 
     def __post_init__(self) -> None:
         for name in ("pad", "rotate", "translate", "zoom", "cutout", "mixup", "cutmix"):
@@ -81,7 +86,7 @@ class Draws(NamedTuple):
     flip: Tensor | None  # (B,) bool
     theta: Tensor | None  # (B, 2, 3) output position -> input position, both in [-1, 1]
     cutout: Tensor | None  # (B, 2) int64, row and column of the first pixel of the square (may lie outside)
-    ops: Tensor | None  # (B, randaugment.ROUNDS) int64, 2 * operation + sign
+    ops: Tensor | None  # (B, rand_rounds) int64, 2 * operation + sign
     crop: Tensor | None = None  # (B, CROP_TRIES, 4) float64 in [0, 1), for `crop_box`: image trees only
 
     def take(self, index: Tensor) -> "Draws":
@@ -115,7 +120,7 @@ def draw(rng: np.random.Generator, count: int, height: int, width: int, config: 
     # Drawn last and by their own calls, so that asking for them leaves the numbers above as they are.
     centre = rng.integers(0, (height, width), (count, 2))
     if config.randaugment:
-        ops = torch.from_numpy(rng.integers(0, 2 * len(randaugment.OPERATIONS), (count, randaugment.ROUNDS)))
+        ops = torch.from_numpy(rng.integers(0, 2 * len(randaugment.OPERATIONS), (count, config.rand_rounds)))
     if config.cutout:
         cutout = torch.from_numpy(centre - config.cutout // 2)
     return Draws(shift, flip, theta, cutout, ops)
@@ -139,21 +144,30 @@ def draw_crops(rng: np.random.Generator, count: int) -> Tensor:
     return torch.from_numpy(rng.random((count, CROP_TRIES, 4)))
 
 
-def crop_box(uniform: np.ndarray, height: int, width: int) -> tuple[int, int, int, int]:
+def crop_box(
+    uniform: np.ndarray,
+    height: int,
+    width: int,
+    least: float = AugmentConfig.crop_area,
+    widest: float = AugmentConfig.crop_aspect,
+) -> tuple[int, int, int, int]:
     """(top, left, height, width) of a random resized crop out of an image of this many pixels.
 
     uniform: (CROP_TRIES, 4) in [0, 1), for each try the area, the aspect (in its logarithm), top and left. The first
     try that fits is taken; where none does, the largest central crop of an allowed aspect. Distributed as torchvision's
     RandomResizedCrop.get_params, which reads the global generator and takes 28 times as long (2.8 and 78 us).
+
+    Args:
+        least: smallest share of the area. widest: largest width / height; its inverse is the smallest.
     """
-    (least, most), (narrow, wide) = CROP_AREA, CROP_ASPECT
+    narrow = 1 / widest
     for area, aspect, down, right in uniform.tolist():
-        pixels = (least + (most - least) * area) * height * width
-        ratio = narrow * (wide / narrow) ** aspect
+        pixels = (least + (1.0 - least) * area) * height * width
+        ratio = narrow * (widest / narrow) ** aspect
         w, h = round(math.sqrt(pixels * ratio)), round(math.sqrt(pixels / ratio))
         if 0 < w <= width and 0 < h <= height:
             return int(down * (height - h + 1)), int(right * (width - w + 1)), h, w
-    w, h = min(width, round(height * wide)), min(height, round(width / narrow))
+    w, h = min(width, round(height * widest)), min(height, round(width / narrow))
     return (height - h) // 2, (width - w) // 2, h, w
 
 
@@ -170,7 +184,7 @@ def augment_images(images: Tensor, draws: Draws, config: AugmentConfig) -> Tenso
     if draws.shift is not None or draws.flip is not None:
         images = crop_flip(images, there(draws.shift), there(draws.flip), config.reflect)
     if draws.ops is not None:
-        images = randaugment.apply(images, draws.ops)
+        images = randaugment.apply(images, draws.ops, config.rand_magnitude)
     if draws.theta is not None:
         images = resample(images.float(), there(draws.theta), config.reflect)
     return images

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
 from sasa.console import one_line, printable
-from sasa.data.augment import crop_box
+from sasa.data.augment import AugmentConfig, crop_box
 from sasa.data.decode import decode
 from sasa.data.specs import TREE_EVAL_CROP
 
@@ -91,6 +91,8 @@ class Key(NamedTuple):
 
     index: int
     crop: np.ndarray | None  # numbers of `augment.crop_box`; None is evaluation
+    area: float = AugmentConfig.crop_area
+    aspect: float = AugmentConfig.crop_aspect
 
 
 class Evaluated(NamedTuple):
@@ -173,7 +175,7 @@ class ImageFiles(Dataset):
             pixels = functional.pil_to_tensor(_centre(image))
             pixels = functional.resize(pixels, [fed.resize], mode, antialias=True)
             return functional.center_crop(pixels, [fed.size, fed.size])
-        top, left, height, width = crop_box(key.crop, image.height, image.width)
+        top, left, height, width = crop_box(key.crop, image.height, image.width, key.area, key.aspect)
         # Cropped before it becomes a tensor: half of the pixels, on average, need not be copied.
         crop = functional.pil_to_tensor(image.crop((left, top, left + width, top + height)))
         return functional.resize(crop, self._size, antialias=True)

@@ -10,8 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-ROUNDS = 2  # torchvision's defaults: two operations an image, at magnitude 9 of 31
-MAGNITUDE, BINS = 9, 31
+BINS = 31  # magnitudes are 0 to 30: what a magnitude means, as in torchvision
 # The place of an operation is what `augment.draw` draws: append only.
 OPERATIONS = (
     "identity", "shear_x", "shear_y", "translate_x", "translate_y", "rotate", "brightness", "color", "contrast",
@@ -19,7 +18,7 @@ OPERATIONS = (
 )  # fmt: skip
 
 
-def apply(images: Tensor, ops: Tensor) -> Tensor:
+def apply(images: Tensor, ops: Tensor, magnitude: int = 9) -> Tensor:
     """Each image with its own operations, one round after the other.
 
     Images that drew the same operation go through it together, which on a GPU is what makes it affordable; the
@@ -28,6 +27,7 @@ def apply(images: Tensor, ops: Tensor) -> Tensor:
     Args:
         images: (B, C, H, W) uint8, C = 1 or 3.
         ops: (B, rounds) int64 on the CPU, 2 * place in OPERATIONS + 1 where the sign is negative.
+        magnitude: of every operation, below BINS.
 
     Returns:
         (B, C, H, W) uint8.
@@ -37,12 +37,15 @@ def apply(images: Tensor, ops: Tensor) -> Tensor:
     for turn, drawn in enumerate(ops.unbind(1)):
         kinds, counts = drawn.unique(return_counts=True)  # sorted, as `order` is
         groups = images[places[0, :, turn]].split(counts.tolist())
-        done = [_operate(group, OPERATIONS[op // 2], op % 2) for group, op in zip(groups, kinds.tolist(), strict=True)]
+        done = [
+            _operate(group, OPERATIONS[op // 2], op % 2, magnitude)
+            for group, op in zip(groups, kinds.tolist(), strict=True)
+        ]
         images = torch.cat(done)[places[1, :, turn]]
     return images
 
 
-def _operate(images: Tensor, name: str, negative: int) -> Tensor:
+def _operate(images: Tensor, name: str, negative: int, magnitude: int) -> Tensor:
     """One operation of OPERATIONS on (B, C, H, W) uint8."""
     from torchvision.transforms.v2 import functional as F  # here, not above: a second of import that few runs need
 
@@ -50,7 +53,7 @@ def _operate(images: Tensor, name: str, negative: int) -> Tensor:
 
     def level(most: float) -> float:
         """The magnitude in a range that begins at 0, in torchvision's own rounding (fp32)."""
-        return float(torch.linspace(0.0, most, BINS)[MAGNITUDE]) * (-1 if negative else 1)
+        return float(torch.linspace(0.0, most, BINS)[magnitude]) * (-1 if negative else 1)
 
     operations: dict[str, Callable[[], Tensor]] = {
         "identity": lambda: images,
@@ -63,8 +66,8 @@ def _operate(images: Tensor, name: str, negative: int) -> Tensor:
         "color": lambda: F.adjust_saturation(images, 1.0 + level(0.9)),
         "contrast": lambda: F.adjust_contrast(images, 1.0 + level(0.9)),
         "sharpness": lambda: F.adjust_sharpness(images, 1.0 + level(0.9)),
-        "posterize": lambda: F.posterize(images, bits=8 - round(4 * MAGNITUDE / (BINS - 1))),
-        "solarize": lambda: F.solarize(images, threshold=255.0 * float(torch.linspace(1.0, 0.0, BINS)[MAGNITUDE])),
+        "posterize": lambda: F.posterize(images, bits=8 - round(4 * magnitude / (BINS - 1))),
+        "solarize": lambda: F.solarize(images, threshold=255.0 * float(torch.linspace(1.0, 0.0, BINS)[magnitude])),
         "autocontrast": lambda: F.autocontrast(images),
         "equalize": lambda: F.equalize(images),
     }

@@ -1,6 +1,7 @@
 """The images of one purpose, and their batches: plan -> fetch -> transform, for a tensor and for files."""
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import tee
 from typing import Any, Protocol
 
@@ -168,12 +169,12 @@ class FolderData:
         if config.geometric:
             raise ValueError(f"{self.info.name}: pad, rotate, translate and zoom must be 0, the crop is a resized one")
         pieces = plan(self.info, len(self), epoch, start_step, augment=config, crops=True, **options)
-        fetched = self._fetch(pieces)
+        fetched = self._fetch(pieces, partial(Key, area=config.crop_area, aspect=config.crop_aspect))
         return (transform(images, labels, piece, config, self.info) for images, labels, piece in fetched)
 
-    def _fetch(self, pieces: Iterator[Piece]) -> Iterator[tuple[Tensor, Tensor, Piece]]:
+    def _fetch(self, pieces: Iterator[Piece], key: Callable[..., Key]) -> Iterator[tuple[Tensor, Tensor, Piece]]:
         pieces, ahead = tee(pieces)  # the workers are given work ahead of what is yielded
-        keys = (list(map(Key, piece.index.tolist(), piece.draws.crop.numpy())) for piece in ahead)
+        keys = (list(map(key, piece.index.tolist(), piece.draws.crop.numpy())) for piece in ahead)
         for (images, labels), piece in zip(self._reader.read(keys), pieces, strict=True):
             yield images, labels, piece
 

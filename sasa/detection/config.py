@@ -21,12 +21,14 @@ def same(name: str, text: str | None = None, **rule) -> Any:
     """The field of train.py's Config, with another help text or other rules where detection differs."""
     f = FIELDS[name]
     about = dict(f.metadata) | {"rule": f.metadata["rule"] | rule}
+    if f.metadata["in_recipe"]:
+        about["otherwise"] = "the data set's"
     return field(default=f.default, metadata=about | ({"help": text} if text else {}))
 
 
 def from_recipe(text: str, kind: type, **rule) -> Any:
     """A field whose value comes from the data set's recipe unless its flag is given."""
-    return option(None, f"{text} (default: the data set's)", kind=kind, in_recipe=True, **rule)
+    return option(None, text, otherwise="the data set's", kind=kind, in_recipe=True, **rule)
 
 
 @dataclass(frozen=True)
@@ -38,14 +40,14 @@ class DetectionConfig(Settings):
     """
 
     # Model
-    model_name: str = same("model_name", "backbone, in the ImageNet form")
+    model_name: str = same("model_name", "build this backbone, in the ImageNet form")
     stem: bool = same("stem")
     attention_stages: tuple[int, ...] | None = same("attention_stages")
-    heads: str = option("conv", "what stands for the heads' 3x3 convolutions", choices=("conv", "attention"))
-    fpn: str = option("conv", "what stands for the feature pyramid's", choices=("conv", "attention"))
-    fpn_channels: int | None = from_recipe("width of pyramid and heads", int, low=1, high=4096)
-    anchor_scales: int = option(2, "sizes of anchors a level", low=1, high=16)
-    anchor_size: float | None = from_recipe("side of the smallest square anchor, pixels", float, above=0)
+    heads: str = option("conv", "build the heads of these in place of 3x3 convolutions", choices=("conv", "attention"))
+    fpn: str = option("conv", "build the feature pyramid of these", choices=("conv", "attention"))
+    fpn_channels: int | None = from_recipe("set the width of pyramid and heads", int, low=1, high=4096)
+    anchor_scales: int = option(2, "set how many sizes of anchors a level has", low=1, high=16)
+    anchor_size: float | None = from_recipe("set the side of the smallest square anchor, pixels", float, above=0)
     kernel_size: int = same("kernel_size")
     num_heads: int = same("num_heads")
     position: str = same("position")
@@ -58,49 +60,65 @@ class DetectionConfig(Settings):
     stem_values: str = same("stem_values")
     stem_mixtures: int = same("stem_mixtures")
     head_std: float | None = from_recipe(
-        "spread of the heads' weights at the start (DIGITS: keeps the variance)", float, above=0
+        "set the standard deviation of the heads' weights at the start (DIGITS: keeps the variance)", float, above=0
     )
     zero_init_residual: bool | None = from_recipe("start each residual branch at zero", bool)
     batch_norm: str = option(
-        "plain", "batch norm: of each rank's batch, constants of the checkpoint, or over all ranks",
+        "plain", "normalise by each rank's batch, by constants of the checkpoint, or over all ranks",
         choices=("plain", "frozen", "sync"),
     )  # fmt: skip
-    frozen_parts: int = option(0, "how many of stem, layer1, ..., layer4 are not trained", low=0, high=5)
+    frozen_parts: int = option(0, "train all but this many of stem, layer1, ..., layer4", low=0, high=5)
     backend: str = same("backend")
 
     # Data
-    dataset: str = option("DIGITS", "digits on canvases, drawn on first use, or a COCO folder", choices=DATASETS)
+    dataset: str = option(
+        "DIGITS", "train on digits on canvases, drawn on first use, or on a COCO folder", choices=DATASETS
+    )
     data_dir: str = option(
-        "datasets", "folder in which the digits are drawn, or the folder with annotations/, train2017/ and val2017/",
+        "datasets",
+        "draw the digits in this folder, or read COCO from this one with annotations/, train2017/ and val2017/",
         free=True,
     )  # fmt: skip
-    img_size: int | None = from_recipe("longer side of the images as the network takes them, pixels", int,
+    img_size: int | None = from_recipe("feed images of this longer side, pixels", int,
                                        low=32, high=4096)  # fmt: skip
-    num_workers: int = option(2, "processes that decode images", low=0, high=1024, free=True)
+    num_workers: int = option(2, "decode images by this many processes", low=0, high=1024, free=True)
     worker_timeout: float = same("worker_timeout")
     flip: bool | None = from_recipe("mirror each training image left to right, half of the time", bool)
-    jitter_low: float | None = from_recipe("smallest random scale of a training image", float, low=0.05, high=10)
-    jitter_high: float | None = from_recipe("largest", float, low=0.05, high=10)
+    jitter_low: float | None = from_recipe(
+        "set the smallest random scale of a training image", float, low=0.05, high=10
+    )
+    jitter_high: float | None = from_recipe(
+        "set the largest random scale of a training image", float, low=0.05, high=10
+    )
 
     # Training
-    epochs: int | None = from_recipe("epochs", int, low=1)
-    batch_size: int | None = from_recipe("images in a batch of one process", int, low=1)
+    epochs: int | None = from_recipe("train for this many epochs", int, low=1)
+    batch_size: int | None = from_recipe("set the images in a batch of one process", int, low=1)
     accumulate: int = same("accumulate")
-    optimizer: str | None = from_recipe("optimizer", str, choices=("sgd", "adamw"))
-    lr: float | None = from_recipe("peak learning rate, taken as it is; the recipe's grows with the batch", float,
-                                   above=0)  # fmt: skip
-    schedule: str | None = from_recipe("the rate after the warm-up: a cosine to 0, or a tenth every 30 epochs", str,
-                                       choices=("cosine", "step"))  # fmt: skip
-    warmup_epochs: float | None = from_recipe("epochs of linear warm-up", float, low=0)
-    momentum: float | None = from_recipe("SGD's momentum", float, low=0, high=1)
-    nesterov: bool | None = from_recipe("SGD's momentum in Nesterov's form", bool)
-    weight_decay: float | None = from_recipe("weight decay, not of norms, biases and embeddings", float, low=0)
+    optimizer: str | None = from_recipe("train by this optimizer", str, choices=("sgd", "adamw"))
+    lr: float | None = from_recipe(
+        "set the peak learning rate, taken as it is; the recipe's grows with the batch", float, above=0
+    )
+    schedule: str | None = same("schedule")
+    step_epochs: int | None = same("step_epochs")
+    step_factor: float | None = same("step_factor")
+    warmup_epochs: float | None = from_recipe("warm up linearly for this many epochs", float, low=0)
+    momentum: float | None = from_recipe("set SGD's momentum", float, low=0, high=1)
+    nesterov: bool | None = from_recipe("use SGD's momentum in Nesterov's form", bool)
+    adam_beta1: float | None = same("adam_beta1")
+    adam_beta2: float | None = same("adam_beta2")
+    adam_eps: float | None = same("adam_eps")
+    weight_decay: float | None = from_recipe(
+        "decay weights by this, but not norms, biases and embeddings", float, low=0
+    )
     embedding_weight_decay: float = same("embedding_weight_decay")
-    bn_momentum: float | None = from_recipe("batch norm's momentum: 1 - decay of its running statistics", float,
+    bn_momentum: float | None = from_recipe("set batch norm's momentum: 1 - decay of its running statistics", float,
                                             above=0, high=1)  # fmt: skip
-    clip_grad: float | None = from_recipe("largest norm of the gradient, 0 for no limit", float, low=0)
-    ema: float | None = from_recipe("decay of the weights' moving average, 0 for none", float, low=0, below=1)
-    eval_every: int = option(1, "epochs between evaluations; the last epoch is always evaluated", low=1, free=True)
+    clip_grad: float | None = from_recipe("clip the gradient to this norm, 0: no limit", float, low=0)
+    ema: float | None = from_recipe(
+        "keep a moving average of the weights with this decay, 0: none", float, low=0, below=1
+    )
+    eval_every: int = option(1, "evaluate whenever this many epochs are done, and after the last", low=1, free=True)
     seed: int = same("seed")
 
     # Machine
@@ -111,7 +129,7 @@ class DetectionConfig(Settings):
 
     # Files
     output_dir: str = same("output_dir")
-    name: str | None = option(None, "folder of this run (default: by network, data set and seed)", free=True)
+    name: str | None = option(None, "name this run's folder", otherwise="by network, data set and seed", free=True)
     save_every: int = same("save_every")
     save_minutes: float = same("save_minutes")
     progress: bool = same("progress")
@@ -175,14 +193,15 @@ def check_together(config: DetectionConfig) -> None:
 
 # Of each data set, complete. DIGITS was found by trials (docs/detection.md). COCO: 36 epochs, rate 0.01 for 16 images,
 # decay 1e-4 and momentum 0.9 are the RetinaNet family's; jitter, clipping and the width of the warm-up are ours.
+_BASE = {"step_epochs": 30, "step_factor": 0.1, "adam_beta1": 0.9, "adam_beta2": 0.999, "adam_eps": 1e-8}
 RECIPES: dict[str, dict[str, Any]] = {
-    "DIGITS": {
+    "DIGITS": _BASE | {
         "fpn_channels": 64, "anchor_size": 16.0, "head_std": None, "zero_init_residual": False, "img_size": 128,
         "flip": False, "jitter_low": 1.0, "jitter_high": 1.0,
         "epochs": 4, "batch_size": 4, "optimizer": "adamw", "lr": 1e-3, "schedule": "cosine", "warmup_epochs": 0.1,
         "momentum": 0.9, "nesterov": True, "weight_decay": 0.05, "bn_momentum": 0.1, "clip_grad": 10.0, "ema": 0.0,
     },
-    "COCO": {
+    "COCO": _BASE | {
         "fpn_channels": 256, "anchor_size": 32.0, "head_std": 0.01, "zero_init_residual": False, "img_size": 640,
         "flip": True, "jitter_low": 0.8, "jitter_high": 1.2,
         "epochs": 36, "batch_size": 16, "optimizer": "sgd", "lr": 0.01, "schedule": "cosine", "warmup_epochs": 0.5,

@@ -191,9 +191,7 @@ def evaluate_checkpoint(command: Command) -> int:
     saved = DetectionConfig.from_dict(state["config"])
     config = dataclasses.replace(saved, **given)
     allowed = ("batch_size", "amp")
-    changed = changed_keys(
-        state["config"], dataclasses.replace(config, **{key: getattr(saved, key) for key in allowed})
-    )
+    changed = changed_keys(saved, dataclasses.replace(config, **{key: getattr(saved, key) for key in allowed}))
     if changed:
         raise ConfigError(f"--evaluate rebuilds the checkpoint's own network and data set: {'; '.join(changed)}")
     device = pick_device(config.device)

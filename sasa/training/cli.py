@@ -71,15 +71,16 @@ def _parser(settings: type[Settings], prog: str, about: str) -> Parser:
 def _add_flag(parser: Parser, f: dataclasses.Field) -> None:
     text, rule = f.metadata["help"], f.metadata["rule"]
     if f.metadata["kind"] is bool:
-        if f.default is not None:
-            text += f" (default: {'on' if f.default else 'off'})"
+        default = {True: "on", False: "off", None: f.metadata["otherwise"]}[f.default]
+        text += f" (default: {default})"
         parser.add_argument(flag_of(f.name), action=argparse.BooleanOptionalAction, help=text)
         return
     options = {"metavar": f.name.rsplit("_", 1)[-1].upper()} | {k: rule[k] for k in ("nargs", "metavar") if k in rule}
     if "choices" in rule and "nargs" not in rule:
         text += f": {' | '.join(rule['choices'])}"
-    if f.default is not None:
-        text += f" (default: {f.default})"
+    default = f.metadata["otherwise"] if f.default is None else f.default
+    if default is not None:
+        text += f" (default: {default})"
     parser.add_argument(flag_of(f.name), help=text.replace("%", "%%"), **options)
 
 

@@ -8,13 +8,11 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from config import Config
 
-# Rate / 10 every 30 epochs: the "step" schedule of the port's recipe.
-STEP_EPOCHS, STEP_FACTOR = 30, 0.1
 EMBEDDINGS = ("rel_row", "rel_col", "emb_row", "emb_col", "emb_mix")
 
 
 def learning_rate(config: Config, step: int, steps_per_epoch: int) -> float:
-    """The rate of global step `step` (the first is 0): linear warm-up, then cosine to 0 or steps of a tenth.
+    """The rate of global step `step` (the first is 0): linear warm-up, then cosine to 0 or steps.
 
     The whole schedule is a function of the Config: nothing of it needs saving.
     """
@@ -22,7 +20,7 @@ def learning_rate(config: Config, step: int, steps_per_epoch: int) -> float:
     if epoch < config.warmup_epochs:
         return config.lr * epoch / config.warmup_epochs
     if config.schedule == "step":
-        return config.lr * STEP_FACTOR ** (step // (STEP_EPOCHS * steps_per_epoch))
+        return config.lr * config.step_factor ** (step // (config.step_epochs * steps_per_epoch))
     progress = (step / steps_per_epoch - config.warmup_epochs) / (config.epochs - config.warmup_epochs)
     return config.lr * 0.5 * (1 + math.cos(math.pi * min(max(progress, 0.0), 1.0)))
 
@@ -49,7 +47,8 @@ def build_optimizer(model: nn.Module, config: Config, device: torch.device) -> t
     groups = parameter_groups(model, config.weight_decay, config.embedding_weight_decay)
     fused = device.type in ("cpu", "cuda")  # one pass over the weights instead of one for each operation
     if config.optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr=config.lr, fused=fused)
+        betas = (config.adam_beta1, config.adam_beta2)
+        return torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.adam_eps, fused=fused)
     nesterov = config.nesterov and config.momentum > 0
     return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=nesterov, fused=fused)
 

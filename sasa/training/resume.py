@@ -159,8 +159,9 @@ def resumed_config(saved: dict[str, Any], given: dict[str, Any], settings: type[
     Raises:
         ConfigError: flags of the command line that would change the result.
     """
-    config = dataclasses.replace(settings.from_dict(saved), **{"max_steps": None} | settled(given, saved))
-    changed = changed_keys(saved, config)
+    before = settings.from_dict(saved)
+    config = dataclasses.replace(before, **{"max_steps": None} | settled(given, saved))
+    changed = changed_keys(before, config)
     if changed:
         raise ConfigError(f"--resume: the run was started with another configuration: {'; '.join(changed)}")
     return config
@@ -184,20 +185,13 @@ def form_of(image_size: int) -> str:
     return "small" if image_size <= SMALL_FORM_LIMIT else "imagenet"
 
 
-def changed_keys(saved: dict[str, Any], config: Settings) -> list[str]:
+def changed_keys(before: Settings, now: Settings) -> list[str]:
     """What differs between a checkpoint's configuration and this run's and could change the result, one line each."""
-    ours, free = config.to_dict(), {f.name for f in fields(config) if f.metadata["free"]}
-    lines = []
-    for key in sorted(saved.keys() | ours.keys()):
-        if key in free:
-            continue
-        if key == "epochs" and config.schedule == "step" and ours[key] >= saved.get(key, 0):
-            continue  # the rate of the epochs already trained does not depend on how many follow
-        if key not in saved or key not in ours:
-            lines.append(f"{key} ({'only in the checkpoint' if key in saved else 'not in the checkpoint'})")
-        elif saved[key] != ours[key]:
-            lines.append(f"{flag_of(key)} was {saved[key]}, is {ours[key]}")
-    return lines
+    saved, ours = before.to_dict(), now.to_dict()
+    changed = [f.name for f in fields(now) if not f.metadata["free"] and saved[f.name] != ours[f.name]]
+    if "epochs" in changed and now.schedule == "step" and now.epochs > before.epochs:
+        changed.remove("epochs")  # the rate of the epochs already trained does not depend on how many follow
+    return [f"{flag_of(key)} was {saved[key]}, is {ours[key]}" for key in sorted(changed)]
 
 
 def _left_to_recipe(config: Settings, given: dict[str, Any]) -> dict[str, Any]:

@@ -35,7 +35,7 @@ def evaluate_checkpoint(command: Command) -> int:
     config = dataclasses.replace(trained.config, **given)
     allowed = ("batch_size", "amp", "eval_size", "eval_crop", "eval_interpolation")
     comparable = dataclasses.replace(config, **{key: getattr(trained.config, key) for key in allowed})
-    changed = changed_keys(state["config"], comparable)
+    changed = changed_keys(trained.config, comparable)
     if changed:
         raise ConfigError(f"--evaluate rebuilds the checkpoint's own network and data set: {'; '.join(changed)}")
     device = pick_device(config.device)

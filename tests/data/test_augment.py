@@ -126,6 +126,14 @@ def test_crops_reach_every_border():
         assert (left, left + width == 500) == ((0, False) if right == 0 else (500 - width, True))
 
 
+def test_crops_keep_to_their_own_area_and_aspect():
+    uniform = aug.draw_crops(aug.stream(2, "sample"), 500).numpy()
+    boxes = torch.tensor([aug.crop_box(numbers, 400, 400, 0.5, 1.1) for numbers in uniform], dtype=torch.float64)
+    area, aspect = boxes[:, 2] * boxes[:, 3] / 400**2, boxes[:, 3] / boxes[:, 2]
+    assert area.min() > 0.49 and area.min() < 0.52 and area.max() > 0.9
+    assert aspect.max() < 1.11 and aspect.min() > 1 / 1.11 and aspect.max() > 1.08 and aspect.min() < 1 / 1.08
+
+
 @pytest.mark.parametrize("kind", ["mixup", "cutmix"])
 def test_mixing_is_torchvisions(kind, monkeypatch):
     images, labels = torch.rand(6, 3, 9, 11), torch.tensor([0, 3, 1, 1, 2, 0])

@@ -48,6 +48,17 @@ def test_the_step_schedule_at_five_steps():
     assert {step: learning_rate(config, step, 4) for step in by_hand} == pytest.approx(by_hand)
 
 
+def test_the_step_schedules_own_numbers():
+    config = resolve({"recipe": "port", "lr": 0.1, "step_epochs": 2, "step_factor": 0.5}, "CIFAR10")
+    assert [learning_rate(config, step, 4) for step in (7, 8, 16)] == pytest.approx([0.1, 0.05, 0.025])
+
+
+def test_adams_numbers_reach_the_optimizer():
+    config = resolve({"adam_beta1": 0.8, "adam_beta2": 0.95, "adam_eps": 1e-6}, "DIGITS")
+    group = build_optimizer(nn.Linear(2, 2), config, CPU).param_groups[0]
+    assert (group["betas"], group["eps"]) == ((0.8, 0.95), 1e-6)
+
+
 # ---- parameter groups -----------------------------------------------------------------------------------------------
 
 

@@ -422,15 +422,15 @@ def test_attention_panels_change_nothing_and_resume(tmp_path, straight, monkeypa
 def test_an_edited_recipe_is_refused_by_name_and_goes_on_with_the_runs_own_value(
     stopped, straight, monkeypatch, capsys
 ):
-    edited = config.RECIPES["default"]["DIGITS"] | {"schedule": "step", "rotate": 30.0}
+    edited = config.RECIPES["default"]["DIGITS"] | {"schedule": "step", "rotate": 30.0, "adam_beta2": 0.95}
     monkeypatch.setitem(config.RECIPES["default"], "DIGITS", edited)
     assert resume(stopped) == 2
     error = capsys.readouterr().err
     assert "--schedule was cosine, is step" in error and "--rotate was 10.0, is 30.0" in error
-    assert "recipe default" in error and error.count("\n") == 1
-    assert resume(stopped, "--schedule", "step", "--rotate", "10") == 2
+    assert "--adam-beta2 was 0.999, is 0.95" in error and "recipe default" in error and error.count("\n") == 1
+    assert resume(stopped, "--schedule", "step", "--rotate", "10", "--adam-beta2", "0.999") == 2
     assert "--schedule was cosine, is step" in capsys.readouterr().err
-    assert resume(stopped, "--schedule", "cosine", "--rotate", "10") == 0
+    assert resume(stopped, "--schedule", "cosine", "--rotate", "10", "--adam-beta2", "0.999") == 0
     assert small_runs.log_rows(stopped / "run") == small_runs.log_rows(straight)
 
 
