@@ -59,9 +59,8 @@ class DetectionConfig(Settings):
     embedding_std: float | None = same("embedding_std")
     stem_values: str = same("stem_values")
     stem_mixtures: int = same("stem_mixtures")
-    head_std: float | None = from_recipe(
-        "set the standard deviation of the heads' weights at the start (DIGITS: keeps the variance)", float, above=0
-    )
+    head_std: float = option(0.01, "standard deviation of the heads' weights at the start", above=0)
+    head_shortcuts: bool | None = from_recipe("add the input to the output of each layer of the heads", bool)
     zero_init_residual: bool | None = from_recipe("start each residual branch at zero", bool)
     batch_norm: str = option(
         "plain", "normalise by each rank's batch, by constants of the checkpoint, or over all ranks",
@@ -162,8 +161,8 @@ class DetectionConfig(Settings):
         """The options of `retinanet` that this configuration holds, but for classes and normalisation."""
         options = {key: getattr(self, key) for key in (
             "stem", "heads", "fpn", "fpn_channels", "anchor_size", "batch_norm", "frozen_parts", "head_std",
-            "kernel_size", "num_heads", "position", "content", "border", "scale", "grouped", "share_embeddings",
-            "embedding_std", "zero_init_residual", "backend", "stem_values",
+            "head_shortcuts", "kernel_size", "num_heads", "position", "content", "border", "scale", "grouped",
+            "share_embeddings", "embedding_std", "zero_init_residual", "backend", "stem_values",
         )}  # fmt: skip
         options |= {"backbone": self.model_name, "scales": self.anchor_scales, "image_size": self.img_size}
         options |= {"stem_backend": self.backend, "stem_border": self.border, "stem_num_mixtures": self.stem_mixtures}
@@ -196,13 +195,13 @@ def check_together(config: DetectionConfig) -> None:
 _BASE = {"step_epochs": 30, "step_factor": 0.1, "adam_beta1": 0.9, "adam_beta2": 0.999, "adam_eps": 1e-8}
 RECIPES: dict[str, dict[str, Any]] = {
     "DIGITS": _BASE | {
-        "fpn_channels": 64, "anchor_size": 16.0, "head_std": None, "zero_init_residual": False, "img_size": 128,
+        "fpn_channels": 64, "anchor_size": 24.0, "head_shortcuts": True, "zero_init_residual": False, "img_size": 128,
         "flip": False, "jitter_low": 1.0, "jitter_high": 1.0,
-        "epochs": 4, "batch_size": 4, "optimizer": "adamw", "lr": 1e-3, "schedule": "cosine", "warmup_epochs": 0.1,
+        "epochs": 2, "batch_size": 4, "optimizer": "adamw", "lr": 1e-3, "schedule": "cosine", "warmup_epochs": 0.1,
         "momentum": 0.9, "nesterov": True, "weight_decay": 0.05, "bn_momentum": 0.1, "clip_grad": 10.0, "ema": 0.0,
     },
     "COCO": _BASE | {
-        "fpn_channels": 256, "anchor_size": 32.0, "head_std": 0.01, "zero_init_residual": False, "img_size": 640,
+        "fpn_channels": 256, "anchor_size": 32.0, "head_shortcuts": False, "zero_init_residual": False, "img_size": 640,
         "flip": True, "jitter_low": 0.8, "jitter_high": 1.2,
         "epochs": 36, "batch_size": 16, "optimizer": "sgd", "lr": 0.01, "schedule": "cosine", "warmup_epochs": 0.5,
         "momentum": 0.9, "nesterov": True, "weight_decay": 1e-4, "bn_momentum": 0.01, "clip_grad": 10.0, "ema": 0.0,

@@ -11,7 +11,7 @@ from torchvision.ops import FeaturePyramidNetwork, FrozenBatchNorm2d
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
 from sasa.analysis.flops import Flops, count_flops
-from sasa.detection.retinanet import Backbone, Maps, dense
+from sasa.detection.retinanet import Backbone, Maps, Shortcut, dense
 
 
 def _merges(pyramid: FeaturePyramidNetwork, maps: dict, out: dict) -> dict[str, int]:
@@ -23,6 +23,7 @@ def _merges(pyramid: FeaturePyramidNetwork, maps: dict, out: dict) -> dict[str, 
 FLOPS = {
     FeaturePyramidNetwork: _merges,
     LastLevelP6P7: lambda m, levels, out: {"relu": out[0][-2].numel()},  # of P6, before P7
+    Shortcut: lambda m, x, out: {"add": out.numel()},
     FrozenBatchNorm2d: lambda m, x, out: {"batch norm": 2 * out.numel()},
     **dict.fromkeys(
         (Backbone, Maps, RetinaNetHead, RetinaNetClassificationHead, RetinaNetRegressionHead, nn.ModuleList),

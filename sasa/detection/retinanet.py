@@ -87,7 +87,8 @@ def retinanet(
     std: tuple[float, float, float] = IMAGENET_STD,
     batch_norm: str = "plain",
     frozen_parts: int = 0,
-    head_std: float | None = 0.01,
+    head_std: float = 0.01,
+    head_shortcuts: bool = False,
     **backbone_options,
 ) -> RetinaNet:
     """A detector: torchvision's `RetinaNet` interface, with labels from 0 to num_classes - 1 (no background class).
@@ -104,9 +105,11 @@ def retinanet(
         mean, std: of images in [0, 1], three channels.
         batch_norm: "plain", "frozen" (constants: no parameter, statistics of the checkpoint) or "sync" (over ranks).
         frozen_parts: how many of stem, layer1, ..., layer4 are not trained.
-        head_std: spread of the heads' weights at the start, of 3x3 convolutions (0.01: Lin et al. 2017) or of
-            attention's value weights (0.01: the paper's appendix). None keeps the variance from layer to layer,
-            which narrow heads in short runs need.
+        head_std: standard deviation of the heads' weights at the start, of 3x3 convolutions (0.01: Lin et al. 2017)
+            or of attention's value weights (0.01: the paper's appendix).
+        head_shortcuts: add its input to the output of each layer of the heads but a predictor's convolution. With small
+            weights a head then starts close to the identity. Without shortcuts five layers of attention average a place
+            with its neighbours, and the heads need many steps to find places apart.
         **backbone_options: of `model.ResNet`; `kernel_size`, `num_heads`, `border`, `backend` and the other options of
             `attention.LocalAttention2d` hold for attention in pyramid and heads too.
 
@@ -123,7 +126,7 @@ def retinanet(
     if frozen_parts not in range(6):
         raise ValueError(f"frozen_parts={frozen_parts!r}: must be 0 to 5, parts of stem, layer1, ..., layer4")
     for name, value in (("anchor_size", anchor_size), ("head_std", head_std)):
-        if value is not None and not (value > 0 and math.isfinite(value)):
+        if not (value > 0 and math.isfinite(value)):
             raise ValueError(f"{name}={value}: must be a finite number above 0")
     if backbone_options.get("small_images"):
         raise ValueError("small_images=True: a detector's backbone is in the ImageNet form, of strides 4 to 32")
@@ -150,9 +153,9 @@ def retinanet(
         anchor_generator=anchors(scales, anchor_size),
     )
     if heads == "attention":
-        _attention_heads(detector.head, fpn_channels, attention, head_std)
+        _attention_heads(detector.head, fpn_channels, attention, head_std, head_shortcuts)
     else:
-        _start_convolutions(detector.head, head_std)
+        _convolution_heads(detector.head, head_std, head_shortcuts)
     if batch_norm == "sync":
         detector = nn.SyncBatchNorm.convert_sync_batchnorm(detector)
     if batch_norm == "frozen":
@@ -178,6 +181,13 @@ class Maps(nn.Module):
         return list(maps.values())
 
 
+class Shortcut(nn.Sequential):
+    """x -> x + the layers' output, of the same shape; the layers have the names that `nn.Sequential` gives them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + super().forward(x)
+
+
 def _pyramid(body: model.ResNet, channels: int, attention) -> FeaturePyramidNetwork:
     """torchvision's pyramid over the stages 2 to 4 with P6 and P7 from P5; `attention` makes what replaces its 3x3."""
     widths = [
@@ -192,29 +202,30 @@ def _pyramid(body: model.ResNet, channels: int, attention) -> FeaturePyramidNetw
     return pyramid
 
 
-def _attention_heads(head: RetinaNetHead, channels: int, attention, value_std: float | None) -> None:
+def _attention_heads(head: RetinaNetHead, channels: int, attention, value_std: float, shortcuts: bool) -> None:
     """Put attention in place of each 3x3 convolution of both heads; a 1x1 convolution follows the predictor's."""
     for part, predictor in ((head.classification_head, "cls_logits"), (head.regression_head, "bbox_reg")):
         old = getattr(part, predictor)
         layers = [attention() for _ in range(len(part.conv) + 1)]
-        for layer in layers if value_std is not None else ():
+        for layer in layers:
             nn.init.normal_(layer.value.weight, std=value_std)
         new = nn.Conv2d(channels, old.out_channels, 1)
         nn.init.normal_(new.weight, std=0.01)
         with torch.no_grad():
             new.bias.copy_(old.bias)
-        part.conv = nn.Sequential(*(nn.Sequential(layer, nn.ReLU()) for layer in layers[:-1]))
-        setattr(part, predictor, nn.Sequential(layers[-1], new))
+        block = Shortcut if shortcuts else nn.Sequential
+        part.conv = nn.Sequential(*(block(layer, nn.ReLU()) for layer in layers[:-1]))
+        setattr(part, predictor, nn.Sequential(Shortcut(layers[-1]) if shortcuts else layers[-1], new))
 
 
-def _start_convolutions(head: RetinaNetHead, std: float | None) -> None:
-    """The weights of the heads' 3x3 convolutions at the start, but for the predictors', which stay torchvision's."""
+def _convolution_heads(head: RetinaNetHead, std: float, shortcuts: bool) -> None:
+    """Start the 3x3 convolutions of both heads but for the predictors', which stay torchvision's."""
     for part in (head.classification_head, head.regression_head):
         for layer in part.conv.modules():
-            if isinstance(layer, nn.Conv2d) and std is None:
-                nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
-            elif isinstance(layer, nn.Conv2d):
+            if isinstance(layer, nn.Conv2d):
                 nn.init.normal_(layer.weight, std=std)
+        if shortcuts:
+            part.conv = nn.Sequential(*(Shortcut(*layer) for layer in part.conv))
 
 
 def _freeze_norms(module: nn.Module) -> None:

@@ -290,7 +290,7 @@ def test_help_answers_without_torch():
 def test_recipes_are_complete_and_their_rate_follows_the_batch():
     for dataset in ("DIGITS", "COCO"):
         config = resolve({}, dataset)
-        assert None not in [getattr(config, key) for key in config.recipe_values() if key != "head_std"]
+        assert None not in [getattr(config, key) for key in config.recipe_values()]
         larger = resolve({"batch_size": 4 * config.batch_size}, dataset)
         assert larger.lr == pytest.approx(config.lr * (4 if config.optimizer == "sgd" else 2))
     assert resolve({"lr": 0.3, "batch_size": 64}, "COCO").lr == 0.3

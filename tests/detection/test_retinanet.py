@@ -111,15 +111,28 @@ def test_heads_start_with_the_paper_s_values_and_the_prior_s_scores():
 
 
 @pytest.mark.parametrize("heads", ["conv", "attention"])
-def test_heads_can_keep_the_variance(heads):
-    """A map of unit variance comes out of the heads' four layers with 0.05 of it or more: they average."""
-    spreads = {}
-    for std in (None, 0.01):
+def test_shortcuts_start_the_heads_close_to_the_identity(heads):
+    x, spreads = torch.randn(2, 64, 16, 16), {}
+    for shortcuts in (True, False):
         torch.manual_seed(0)
-        detector = retinanet(**SMALL | {"fpn_channels": 64}, heads=heads, head_std=std)
-        with torch.no_grad():
-            spreads[std] = detector.head.classification_head.conv(torch.randn(2, 64, 16, 16)).std().item()
-    assert 0.03 < spreads[None] < 3 and spreads[0.01] < 0.02
+        head = retinanet(**SMALL | {"fpn_channels": 64}, heads=heads, head_shortcuts=shortcuts).head
+        for part, predictor in ((head.classification_head, "cls_logits"), (head.regression_head, "bbox_reg")):
+            with torch.no_grad():
+                out = part.conv(x)
+                if heads == "attention":
+                    out = getattr(part, predictor)[0](out)
+            spreads[shortcuts] = (out - x if shortcuts else out).std().item()
+            assert spreads[shortcuts] < 0.4
+    assert spreads[False] < 0.02  # nothing of the input is left without them
+
+
+@pytest.mark.parametrize("heads", ["conv", "attention"])
+def test_shortcuts_cost_an_addition_each_and_no_parameter(heads):
+    plain, with_them = (retinanet(**SMALL, heads=heads, head_shortcuts=value) for value in (False, True))
+    assert count_parameters(plain) == count_parameters(with_them)
+    places, layers = 8 * 8 + 4 * 4 + 2 * 2 + 1 + 1, 8 if heads == "conv" else 10
+    added = detector_flops(with_them, 64).total - detector_flops(plain, 64).total
+    assert added == layers * 16 * places
 
 
 def targets():
@@ -143,14 +156,14 @@ def test_every_parameter_gets_a_finite_gradient_that_is_not_zero(options):
 def test_two_images_are_learned():
     """A red and a blue box, and an image without any; batch norm by the statistics of the batch throughout."""
     torch.manual_seed(0)
-    detector = retinanet(**SMALL | {"fpn_channels": 32}, anchor_size=16)
+    detector = retinanet(**SMALL | {"fpn_channels": 32}, heads="attention", head_shortcuts=True, anchor_size=16)
     images, wanted = [0.1 * torch.rand(3, 64, 64) for _ in range(2)], targets()
     for box, label in zip(*wanted[0].values(), strict=True):
         x1, y1, x2, y2 = box.int().tolist()
         images[0][label, y1:y2, x1:x2] += 0.8
-    optimizer = torch.optim.AdamW(detector.parameters(), lr=2e-3)
+    optimizer = torch.optim.AdamW(detector.parameters(), lr=2e-3, fused=True)
     detector.train()
-    for _ in range(120):
+    for _ in range(40):
         optimizer.zero_grad()
         sum(detector(images, wanted).values()).backward()
         optimizer.step()
