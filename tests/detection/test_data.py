@@ -114,3 +114,22 @@ def test_a_set_smaller_than_a_batch_is_one_step_and_too_few_are_refused():
     assert len(flat(plan(5, 0, 0, **OPTIONS))) == 5
     with pytest.raises(DataError, match="2 images a step are too few for 3 batches"):
         plan(2, 0, 0, **OPTIONS | {"accumulate": 3})
+
+
+def test_workers_read_what_one_process_reads(tmp_path):
+    """Two epochs with jitter and an evaluation, after a pass that was left in the middle."""
+    split = read(tmp_path, [box(1), box(2, image=2, bbox=(5, 6, 20, 8))])
+    found = []
+    for count in (0, 2):
+        images = CocoImages(split, 32, (0, 0, 0), Jitter(0.5, 2.0, True))
+        part = DetectionSplit(images, torch.device("cpu"), count)
+        next(part.batches(0, **OPTIONS | {"global_batch": 2}))
+        passes = [*(part.batches(epoch, **OPTIONS | {"global_batch": 1}) for epoch in (0, 1)), part.eval_batches(2)]
+        found.append([batch[-2:] for batches in passes for batch in batches])
+        part.close()
+    alone, shared = found
+    assert len(alone) == len(shared) == 10
+    for (images, targets), (others, other_targets) in zip(alone, shared, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(images, others, strict=True))
+        for target, other in zip(targets, other_targets, strict=True):
+            assert all(torch.equal(target[key], other[key]) for key in ("boxes", "labels"))

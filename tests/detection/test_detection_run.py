@@ -111,13 +111,6 @@ def test_a_resume_with_another_setting_is_refused_by_its_flag(tmp_path, capsys):
     assert "--lr was" in error and error.count("\n") == 1
 
 
-def test_workers_read_what_one_process_reads(tmp_path):
-    for name, workers in (("a", "0"), ("b", "2")):
-        assert started(tmp_path / name, "--max-steps", "2", "--num-workers", workers) == 0
-    states = [small_runs.state_without_times(tmp_path / name / "run") for name in ("a", "b")]
-    assert small_runs.differences(*states) == []
-
-
 def test_evaluate_prints_the_summary_s_figures(tmp_path, capsys):
     assert started(tmp_path / "a", "--max-steps", "2") == 0
     summary = json.loads((tmp_path / "a" / "run" / "summary.json").read_text())
