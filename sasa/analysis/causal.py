@@ -22,19 +22,30 @@ PROBE_DECAY = 1e-2  # of a probe's weights: with features of unit variance, mild
 PROBE_STEPS = 200  # of L-BFGS, at most
 
 
+class Silenced(NamedTuple):
+    """The answer for one image with one head silenced. "Decided" is the class that the whole network predicts.
+
+    logit, probability: of the decided class; drop: its logit in the whole network less `logit`; prediction: the class
+    predicted now, with its probability.
+    """
+
+    logit: float
+    drop: float
+    probability: float
+    prediction: int
+    prediction_probability: float
+
+
 class HeadEffect(NamedTuple):
     """What the decision for one image loses without one head; head counts from 0.
 
-    drop, drop_zero: logit of the predicted class less what it is with the head silenced by its mean, and by zero;
-    probability, prediction: of the predicted class, and the class predicted then, with the head silenced by its mean.
+    by_mean: the head's output replaced by its mean over the pixels; by_zero: by zero.
     """
 
     layer: str
     head: int
-    drop: float
-    drop_zero: float
-    probability: float
-    prediction: int
+    by_mean: Silenced
+    by_zero: Silenced
 
 
 # ---- silencing ------------------------------------------------------------------------------------------------------
@@ -98,19 +109,20 @@ def head_effects(
     """
     with torch.no_grad():
         whole = network(image)[0].float()  # (classes)
-    decided = whole.argmax()
     effects = []
     for layer in progress(list(attention_layers(network))):
-        by_mean, by_zero = silenced_logits(network, image, layer)
-        figures = zip(
-            (whole[decided] - by_mean[:, decided]).tolist(),
-            (whole[decided] - by_zero[:, decided]).tolist(),
-            by_mean.softmax(1)[:, decided].tolist(),
-            by_mean.argmax(1).tolist(),
-            strict=True,
-        )
-        effects += [HeadEffect(layer, head, *of_head) for head, of_head in enumerate(figures)]
+        both = (silenced_answers(logits, whole) for logits in silenced_logits(network, image, layer))
+        effects += [HeadEffect(layer, head, *of_head) for head, of_head in enumerate(zip(*both, strict=True))]
     return effects
+
+
+def silenced_answers(logits: Tensor, whole: Tensor) -> list[Silenced]:
+    """Of each silenced head: logits (N, classes), and those of the whole network (classes)."""
+    decided = whole.argmax()
+    share = logits.softmax(1)
+    best, kept = share.max(1), logits[:, decided]
+    figures = (kept, whole[decided] - kept, share[:, decided], best.indices, best.values)
+    return [Silenced(*of_head) for of_head in zip(*(figure.tolist() for figure in figures), strict=True)]
 
 
 # ---- linear probes --------------------------------------------------------------------------------------------------

@@ -30,7 +30,7 @@ from sasa.analysis.attention_maps import (
     mean_distance,
     rollout_layers,
 )
-from sasa.analysis.causal import HeadEffect
+from sasa.analysis.causal import HeadEffect, Silenced
 from sasa.console import printable
 
 BUDGET = 2_700_000  # bytes of text for the maps of an image: with all else, a page of one image stays under 3 MB
@@ -172,10 +172,11 @@ def _stored_pixels(layers: list[LayerAttention]) -> str:
     totals = [(layer.name, len(layer.pixels), layer.size[0] * layer.size[1]) for layer in layers]
     sparse = ", ".join(f"{name} {kept} of {total}" for name, kept, total in totals if kept < total)
     if not sparse:
-        return "Stored, as bytes: every head of every layer at every pixel."
+        return "This page holds the map of every head at every pixel, each weight to 1/255 of its map's largest."
     return (
-        "Stored, as bytes: the mean over heads, which the rollout goes by, at every pixel; each head at an even grid "
-        f"of pixels where a layer has many ({sparse}; the nearest of them is shown), at every pixel elsewhere."
+        "This page holds the map of every head at every pixel, each weight to 1/255 of its map's largest; where a "
+        f"layer has many pixels, at an even grid of them, of which the nearest is shown ({sparse}). The mean over "
+        "heads, which the rollout needs, is held at every pixel."
     )
 
 
@@ -192,6 +193,7 @@ def _layer(attention: LayerAttention) -> dict[str, Any]:
         "stride": getattr(layer, "stride", 1),
         "block": block,
         "back": back,
+        "outside": layer.border == "zero",  # whether keys outside the map take part
         "rows": attention.pixels[:, 0].unique().tolist(),
         "cols": attention.pixels[:, 1].unique().tolist(),
         "tables": _tables(layer),
@@ -226,11 +228,8 @@ def _image(image: ImageAttention, place: int, network: int, probes: list[tuple[s
         {
             "layer": names.index(effect.layer),
             "head": effect.head,
-            "drop": round(effect.drop, 4),
-            "zero": round(effect.drop_zero, 4),
-            "share": round(effect.probability, 5),
-            "then": image.class_names[effect.prediction],
-            "same": effect.prediction == image.prediction,
+            "mean": _silenced(effect.by_mean, image),
+            "zero": _silenced(effect.by_zero, image),
         }
         for effect in image.effects
     ]
@@ -240,6 +239,17 @@ def _image(image: ImageAttention, place: int, network: int, probes: list[tuple[s
         "src": _source(image.picture), "guess": image.guess, "effects": effects,
         "probes": [[name, round(share, 5)] for name, share in probes], "layers": layers,
     }  # fmt: skip
+
+
+def _silenced(answer: Silenced, image: ImageAttention) -> dict[str, Any]:
+    return {
+        "logit": round(answer.logit, 4),
+        "drop": round(answer.drop, 4),
+        "share": round(answer.probability, 5),
+        "then": image.class_names[answer.prediction],
+        "thenShare": round(answer.prediction_probability, 5),
+        "same": answer.prediction == image.prediction,
+    }
 
 
 def to_bytes(weights: Tensor) -> Tensor:

@@ -61,9 +61,16 @@ function paint(canvas, image, layer, region, cells, marks) {
   });
 }
 
+// How strong the orange of a map's largest weight is: full for a sharp map, pale for one that is nearly even, which
+// would else be painted as if all of it mattered most.
+function strength(pixel, weights) {
+  const most = evenMeasures(pixel.layer, pixel.at)[0];
+  return most ? Math.max(1 - (measuresOf(pixel, weights)[0] / most) ** 4, 0.3) : 1;
+}
+
 function paintHead(canvas, image, pixel, head, whole) {
   const { layer, at, origin: [top, left] } = pixel, weights = pixel.weights(head);
-  const largest = Math.max(...weights) || 1, size = layer.size;
+  const size = layer.size, largest = Math.max(...weights) / strength(pixel, weights) || 1;
   const region = whole ? [0, 0, layer.height, layer.width] : [top, left, size, size];
   const marks = [[...at, 1, 1, "#fff"]];
   if (whole) marks.push([top, left, size, size, "rgba(255, 255, 255, 0.45)"]);
@@ -124,7 +131,7 @@ class Side {
     this.node = $("side").content.firstElementChild.cloneNode(true);
     this.parts = {};
     this.node.querySelectorAll("[data-part]").forEach((part) => { this.parts[part.dataset.part] = part; });
-    this.most = Math.max(...image.effects.map((effect) => Math.abs(effect.drop)), 0);
+    this.most = Math.max(...image.effects.map((effect) => Math.abs(effect.mean.drop)), 0);
     this.buildTiles();
     this.buildDecision();
     this.buildProbes();
@@ -158,8 +165,8 @@ class Side {
         const tile = button(() => this.choose(l, head), canvas);
         let name = `${layer.name}, head ${head + 1}`;
         if (effect) {
-          tile.append(tint(make("small", number(effect.drop)), effect.drop, this.most));
-          name += `, silenced: logit lost ${number(effect.drop)}`;
+          tile.append(tint(make("small", number(effect.mean.drop)), effect.mean.drop, this.most));
+          name += `, silenced: logit lost ${number(effect.mean.drop)}`;
         }
         tile.setAttribute("aria-label", name);
         tile.onkeydown = (event) => this.moveTile(event, l, head);
@@ -191,18 +198,28 @@ class Side {
     if (!effects.length) return;
     const decided = guess[0][0];
     this.parts["class-head"].textContent = `P(${decided})`;
-    const sorted = [...effects].sort((a, b) => b.drop - a.drop);
+    const sorted = [...effects].sort((a, b) => b.mean.drop - a.mean.drop);
     this.rows = sorted.map((effect) => {
       const name = `${this.network.layers[effect.layer].name}, head ${effect.head + 1}`;
-      const row = make("tr", undefined,
-        make("td", undefined, button(() => this.choose(effect.layer, effect.head), name)),
-        tint(make("td", number(effect.drop)), effect.drop, this.most), make("td", number(effect.zero)),
-        make("td", per_cent(effect.share)), make("td", effect.same ? "same" : effect.then));
-      return { effect, row };
+      const action = button(() => this.choose(effect.layer, effect.head), name);
+      const row = make("tr", undefined, make("td", undefined, action),
+        tint(make("td", number(effect.mean.drop)), effect.mean.drop, this.most), make("td", number(effect.zero.drop)),
+        make("td", per_cent(effect.mean.share)), make("td", effect.mean.same ? "same" : `class ${effect.mean.then}`));
+      return { effect, row, action };
     });
+    this.rows.forEach((line, i) => { line.action.onkeydown = (event) => this.moveRow(event, i); });
     fill(this.parts.effects, ...this.rows.map(({ row }) => row));
-    const turning = effects.filter((effect) => !effect.same).length;
-    this.parts["effects-note"].textContent = turning ? `${turning} of ${effects.length} change it alone` : "none changes it alone";
+    const turning = this.rows.filter(({ effect }) => !effect.mean.same).map(({ action }) => action.textContent);
+    const few = turning.slice(0, 2).join("; ") + (turning.length > 2 ? ` and ${turning.length - 2} more` : "");
+    this.parts["effects-note"].textContent = `heads whose silencing by the mean alone changes the decision: ${few || "none"} (of ${effects.length})`;
+  }
+
+  moveRow(event, i) {
+    const step = arrow(event);
+    if (!step) return;
+    const { effect, action } = this.rows[Math.min(Math.max(i + step[0] + step[1], 0), this.rows.length - 1)];
+    this.choose(effect.layer, effect.head);
+    action.focus();
   }
 
   buildProbes() {
@@ -246,7 +263,8 @@ class Side {
     parts.title.hidden = data.images.length === 1 || state.other < 0;
     parts.title.textContent = nameOf(image);
     paintHead(parts.map, image, pixel, head, true);
-    fill(parts["map-caption"], make("b", `${layer.name}, head ${head + 1}`), `, from pixel (${at.join(", ")}) of ${layer.height} \u00d7 ${layer.width}`);
+    fill(parts["map-caption"], make("b", `${layer.name}, head ${head + 1}`), `, from ${pixelName(at)} of ${layer.height} \u00d7 ${layer.width}`);
+    fill(parts.spread, make("b", "Where it looks:"), this.spread(l, head, pixel));
     this.updateRollout(l);
     this.updateEffect(l, head);
     this.network.layers.forEach((_, i) => {
@@ -264,14 +282,31 @@ class Side {
     this.updateTables(layer, head);
   }
 
+  // Where the head looks, in words: how even its map is here and over the image.
+  spread(l, head, pixel) {
+    const { layer } = pixel, here = measuresOf(pixel, pixel.weights(head))[0], most = evenMeasures(layer, pixel.at)[0];
+    const mean = this.image.layers[l].measures[head], even = evenMeasuresOverImage(layer);
+    if (mean.includes(null)) return " its weights are not finite.";
+    const shape = (found, full) => full === 0 || found > 0.97 * full ? "nearly even over" : found > 0.8 * full ? "spread over" : "on a part of";
+    const window = `its ${layer.size} \u00d7 ${layer.size} window`;
+    return ` from this pixel ${shape(here, most)} ${window}: entropy ${number(here)} bit, even weights have ${number(most)}. ` +
+      `Over the image ${shape(mean[0], even[0])} it: ${number(mean[0])} of ${number(even[0])} bit, mean distance ${number(mean[1])} pixels (even ${number(even[1])}), own pixel ${per_cent(mean[2])} (even ${per_cent(even[2])}).`;
+  }
+
   updateEffect(l, head) {
-    const effect = this.effectOf(l, head), decided = this.image.guess[0];
+    const effect = this.effectOf(l, head), [decided, probability] = this.image.guess[0];
     (this.rows || []).forEach((line) => {
-      line.row.classList.toggle("on", line.effect === effect);
+      const on = line.effect === effect;
+      line.row.classList.toggle("on", on);
+      line.action.tabIndex = on ? 0 : -1;
+      if (on) intoView(line.row);
     });
     if (!effect) return fill(this.parts.effect);
-    const verb = effect.drop < 0 ? "gains" : "loses", turned = effect.same ? "the decision stays" : `the decision becomes ${effect.then}`;
-    return fill(this.parts.effect, make("b", "This head silenced:"), ` the logit of ${decided[0]} ${verb} ${number(Math.abs(effect.drop))} (by zero ${number(effect.zero)}), its probability goes from ${per_cent(decided[1])} to ${per_cent(effect.share)}, ${turned}.`);
+    const line = (how, { logit, drop, share, then, thenShare, same }) => make("span", undefined, make("b", `Silenced by ${how}:`),
+      ` the logit of class ${decided} ${drop < 0 ? "rises" : "falls"} by ${number(Math.abs(drop))} from ${number(logit + drop)} to ${number(logit)}, ` +
+      `its probability goes from ${per_cent(probability)} to ${per_cent(share)}; ` +
+      (same ? "the decision stays." : `the decision becomes class ${then} (${per_cent(thenShare)}).`));
+    return fill(this.parts.effect, line("its mean", effect.mean), line("zero", effect.zero));
   }
 
   updateRollout(l) {
@@ -279,7 +314,7 @@ class Side {
     const region = [0, 0, first.height, first.width];
     if (l < from) {
       paint(parts.rollout, image, first, region, () => {}, []);
-      parts["rollout-caption"].textContent = `${last.name} reads the image itself: no rollout`;
+      parts["rollout-caption"].textContent = `no rollout: ${last.name} reads the image itself`;
       return;
     }
     const [row, col] = onMap(last, image, ...this.pixel), share = rollout(image, l, row, col), largest = Math.max(...share) || 1;
@@ -288,13 +323,13 @@ class Side {
       glow(Math.floor(p / first.width), p % first.width, 1, 1, Math.sqrt(value / largest));
     }), [[row * scale[0], col * scale[1], scale[0], scale[1], "#fff"]]);
     const through = l === from ? "" : ` down to ${first.name}`;
-    fill(parts["rollout-caption"], make("b", "rollout"), ` of the mean over heads, ${last.name}${through}, from pixel (${row}, ${col})`);
+    fill(parts["rollout-caption"], make("b", "rollout"), `, of all heads and shortcuts together, not of this head: ${last.name}${through}, from ${pixelName([row, col])}`);
   }
 
   updateMeasures(l, chosen, pixel) {
     const { layer } = pixel, kept = this.image.layers[l], most = [2 * Math.log2(layer.size) || 1, layer.size / 2 * Math.SQRT2, 1];
-    this.parts["measures-title"].textContent = `Heads of ${layer.name}`;
-    this.parts.largest.textContent = `largest logit ${number(kept.largest)}`;
+    this.parts["measures-title"].textContent = `How sharp the heads of ${layer.name} are`;
+    this.parts.largest.textContent = `largest attention score before the softmax: ${number(kept.largest)}`;
     fill(this.parts.measures, ...kept.measures.map((mean, head) => {
       const here = measuresOf(pixel, pixel.weights(head)), row = make("tr", undefined, make("td", head + 1));
       row.className = head === chosen ? "on" : "";
@@ -305,6 +340,11 @@ class Side {
       }));
       return row;
     }));
+    const row = make("tr", undefined, make("td", "even"));
+    evenMeasures(layer, pixel.at).forEach((value, i) => [value, evenMeasuresOverImage(layer)[i]].forEach((figure) => {
+      row.append(make("td", i === 2 ? (100 * figure).toFixed(1) : number(figure)));
+    }));
+    this.parts.measures.append(row);
   }
 
   updateTables(layer, head) {
@@ -331,6 +371,15 @@ class Side {
 // ---- the page -----------------------------------------------------------------------------------------------------
 
 let sides = [];
+
+function pixelName([row, col]) { return `pixel (row ${row}, column ${col})`; }
+
+function intoView(row) {  // within its list: the page itself stays where it is
+  const list = row.closest(".scroll"), head = list.querySelector("thead").offsetHeight;
+  const top = row.offsetTop - head, bottom = row.offsetTop + row.offsetHeight - list.clientHeight;
+  if (list.scrollTop > top) list.scrollTop = top;
+  else if (list.scrollTop < bottom) list.scrollTop = bottom;
+}
 
 function nameOf(image) {
   const network = data.networks.length > 1 ? `${data.networks[image.network].name}: ` : "";
@@ -393,7 +442,7 @@ function limit() {
 
 // What the address holds, else the centre of the first image and the head that counts most.
 function read() {
-  const image = data.images[0], first = [...image.effects].sort((a, b) => b.drop - a.drop)[0];
+  const image = data.images[0], first = [...image.effects].sort((a, b) => b.mean.drop - a.mean.drop)[0];
   Object.assign(state, { image: 0, other: data.compare, row: image.height >> 1, col: image.width >> 1, view: "window" });
   Object.assign(state, first ? { layer: first.layer, head: first.head } : { layer: data.networks[0].rolloutFrom, head: 0 });
   const low = { image: 0, other: -1, row: 0, col: 0, layer: 0, head: 0 };

@@ -41,6 +41,26 @@ function storedPixel(image, l, [row, col]) {  // the stored pixel of layer l nea
   return { layer, at, origin: origin(layer, ...at), weights };
 }
 
+// What the same figures are of even weights over the keys of the window that take part: those in the map, or all.
+function evenMeasures(layer, at) {
+  const pixel = { layer, at, origin: origin(layer, ...at) };
+  const inside = Array.from({ length: layer.size ** 2 }, (_, k) => {
+    const y = pixel.origin[0] + Math.floor(k / layer.size), x = pixel.origin[1] + k % layer.size;
+    return layer.outside || y >= 0 && y < layer.height && x >= 0 && x < layer.width ? 1 : 0;
+  });
+  const keys = inside.reduce((a, b) => a + b, 0);
+  return measuresOf(pixel, inside.map((one) => one / keys));
+}
+
+const evens = new Map();
+function evenMeasuresOverImage(layer) {  // their mean over the stored pixels, as the stored means of the heads are
+  if (!evens.has(layer)) {
+    const all = layer.rows.flatMap((row) => layer.cols.map((col) => evenMeasures(layer, [row, col])));
+    evens.set(layer, [0, 1, 2].map((i) => all.reduce((sum, figures) => sum + figures[i], 0) / all.length));
+  }
+  return evens.get(layer);
+}
+
 function measuresOf(pixel, weights) {
   let entropy = 0, distance = 0, own = 0;
   weights.forEach((w, k) => {

@@ -86,12 +86,14 @@ def test_effects_are_the_predicted_classs_losses(case):
         decided = whole.argmax().item()
         for effect in effects[::9]:
             by_mean, by_zero = causal.silenced_logits(network, image, effect.layer)
-            assert effect.drop == pytest.approx((whole - by_mean[effect.head])[decided].item(), abs=1e-6)
-            assert effect.drop_zero == pytest.approx((whole - by_zero[effect.head])[decided].item(), abs=1e-6)
-            assert effect.probability == pytest.approx(by_mean[effect.head].softmax(0)[decided].item())
-            assert effect.prediction == by_mean[effect.head].argmax().item()
-    assert max(abs(effect.drop) for effect in effects) > 1e-3
-    assert any(abs(effect.drop - effect.drop_zero) > 1e-4 for effect in effects)
+            for found, logits in ((effect.by_mean, by_mean[effect.head]), (effect.by_zero, by_zero[effect.head])):
+                assert found.logit == logits[decided].item()
+                assert found.drop == pytest.approx((whole - logits)[decided].item(), abs=1e-6)
+                assert found.probability == pytest.approx(logits.softmax(0)[decided].item())
+                assert found.prediction == logits.argmax().item()
+                assert found.prediction_probability == pytest.approx(logits.softmax(0).max().item())
+    assert max(abs(effect.by_mean.drop) for effect in effects) > 1e-3
+    assert any(abs(effect.by_mean.drop - effect.by_zero.drop) > 1e-4 for effect in effects)
 
 
 def test_a_head_that_says_the_same_everywhere_has_no_effect_by_its_mean(case):
@@ -102,7 +104,8 @@ def test_a_head_that_says_the_same_everywhere_has_no_effect_by_its_mean(case):
     effects = {(e.layer, e.head): e for e in causal.head_effects(network, image)}
     hook.remove()
     of_layer = [effects["layer2.1", head] for head in range(8)]
-    assert all(abs(effect.drop) < 1e-5 for effect in of_layer) and any(abs(e.drop_zero) > 1e-4 for e in of_layer)
+    assert all(abs(effect.by_mean.drop) < 1e-5 for effect in of_layer)
+    assert any(abs(effect.by_zero.drop) > 1e-4 for effect in of_layer)
 
 
 def test_the_network_is_left_as_it_was_and_hooks_go(case):

@@ -1,5 +1,7 @@
 """The page of tools.visualize in headless Chromium: what a click changes, hostile names, two networks, any width."""
 
+import math
+
 import pytest
 import torch
 from test_visualize import HOSTILE, SIDE, best, data_of, data_of_text, hostile_page, network, written  # noqa: F401
@@ -13,6 +15,7 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(browser.CHROMIUM is None, reason="needs chromium (Debian: apt install chromium)"),
 ]
+HERE = "[...document.querySelectorAll('[data-part=measures] tr.on')][0].cells[1].textContent"
 PART = "document.querySelectorAll('.side')[{side}].querySelector('[data-part={part}]')"
 
 
@@ -39,9 +42,9 @@ def test_pixel_head_and_image_are_chosen_by_mouse_and_keyboard(written, network,
         tab.click(selector("map"), 0.8, 0.2)
         after = [tab.picture("map"), tab.picture("rollout"), tab.value(tile)]
         assert all(a != b for a, b in zip(before, after, strict=True))
-        assert tab.text("map-caption") == "layer2.1, head 3, from pixel (1, 4) of 6 \u00d7 6"
+        assert tab.text("map-caption") == "layer2.1, head 3, from pixel (row 1, column 4) of 6 \u00d7 6"
         tab.press("ArrowDown")  # the image has the focus
-        assert "pixel (2, 4)" in tab.text("map-caption")
+        assert "pixel (row 2, column 4)" in tab.text("map-caption")
         tab.click(".layer:nth-child(2) button:nth-child(5)")
         tab.press("ArrowUp")  # from the tile of layer1.0 to the stem, which has four heads
         assert tab.text("map-caption").startswith("stem, head 4, ")
@@ -61,30 +64,79 @@ def test_pixel_head_and_image_are_chosen_by_mouse_and_keyboard(written, network,
 def test_the_heads_that_count_are_listed_and_lead_to_their_maps(written, tmp_path):  # noqa: F811
     data = data_of(written)
     image, names = data["images"][0], [layer["name"] for layer in data["networks"][0]["layers"]]
-    ranked = sorted(image["effects"], key=lambda effect: -effect["drop"])
+    ranked = sorted(image["effects"], key=lambda effect: -effect["mean"]["drop"])
     with Page(tmp_path / "profile") as tab:
         tab.open((written / "attention.html").as_uri())
         rows = tab.value("[...document.querySelectorAll('.effects tbody tr')].map((row) => row.cells[0].textContent)")
         assert rows == [f"{names[effect['layer']]}, head {effect['head'] + 1}" for effect in ranked]
         losses = tab.value("[...document.querySelectorAll('.effects tbody tr')].map((row) => row.cells[1].textContent)")
         assert [float(text.replace("\u2212", "-")) for text in losses] == pytest.approx(
-            [effect["drop"] for effect in ranked], abs=0.0051
+            [effect["mean"]["drop"] for effect in ranked], abs=0.0051
         )
         assert tab.text("map-caption").startswith(rows[0])  # the page opens on the head that counts most
         tab.click(".effects tbody tr:nth-child(9) button")
         ninth, decided = ranked[8], image["guess"][0]
         assert tab.text("map-caption").startswith(rows[8] + ", from pixel")
-        said = tab.text("effect")
-        assert (
-            f"the logit of {decided[0]} {'loses' if ninth['drop'] >= 0 else 'gains'} {abs(ninth['drop']):.2f}" in said
-        )
-        assert f"from {100 * decided[1]:.1f}% to {100 * ninth['share']:.1f}%" in said
-        assert ("the decision stays" in said) == ninth["same"]
+        lines = tab.value("[...document.querySelectorAll('[data-part=effect] span')].map((line) => line.textContent)")
+        for line, how, kind in zip(lines, ("its mean", "zero"), ("mean", "zero"), strict=True):
+            answer = ninth[kind]
+            verb = "rises" if answer["drop"] < 0 else "falls"
+            assert line.startswith(f"Silenced by {how}: the logit of class {decided[0]} {verb} by ")
+            assert f"from {100 * decided[1]:.1f}% to {100 * answer['share']:.1f}%" in line
+            assert ("the decision stays" in line) == answer["same"]
+            assert answer["same"] or f"becomes class {answer['then']} ({100 * answer['thenShare']:.1f}%)" in line
         place = f".layer:nth-child({ninth['layer'] + 1}) button:nth-child({ninth['head'] + 1})"
         assert tab.value(f"document.querySelector('{place}').getAttribute('aria-pressed')") == "true"
         assert tab.value(f"document.querySelector('{place} small').textContent") == losses[8]
         stages = tab.value("[...document.querySelectorAll('.probes tbody tr')].map((row) => row.cells[1].textContent)")
         assert stages == [f"{top1:.1f}%" for _, top1 in data["networks"][0]["probes"]["stages"]]
+        assert tab.errors == []
+
+
+def even_figures(layer):
+    """Entropy in bit, distance and own share of equal weights over the window's keys in the map; means over pixels."""
+    figures = []
+    for row in range(layer["height"]):
+        for col in range(layer["width"]):
+            top, left = row - layer["back"], col - layer["back"]
+            rows = range(max(top, 0), min(top + layer["size"], layer["height"]))
+            cols = range(max(left, 0), min(left + layer["size"], layer["width"]))
+            keys = [(y, x) for y in rows for x in cols]
+            distance = sum(math.hypot(y - row, x - col) for y, x in keys) / len(keys)
+            figures.append((math.log2(len(keys)), distance, 1 / len(keys)))
+    return [sum(figure) / len(figures) for figure in zip(*figures, strict=True)]
+
+
+def test_where_a_head_looks_is_put_beside_even_weights(written, tmp_path):  # noqa: F811
+    layer, head = 3, 2
+    data = data_of(written)
+    stored = data["networks"][0]["layers"][layer]
+    entropy, distance, own = data["images"][0]["layers"][layer]["measures"][head]
+    wanted = even_figures(stored)
+    with Page(tmp_path / "profile") as tab:
+        tab.open((written / "attention.html").as_uri() + f"#layer={layer}&head={head}&row=0&col=0")
+        assert tab.value(f"evenMeasuresOverImage(layersOf(data.images[0])[{layer}])") == pytest.approx(wanted)
+        text = tab.text("spread")
+        assert text.startswith("Where it looks: from this pixel ") and f"window: entropy {tab.value(HERE)} bit" in text
+        inside = (stored["size"] - stored["back"]) ** 2  # of the corner's window
+        assert f"even weights have {math.log2(inside):.2f}." in text
+        assert f": {entropy:.2f} of {wanted[0]:.2f} bit, mean distance {distance:.2f} pixels" in text
+        assert f"(even {wanted[1]:.2f}), own pixel {100 * own:.1f}% (even {100 * wanted[2]:.1f}%)." in text
+        rows = tab.value(
+            "[...document.querySelectorAll('[data-part=measures] tr')].map((row) => row.cells[0].textContent)"
+        )
+        assert rows[-1] == "even"
+        # An even map is drawn pale, a sharp one in full orange; the list is walked by arrow keys.
+        inner = "{ layer: { size: 3, height: 9, width: 9, back: 1 }, at: [4, 4], origin: [3, 3] }"
+        assert tab.value(f"strength({inner}, Array(9).fill(1 / 9))") == pytest.approx(0.3)
+        assert tab.value(f"strength({inner}, [1, 0, 0, 0, 0, 0, 0, 0, 0])") == 1
+        tab.click(".effects tbody tr:nth-child(3) button")
+        tab.press("ArrowDown")
+        chosen = tab.value("document.querySelector('.effects tr.on button').textContent")
+        assert chosen == tab.value("document.querySelector('.effects tbody tr:nth-child(4) button').textContent")
+        assert (
+            tab.value("[...document.querySelectorAll('.effects button')].filter((b) => b.tabIndex === 0).length") == 1
+        )
         assert tab.errors == []
 
 
@@ -100,7 +152,7 @@ def test_pixel_and_layer_move_together_on_two_sides(written, tmp_path):  # noqa:
         assert (
             tab.text("map-caption", 0)
             == tab.text("map-caption", 1)
-            == ("layer3.0, head 2, from pixel (5, 0) of 6 \u00d7 6")
+            == ("layer3.0, head 2, from pixel (row 5, column 0) of 6 \u00d7 6")
         )
         assert tab.picture("map", 0) != tab.picture("map", 1)
         assert tab.value("location.hash").startswith("#image=0&other=1&row=10&col=1&layer=4&head=1")

@@ -156,10 +156,13 @@ def test_the_effects_are_those_of_the_network_without_each_head(written, network
         decided = network(image).argmax().item()
         for found, effect in zip(shown["effects"], wanted, strict=True):
             assert (names[found["layer"]], found["head"]) == (effect.layer, effect.head)
-            assert found["drop"] == pytest.approx(effect.drop, abs=1e-4)
-            assert found["zero"] == pytest.approx(effect.drop_zero, abs=1e-4)
-            assert found["share"] == pytest.approx(effect.probability, abs=1e-4)
-            assert (found["then"], found["same"]) == (str(effect.prediction), effect.prediction == decided)
+            for shown_answer, answer in ((found["mean"], effect.by_mean), (found["zero"], effect.by_zero)):
+                assert shown_answer["logit"] == pytest.approx(answer.logit, abs=1e-4)
+                assert shown_answer["drop"] == pytest.approx(answer.drop, abs=1e-4)
+                assert shown_answer["share"] == pytest.approx(answer.probability, abs=1e-4)
+                assert shown_answer["thenShare"] == pytest.approx(answer.prediction_probability, abs=1e-4)
+                assert shown_answer["then"] == str(answer.prediction)
+                assert shown_answer["same"] == (answer.prediction == decided)
 
 
 def test_the_probes_are_fitted_on_training_images_spread_over_the_split(written, network):
@@ -297,9 +300,9 @@ def test_a_lattice_is_said_and_keeps_to_the_budget(network, monkeypatch):
     means = sum(layer.weights.numel() for layer in sparse.everywhere)
     kept = sum(layer.weights.numel() for layer in sparse.layers)
     assert 4 * (means + kept) / 3 <= 250_000 < 4 * (means + 4 * kept) / 3
-    assert "at every pixel." in page._stored([NetworkAttention("a", [whole])])
+    assert "at every pixel, each weight to 1/255" in page._stored([NetworkAttention("a", [whole])])
     both = page._stored([NetworkAttention("a", [whole]), NetworkAttention("b", [sparse])])
-    assert "a: Stored" in both and "layer1.0 16 of 576" in both.split("b: ")[1]
+    assert "a: This page" in both and "layer1.0 16 of 576" in both.split("b: ")[1]
 
 
 def test_the_page_of_a_resnet50_is_below_3_mb():
@@ -308,7 +311,8 @@ def test_the_page_of_a_resnet50_is_below_3_mb():
     image = torch.nn.functional.interpolate(torch.randn(1, 3, 28, 28), size=224, mode="bicubic")[0]
     info = preprocess.info_without_files("IMAGENET", 10, 224)
     shown = visualize.image_attention(network, NamedImage("photo.jpg", "", image), info, effects=False)
-    effects = [causal.HeadEffect(layer.name, head, -1.23456, -1.23456, 0.123456, 9)
+    answer = causal.Silenced(-1.23456, -1.23456, 0.123456, 9, 0.123456)
+    effects = [causal.HeadEffect(layer.name, head, answer, answer)
                for layer in shown.layers for head in range(layer.weights.shape[1])]  # fmt: skip
     assert len(effects) == 4 + 16 * 8
     shown = dataclasses.replace(shown, effects=effects)
