@@ -128,9 +128,20 @@ class Config(Settings):
     cutout: int | None = from_recipe(
         "set a square of each image to the mean, of this side in pixels", int, low=0, high=4096
     )
-    randaugment: bool | None = from_recipe("augment by torchvision's RandAugment", bool)
+    auto_augment: str | None = from_recipe(
+        "change colours and shapes by torchvision's operations: RandAugment, TrivialAugmentWide, or AutoAugment's "
+        "policy for the data set", str, choices=("none", "rand", "trivial", "auto"),
+        switches={"--randaugment": "rand", "--no-randaugment": "none"},
+    )  # fmt: skip
     rand_rounds: int | None = from_recipe("set how many of RandAugment's operations an image gets", int, low=1, high=14)
     rand_magnitude: int | None = from_recipe("set the magnitude of RandAugment's operations", int, low=0, high=30)
+    random_erase: float | None = from_recipe(
+        "set a rectangle of this share of the images to the mean, 2 to 33% of the area", float, low=0, high=1
+    )
+    repeats: int | None = from_recipe(
+        "take each image of a step this many times, augmented anew each time; an epoch keeps its number of steps and "
+        "so takes fewer of the images", int, low=1, high=1024,
+    )  # fmt: skip
     mixup: float | None = from_recipe("mix images by mixup with this alpha, 0: not at all", float, low=0)
     cutmix: float | None = from_recipe("mix images by CutMix with this alpha, 0: not at all", float, low=0)
     reflect: bool | None = from_recipe("mirror the image beyond its border where it is shifted, not black", bool)
@@ -144,7 +155,7 @@ class Config(Settings):
     epochs: int | None = from_recipe("train for this many epochs", int, low=1)
     batch_size: int | None = from_recipe("set the images in a batch of one process", int, low=1)
     accumulate: int = option(1, "make one step of the gradients of this many batches", low=1)
-    optimizer: str | None = from_recipe("train by this optimizer", str, choices=("sgd", "adamw"))
+    optimizer: str | None = from_recipe("train by this optimizer", str, choices=("sgd", "adamw", "lamb"))
     lr: float | None = from_recipe("set the peak learning rate, taken as it is; the recipe's is scaled", float, above=0)
     lr_scaling: str | None = from_recipe(
         "set how the recipe's rate follows the ratio of the global batch to --lr-batch", str,
@@ -159,12 +170,21 @@ class Config(Settings):
     step_factor: float | None = from_recipe(
         "set what each step of --schedule step multiplies the rate by", float, above=0, high=1
     )
+    min_lr: float | None = from_recipe(
+        "keep the rate after the warm-up at or above this; where the cosine ends", float, low=0
+    )
+    layer_decay: float = option(
+        1.0, "multiply the rate by this from each block to the one before it, for fine-tuning: the classifier has the "
+        "full rate, the stem the lowest", above=0, high=1,
+    )  # fmt: skip
     warmup_epochs: float | None = from_recipe("warm up linearly for this many epochs", float, low=0)
     momentum: float | None = from_recipe("set SGD's momentum", float, low=0, high=1)
     nesterov: bool | None = from_recipe("use SGD's momentum in Nesterov's form", bool)
-    adam_beta1: float | None = from_recipe("set the decay of AdamW's mean gradient", float, low=0, below=1)
-    adam_beta2: float | None = from_recipe("set the decay of AdamW's mean square gradient", float, low=0, below=1)
-    adam_eps: float | None = from_recipe("set what AdamW adds to its denominator", float, above=0)
+    adam_beta1: float | None = from_recipe("set the decay of AdamW's and LAMB's mean gradient", float, low=0, below=1)
+    adam_beta2: float | None = from_recipe(
+        "set the decay of AdamW's and LAMB's mean square gradient", float, low=0, below=1
+    )
+    adam_eps: float | None = from_recipe("set what AdamW and LAMB add to their denominator", float, above=0)
     weight_decay: float | None = from_recipe(
         "decay weights by this, but not norms, biases and embeddings", float, low=0
     )
@@ -172,6 +192,20 @@ class Config(Settings):
     bn_momentum: float | None = from_recipe(
         "set batch norm's momentum: 1 - decay of its running statistics", float, above=0, high=1
     )
+    loss: str | None = from_recipe(
+        "train by cross-entropy of the softmax, or by binary cross-entropy of each class", str, choices=("ce", "bce")
+    )
+    bce_threshold: float = option(
+        0.2, "take classes of a mixed image as present where their share is above this, with --loss bce", low=0, below=1
+    )
+    class_weights: str = option(
+        "none", "weigh the classes in the training loss: none | balanced, the fewer images the more | a JSON file of "
+        '{"class name": weight, ...}', metavar="FILE",
+    )  # fmt: skip
+    drop_path: float | None = from_recipe(
+        "leave out the last block's residual branch for this share of the images; from 0 in the first block the share "
+        "grows linearly", float, low=0, below=1,
+    )  # fmt: skip
     label_smoothing: float | None = from_recipe("smooth the labels by this share", float, low=0, high=1)
     sync_bn: bool = option(False, "normalise by the batches of all ranks together")
     clip_grad: float | None = from_recipe("clip the gradient to this norm, 0: no limit", float, low=0)
@@ -261,6 +295,10 @@ def _check_together(config: Config) -> None:
         raise ConfigError(f"--holdout {config.holdout:g}: must be a fraction below 1 or a whole number of images")
     if config.save_every == 0 and config.save_minutes == 0:
         raise ConfigError("--save-every 0 and --save-minutes 0 would never save: one must be above 0")
+    if None not in (config.min_lr, config.lr) and config.min_lr > config.lr:
+        raise ConfigError(f"--min-lr {config.min_lr:g}: must be at most --lr {config.lr:g}")
+    if None not in (config.repeats, config.batch_size) and config.repeats > max(config.batch_size // 2, 1):
+        raise ConfigError(f"--repeats {config.repeats}: must be at most half of --batch-size {config.batch_size}")
     if config.dataset != "auto" and SIDES[config.dataset] is None:
         for name in ("pad", "rotate", "translate", "zoom"):
             if getattr(config, name):
@@ -299,6 +337,8 @@ def resolve(given: dict[str, Any], dataset: str, world_size: int = 1) -> Config:
     if "ema" not in given and values["ema"]:
         values["ema"] = None
     config = Config(**values)
+    if "bce_threshold" in given and config.loss != "bce":
+        raise ConfigError(f"--bce-threshold {config.bce_threshold:g}: needs --loss bce")
     if "lr" in given:
         return config
     return dataclasses.replace(config, lr=config.lr * rate_factor(config, nominal_batch(config, world_size)))

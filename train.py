@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
@@ -42,8 +41,9 @@ from sasa.training.distributed import SharedError
 from sasa.training.evaluation import EVAL_BATCH, Evaluation, evaluate
 from sasa.training.files import BEST, SUMMARY, claim_folder, write_json
 from sasa.training.lock import FolderLock
+from sasa.training.losses import mean_loss
 from sasa.training.monitor import WRONG_SHOWN, Monitor, Silent
-from sasa.training.optim import learning_rate
+from sasa.training.optim import learning_rate, set_rate
 from sasa.training.resume import Plan, check_data, make_plan, report_changes
 from sasa.training.run import Run, describe, initialise, set_up
 from sasa.training.saving import Saver, TrainingError
@@ -294,13 +294,13 @@ def train_step(run: Run, pairs: Iterator[tuple], stop: StopRequest, saver: Saver
     """
     config, progress = run.config, run.progress
     rate = learning_rate(config, progress.step, run.steps_per_epoch)
-    for group in run.optimizer.param_groups:
-        group["lr"] = rate
+    set_rate(run.optimizer, rate)
     run.optimizer.zero_grad(set_to_none=True)
     loss = counted = torch.zeros((), device=run.device)
     ranks, total, count = distributed.world_size(), run.global_batch, run.micro_batches
     for i, (images, targets) in enumerate(pairs):
         with no_sync(run.network) if i + 1 < count else nullcontext():
+            run.draw_drop_path(i)
             part, ours = task.loss(run, images, targets)
             part = part / (total / (len(images) * ranks))  # DDP divides by the ranks
             (part if run.scaler is None else run.scaler.scale(part)).backward()
@@ -324,14 +324,19 @@ def train_step(run: Run, pairs: Iterator[tuple], stop: StopRequest, saver: Saver
 
 
 def loss_and_right(run: Run, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean cross-entropy of images (B, 3, H, W) with labels (B,) or soft targets (B, classes); right predictions."""
-    if run.config.channels_last:
+    """Mean loss of images (B, 3, H, W) with labels (B,) or soft targets (B, classes); right predictions."""
+    config = run.config
+    if config.channels_last:
         images = images.contiguous(memory_format=torch.channels_last)
     with run.autocast():
         logits = run.network(images)
     labels = targets if targets.ndim == 1 else targets.argmax(1)
     right = (logits.detach().argmax(1) == labels).sum()
-    return F.cross_entropy(logits.float(), targets, label_smoothing=run.config.label_smoothing), right
+    loss = mean_loss(
+        logits.float(), targets, kind=config.loss, label_smoothing=config.label_smoothing,
+        threshold=config.bce_threshold, weights=run.class_weights,
+    )  # fmt: skip
+    return loss, right
 
 
 def no_sync(network):

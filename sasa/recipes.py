@@ -7,7 +7,8 @@ from sasa.data.specs import DATASETS, SPECS
 # What most recipes share: no regularisation, no augmentation, the rate as it stands. RandAugment's numbers are
 # torchvision's defaults, the resized crop's the ImageNet family's, Adam's torch's.
 _BASE = {
-    "pad": 0, "flip": False, "rotate": 0.0, "translate": 0.0, "zoom": 0.0, "cutout": 0, "randaugment": False,
+    "pad": 0, "flip": False, "rotate": 0.0, "translate": 0.0, "zoom": 0.0, "cutout": 0, "auto_augment": "none",
+    "random_erase": 0.0, "repeats": 1, "loss": "ce", "min_lr": 0.0, "drop_path": 0.0,
     "rand_rounds": 2, "rand_magnitude": 9, "crop_area": 0.08, "crop_aspect": 4 / 3,
     "step_epochs": 30, "step_factor": 0.1, "adam_beta1": 0.9, "adam_beta2": 0.999, "adam_eps": 1e-8,
     "mixup": 0.0, "cutmix": 0.0, "reflect": False, "schedule": "cosine", "momentum": 0.9, "nesterov": True,

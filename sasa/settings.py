@@ -17,7 +17,21 @@ MAX_INT = 2**31 - 1  # of every integer: beyond it floats, timers and progress b
 ADDED = {
     "step_epochs": 30, "step_factor": 0.1, "adam_beta1": 0.9, "adam_beta2": 0.999, "adam_eps": 1e-8,
     "rand_rounds": 2, "rand_magnitude": 9, "crop_area": 0.08, "crop_aspect": 4 / 3,
+    "auto_augment": "none", "random_erase": 0.0, "repeats": 1, "drop_path": 0.0, "loss": "ce", "bce_threshold": 0.2,
+    "class_weights": "none", "min_lr": 0.0, "layer_decay": 1.0,
 }  # fmt: skip
+# Fields that had another name: what the old field's value is in the new one.
+RENAMED = {"randaugment": ("auto_augment", {False: "none", True: "rand"})}
+
+
+def renamed(values: dict[str, Any]) -> dict[str, Any]:
+    """A stored configuration, or what a recipe provided of one, by today's names of the fields."""
+    values = dict(values)
+    for old, (new, meaning) in RENAMED.items():
+        if old in values:
+            value = values.pop(old)
+            values[new] = meaning.get(value, value)
+    return values
 
 
 class ConfigError(ValueError):
@@ -44,7 +58,8 @@ def option(
         free: a resumed run may change it, since it cannot change the result.
         in_recipe: the value without the flag is the recipe's.
         rule: what is allowed, `choices`, `low`, `high` (inclusive), `above` or `below` (exclusive); `alias` maps an old
-            spelling of a choice to the present one; `nargs` and `metavar` are argparse's.
+            spelling of a choice to the present one; `switches` maps flags without a value to a choice; `nargs` and
+            `metavar` are argparse's.
     """
     kind = kind or (str if default is None else type(default))
     about = {"help": text, "otherwise": otherwise, "kind": kind, "free": free, "in_recipe": in_recipe, "rule": rule}
@@ -64,6 +79,8 @@ class Settings:
         ConfigError: a value of another type or out of its bounds.
     """
 
+    min_lr, layer_decay = 0.0, 1.0  # of the kinds of runs that have no such flags
+
     def __post_init__(self) -> None:
         for f in fields(self):
             _check_typed(f, getattr(self, f.name))
@@ -81,7 +98,7 @@ class Settings:
             ConfigError: keys that this version does not know, or lacks; values that cannot be.
         """
         known = {f.name for f in fields(cls)}
-        values = {key: value for key, value in ADDED.items() if key in known} | values
+        values = {key: value for key, value in ADDED.items() if key in known} | renamed(values)
         differing = sorted(str(key) for key in known ^ values.keys())
         if differing:
             more = f" and {len(differing) - 5} more" if len(differing) > 5 else ""

@@ -14,9 +14,9 @@ from preprocess import DataInfo, TensorData
 from sasa.data.augment import AugmentConfig
 
 EVERYTHING = AugmentConfig(
-    pad=2, flip=True, rotate=20, translate=0.1, zoom=0.2, cutout=3, randaugment=True, mixup=0.4, cutmix=1.0
+    pad=2, flip=True, rotate=20, translate=0.1, zoom=0.2, cutout=3, auto_augment="rand", mixup=0.4, cutmix=1.0
 )
-WITHOUT_RANDAUGMENT = replace(EVERYTHING, randaugment=False)  # which is slow
+WITHOUT_RANDAUGMENT = replace(EVERYTHING, auto_augment="none")  # which is slow
 FOR_TREES = replace(EVERYTHING, pad=0, rotate=0, translate=0, zoom=0)
 
 

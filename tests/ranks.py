@@ -82,14 +82,18 @@ IMAGES = (250, 37)  # of training and test: 2 and 3 ranks divide neither
 
 
 class Small(nn.Sequential):
-    """A convolution, local attention, perhaps batch norms; `spoil(logits, call)` changes the logits of a step."""
+    """A convolution, local attention, perhaps batch norms; `spoil(logits, call)` changes the logits of a step.
 
-    def __init__(self, num_classes: int, spoil: Callable | None, norm: bool) -> None:
+    blocks: residual ones at the end, which stochastic depth can leave out.
+    """
+
+    def __init__(self, num_classes: int, spoil: Callable | None, norm: bool, blocks: int = 0) -> None:
         super().__init__()
         attention = LocalAttention2d(16, 16, kernel_size=3, num_heads=4, stride=2)
         norms = (nn.BatchNorm2d(16) if norm else nn.Identity() for _ in range(2))
         stem = (nn.Conv2d(3, 16, 3, 2, 1, bias=False), next(norms), nn.ReLU())
         self.body = nn.Sequential(*stem, attention, next(norms), nn.ReLU())  # (B, 3, 8, 8) -> (B, 16, 2, 2)
+        self.body.extend(model.BasicBlock(16, 16) for _ in range(blocks))
         self.fc = nn.Linear(64, num_classes)
         self.spoil, self.calls = spoil, 0
 
@@ -101,7 +105,9 @@ class Small(nn.Sequential):
         return logits
 
 
-def train_small(output: str, flags: str, spoil: Callable | None = None, norm: bool | None = True) -> int:
+def train_small(
+    output: str, flags: str, spoil: Callable | None = None, norm: bool | None = True, blocks: int = 0
+) -> int:
     """A run of `Small` on the first digits; each rank leaves what it holds at the end, and the losses of its steps.
 
     norm=None: of the network that the flags name.
@@ -109,7 +115,9 @@ def train_small(output: str, flags: str, spoil: Callable | None = None, norm: bo
     patch = pytest.MonkeyPatch()
     small_runs.few_digits(patch, *IMAGES)
     if norm is not None:
-        patch.setattr(model, "build", lambda name, num_classes, stem, **options: Small(num_classes, spoil, norm))
+        patch.setattr(
+            model, "build", lambda name, num_classes, stem, **options: Small(num_classes, spoil, norm, blocks)
+        )
     losses, held, step, whole = [], {"no_sync": 0}, train.train_step, train.train
     no_sync = DistributedDataParallel.no_sync
 

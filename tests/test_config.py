@@ -40,10 +40,13 @@ TYPED = {
     "step_epochs": ("20", 20), "step_factor": (".2", 0.2), "adam_beta1": ("0.8", 0.8), "adam_beta2": ("0.95", 0.95),
     "adam_eps": ("1e-6", 1e-6), "rand_rounds": ("3", 3), "rand_magnitude": ("12", 12), "crop_area": ("0.25", 0.25),
     "crop_aspect": ("2", 2.0), "attention_every": ("3", 3), "max_steps": ("10", 10),
+    "auto_augment": ("Trivial", "trivial"), "random_erase": (".25", 0.25), "repeats": ("3", 3), "loss": ("BCE", "bce"),
+    "drop_path": ("0.1", 0.1), "bce_threshold": ("0", 0.0), "class_weights": ("some/File", "some/File"),
+    "min_lr": ("1e-5", 1e-5), "layer_decay": ("0.75", 0.75),
 }  # fmt: skip
 SWITCHES = {
     "stem": True, "content": False, "grouped": True, "share_embeddings": True, "zero_init_residual": True,
-    "skip_bad_images": True, "randaugment": True, "compile": True, "channels_last": False, "deterministic": True,
+    "skip_bad_images": True, "compile": True, "channels_last": False, "deterministic": True,
     "progress": False, "sync_bn": True, "flip": True, "reflect": True, "nesterov": False,
     "preview": True,
 }  # fmt: skip
@@ -78,6 +81,45 @@ def test_a_switch_may_be_turned_either_way(name):
     assert parse_command_line([f"--{flag}"]).given == {name: True}
     assert parse_command_line([f"--no-{flag}"]).given == {name: False}
     assert FIELDS[name].default is not SWITCHES[name]
+
+
+def test_randaugment_is_an_alias(capsys):
+    assert parse_command_line(["--randaugment"]).given == {"auto_augment": "rand"}
+    assert parse_command_line(["--no-randaugment"]).given == {"auto_augment": "none"}
+    assert parse_command_line(["--auto-augment", "auto", "--randaugment"]).given == {"auto_augment": "rand"}
+    with pytest.raises(SystemExit):
+        parse_command_line(["--help"])
+    assert "the same as --auto-augment rand" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("flags", "words"), [
+    ("--min-lr 0.5 --lr 0.1", "--min-lr 0.5: must be at most --lr 0.1"),
+    ("--repeats 5 --batch-size 8", "--repeats 5: must be at most half of --batch-size 8"),
+    ("--bce-threshold 0.1", "--bce-threshold 0.1: needs --loss bce"),
+])  # fmt: skip
+def test_regularisation_that_does_not_go_together_is_refused(flags, words):
+    with pytest.raises(ConfigError, match=words):
+        resolve(parse_command_line(flags.split()).given, "DIGITS")
+
+
+@pytest.mark.parametrize(("flags", "words"), [
+    ("--drop-path 1", "--drop-path 1.0: must be below 1"),
+    ("--random-erase 1.5", "--random-erase 1.5: must be at most 1"),
+    ("--layer-decay 0", "--layer-decay 0.0: must be above 0"),
+    ("--auto-augment best", "--auto-augment best: allowed are none, rand, trivial, auto"),
+])  # fmt: skip
+def test_regularisation_out_of_its_bounds_is_refused(capsys, flags, words):
+    assert words in refused(capsys, *flags.split())
+
+
+def test_a_configuration_from_before_these_fields_is_what_that_code_did():
+    now = resolve({"auto_augment": "rand"}, "DIGITS").to_dict()
+    younger = ("random_erase", "repeats", "drop_path", "loss", "bce_threshold", "class_weights", "min_lr",
+               "layer_decay")  # fmt: skip
+    before = {key: value for key, value in now.items() if key not in (*younger, "auto_augment")} | {"randaugment": True}
+    assert Config.from_dict(before).to_dict() == now
+    assert Config.from_dict(before | {"randaugment": False}).auto_augment == "none"
+    assert before["randaugment"] is True  # left as it is
 
 
 def test_every_field_is_tried_above():

@@ -19,6 +19,7 @@ import preprocess
 import small_runs
 import train
 from sasa.training import checkpoint
+from sasa.training.lamb import Lamb
 
 BASE = "--dataset DIGITS --epochs 2 --batch-size 4 --name run --no-progress --device cpu --ema 0"
 LOG_KEYS = {"epoch", "step", "train_loss", "train_top1_pct", "val_loss", "val_top1_pct", "val_top5_pct", "lr",
@@ -246,13 +247,15 @@ def test_the_gradient_is_clipped_to_its_norm(tmp_path, tiny, seen, limit):
 
 
 @pytest.mark.parametrize("flags", ["--optimizer sgd", "--optimizer adamw", "--randaugment", "--mixup 0.2 --cutmix 1",
-                                   "--recipe port", "--recipe paper"])  # fmt: skip
+                                   "--recipe port", "--recipe paper", "--optimizer lamb", "--auto-augment trivial",
+                                   "--auto-augment auto", "--random-erase 0.5", "--repeats 2",
+                                   "--loss bce"])  # fmt: skip
 def test_these_flags_train_and_change_the_result(tmp_path, tiny, seen, flags):
     other = {"--optimizer sgd": "--optimizer adamw", "--optimizer adamw": "--optimizer sgd"}.get(flags, "")
     plain = f"--max-steps 2 {other}"
     folder = go(tmp_path / "with", flags, "--max-steps 2")
     assert small_runs.differences(model_of(go(tmp_path / "without", plain)), model_of(folder)) != []
-    kind = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}[read(folder, "config.json")["optimizer"]]
+    kind = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW, "lamb": Lamb}[read(folder, "config.json")["optimizer"]]
     assert type(seen[0].optimizer) is kind
 
 

@@ -30,7 +30,7 @@ from config import DATASETS, MODELS, Config, ConfigError
 from sasa import console
 from sasa.console import Parser, one_line, print_error, printable
 from sasa.files import open_regular
-from sasa.settings import ADDED
+from sasa.settings import ADDED, renamed
 from sasa.training import format2
 from sasa.training.cli import Command, parse_command_line
 from sasa.training.signals import StopRequest
@@ -67,7 +67,7 @@ def differing(saved: dict[str, Any], config: Config) -> list[str]:
     A field that is younger than the run counts as what the run did, else as its default.
     """
     with contextlib.suppress(KeyError, TypeError):  # else it is no configuration: its fields differ
-        saved = format2.complete(saved)
+        saved = renamed(format2.complete(saved))
     ours = config.to_dict()
     names = []
     for f in dataclasses.fields(Config):

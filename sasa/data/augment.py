@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sasa.data import randaugment
+from sasa.data import auto_augment
 
 CROP_TRIES = 10  # as torchvision's RandomResizedCrop
 
@@ -30,11 +30,13 @@ class AugmentConfig:
     flip: mirrored left to right, half of the time
     rotate, translate, zoom: one affine resampling: up to this many degrees, this share of the side, this scale +-
     cutout: side of a square set to the data set's mean, centred anywhere, clipped at the border
-    randaugment: RandAugment (`sasa.data.randaugment`), before the affine resampling: rand_rounds operations an image at
-        rand_magnitude
+    auto_augment: none, rand, trivial or auto (`sasa.data.auto_augment`), before the affine resampling; rand does
+        rand_rounds operations an image at rand_magnitude
+    random_erase: share of the images of which a rectangle is set to the mean (`sasa.data.erasing`)
     mixup, cutmix: alpha of the Beta distribution; where both are given, each step takes one of them, evenly
     reflect: what a shifted or rotated image shows beyond its border: itself mirrored, rather than black
     crop_area, crop_aspect: of the random resized crop of image trees: smallest share of the area, widest width / height
+    repeats: how often each image of a step stands in its global batch, augmented anew each time
     """
 
     pad: int = 0
@@ -43,7 +45,8 @@ class AugmentConfig:
     translate: float = 0.0
     zoom: float = 0.0
     cutout: int = 0
-    randaugment: bool = False
+    auto_augment: str = "none"
+    random_erase: float = 0.0
     mixup: float = 0.0
     cutmix: float = 0.0
     reflect: bool = False
@@ -51,6 +54,7 @@ class AugmentConfig:
     rand_magnitude: int = 9
     crop_area: float = 0.08
     crop_aspect: float = 4 / 3
+    repeats: int = 1
 
     def __post_init__(self) -> None:
         for name in ("pad", "rotate", "translate", "zoom", "cutout", "mixup", "cutmix"):
@@ -60,6 +64,12 @@ class AugmentConfig:
         for name in ("translate", "zoom"):
             if getattr(self, name) >= 1:
                 raise ValueError(f"{name} is a share of the image and must be below 1, got {getattr(self, name)}")
+        if self.auto_augment not in auto_augment.KINDS:
+            raise ValueError(f"auto_augment must be one of {auto_augment.KINDS}, got {self.auto_augment!r}")
+        if not 0 <= self.random_erase <= 1:
+            raise ValueError(f"random_erase is a share of the images, 0 to 1, got {self.random_erase}")
+        if self.repeats < 1:
+            raise ValueError(f"repeats must be at least 1, got {self.repeats}")
 
     @property
     def affine(self) -> bool:
@@ -71,7 +81,8 @@ class AugmentConfig:
         return bool(self.pad or self.affine)
 
 
-_PURPOSES = ("order", "augment", "mix", "holdout", "sample", "part")  # the place is part of every stream: append only
+# The place is part of every stream: append only.
+_PURPOSES = ("order", "augment", "mix", "holdout", "sample", "part", "erase", "drop_path")
 
 
 def stream(seed: int, purpose: str, *key: int) -> np.random.Generator:
@@ -86,8 +97,9 @@ class Draws(NamedTuple):
     flip: Tensor | None  # (B,) bool
     theta: Tensor | None  # (B, 2, 3) output position -> input position, both in [-1, 1]
     cutout: Tensor | None  # (B, 2) int64, row and column of the first pixel of the square (may lie outside)
-    ops: Tensor | None  # (B, rand_rounds) int64, 2 * operation + sign
+    ops: Tensor | None  # (B, rounds) int64, of `auto_augment.draw`
     crop: Tensor | None = None  # (B, CROP_TRIES, 4) float64 in [0, 1), for `crop_box`: image trees only
+    erase: Tensor | None = None  # (B, 4) int64, of `erasing.draw`
 
     def take(self, index: Tensor) -> "Draws":
         """The numbers of the images at these positions of the global batch."""
@@ -101,8 +113,16 @@ class Mix(NamedTuple):
     box: tuple[int, int, int, int] | None  # top, left, bottom, right; None is mixup
 
 
-def draw(rng: np.random.Generator, count: int, height: int, width: int, config: AugmentConfig) -> Draws:
-    """Everything random about `count` images, in a fixed order: each kind's numbers do not depend on the others."""
+def draw(
+    rng: np.random.Generator, count: int, height: int, width: int, config: AugmentConfig, dataset: str = ""
+) -> Draws:
+    """What is random about `count` images, in a fixed order: each kind's numbers do not depend on the others.
+
+    Rectangles to erase and resized crops are drawn from streams of their own: `erasing.draw`, `draw_crops`.
+
+    Args:
+        dataset: its name, for AutoAugment's policy.
+    """
     uniform = rng.random((count, 8), dtype=np.float32).astype(np.float64)
     signed = 2 * uniform - 1
     shift = flip = theta = cutout = ops = None
@@ -119,8 +139,9 @@ def draw(rng: np.random.Generator, count: int, height: int, width: int, config: 
         )
     # Drawn last and by their own calls, so that asking for them leaves the numbers above as they are.
     centre = rng.integers(0, (height, width), (count, 2))
-    if config.randaugment:
-        ops = torch.from_numpy(rng.integers(0, 2 * len(randaugment.OPERATIONS), (count, config.rand_rounds)))
+    if config.auto_augment != "none":
+        rounds, magnitude = config.rand_rounds, config.rand_magnitude
+        ops = auto_augment.draw(rng, config.auto_augment, count, dataset, rounds, magnitude)
     if config.cutout:
         cutout = torch.from_numpy(centre - config.cutout // 2)
     return Draws(shift, flip, theta, cutout, ops)
@@ -172,9 +193,9 @@ def crop_box(
 
 
 def augment_images(images: Tensor, draws: Draws, config: AugmentConfig) -> Tensor:
-    """(B, C, H, W) uint8 -> (B, C, H, W), cropped, flipped, RandAugmented, resampled; uint8 unless resampled.
+    """(B, C, H, W) uint8 -> (B, C, H, W), cropped, flipped, auto-augmented, resampled; uint8 unless resampled.
 
-    Cutout and mixing come after normalisation: `cutout` and `mix`.
+    Cutout, erasing and mixing come after normalisation: `cutout`, `erasing.erase` and `mix`.
     """
     device = images.device
 
@@ -184,7 +205,7 @@ def augment_images(images: Tensor, draws: Draws, config: AugmentConfig) -> Tenso
     if draws.shift is not None or draws.flip is not None:
         images = crop_flip(images, there(draws.shift), there(draws.flip), config.reflect)
     if draws.ops is not None:
-        images = randaugment.apply(images, draws.ops, config.rand_magnitude)
+        images = auto_augment.apply(images, draws.ops, config.auto_augment)
     if draws.theta is not None:
         images = resample(images.float(), there(draws.theta), config.reflect)
     return images

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from sasa.data import erasing
 from sasa.data.augment import AugmentConfig, Draws, Mix, augment_images, cutout, draw, draw_crops, draw_mix, mix, stream
 from sasa.data.errors import DataError
 
@@ -94,21 +95,32 @@ def plan(
     if total < pieces:
         what = f"{total} training images" if total == size else f"{total} images a step"
         raise DataError(f"{info.name}: {what} are too few for {pieces} batches at a time")
-    bounds = [total * i // pieces for i in range(rank * accumulate, (rank + 1) * accumulate + 1)]
+    parts = own_pieces(total, accumulate, rank, world_size)
     config, side = augment or AugmentConfig(), info.image_size
+    distinct = -(-total // config.repeats)  # images of a step; copies of one stand this far apart
 
     def steps() -> Iterator[Piece]:
         order, mixed = epoch_order(size, seed, epoch), config.mixup or config.cutmix
         for step in range(start_step, steps_per_epoch(size, total)):
-            draws = draw(stream(seed, "augment", epoch, step), total, side, side, config)
+            draws = draw(stream(seed, "augment", epoch, step), total, side, side, config, info.name)
             if crops:
                 draws = draws._replace(crop=draw_crops(stream(seed, "sample", epoch, step), total))
+            if config.random_erase:
+                boxes = erasing.draw(stream(seed, "erase", epoch, step), total, side, side, config.random_erase)
+                draws = draws._replace(erase=boxes)
             mixing = draw_mix(stream(seed, "mix", epoch, step), side, side, config) if mixed else None
-            for first, stop in pairwise(bounds):
-                position = torch.arange(first - 1 if mixed else first, stop) % total
-                yield Piece(order[step * total + position], draws.take(position), mixing)
+            for part in parts:
+                position = torch.arange(part.start - 1 if mixed else part.start, part.stop) % total
+                yield Piece(order[step * distinct + position % distinct], draws.take(position), mixing)
 
     return steps()
+
+
+def own_pieces(total: int, accumulate: int, rank: int, world_size: int) -> list[range]:
+    """The positions in a global batch of `total` images that one process takes, piece by piece."""
+    pieces = accumulate * world_size
+    bounds = [total * i // pieces for i in range(rank * accumulate, (rank + 1) * accumulate + 1)]
+    return [range(first, stop) for first, stop in pairwise(bounds)]
 
 
 def own_part(size: int, batch_size: int, rank: int, world_size: int) -> Iterator[range]:
@@ -124,7 +136,7 @@ def own_part(size: int, batch_size: int, rank: int, world_size: int) -> Iterator
 def transform(
     images: Tensor, labels: Tensor, piece: Piece, config: AugmentConfig, info: DataInfo
 ) -> tuple[Tensor, Tensor]:
-    """Augmented, normalised, cut out and mixed, on the images' device.
+    """Augmented, normalised, cut out, erased and mixed, on the images' device.
 
     Args:
         images: (B, 1 or 3, H, W) uint8, one more where mixed.
@@ -136,6 +148,8 @@ def transform(
     images = normalise(augment_images(images, piece.draws, config), info)
     if piece.draws.cutout is not None:
         images = cutout(images, piece.draws.cutout, config.cutout)
+    if piece.draws.erase is not None:
+        images = erasing.erase(images, piece.draws.erase)
     if piece.mixing is not None:
         return mix(images, labels, info.num_classes, piece.mixing)
     return images, labels

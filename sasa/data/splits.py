@@ -5,6 +5,7 @@ from functools import partial
 from itertools import tee
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -60,6 +61,9 @@ class Split(Protocol):
     def fingerprint(self) -> dict[str, Any]:
         """`sasa.data.fingerprint.fingerprint` of the images."""
 
+    def class_counts(self) -> list[int]:
+        """The images of each class."""
+
     def close(self) -> None:
         """Ends the workers, where there are any."""
 
@@ -114,6 +118,9 @@ class TensorData:
 
     def fingerprint(self) -> dict[str, Any]:
         return self._fingerprint
+
+    def class_counts(self) -> list[int]:
+        return torch.bincount(self.labels, minlength=self.info.num_classes).tolist()
 
     def close(self) -> None:
         pass
@@ -193,6 +200,9 @@ class FolderData:
 
     def fingerprint(self) -> dict[str, Any]:
         return fingerprint(self._files.files.identities(), self._files.labels.tolist(), self.info.num_classes)
+
+    def class_counts(self) -> list[int]:
+        return np.bincount(self._files.labels, minlength=self.info.num_classes).tolist()
 
     def close(self) -> None:
         self._reader.close()

@@ -82,6 +82,9 @@ def _add_flag(parser: Parser, f: dataclasses.Field) -> None:
     if default is not None:
         text += f" (default: {default})"
     parser.add_argument(flag_of(f.name), help=text.replace("%", "%%"), **options)
+    for flag, value in rule.get("switches", {}).items():
+        same = f"{flag_of(f.name)} {value}"
+        parser.add_argument(flag, action="store_const", const=value, dest=f.name, help=f"the same as {same}")
 
 
 def _value(f: dataclasses.Field, value: Any) -> Any:

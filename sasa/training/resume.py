@@ -11,7 +11,8 @@ import torch
 import preprocess
 from config import Config, ConfigError, Settings, flag_of, resolve
 from sasa.data.fingerprint import differences as data_differences
-from sasa.training import checkpoint, distributed
+from sasa.settings import renamed
+from sasa.training import checkpoint, class_weights, distributed
 from sasa.training.cli import Command
 from sasa.training.device import AMP_NAMES, pick_amp, pick_device
 from sasa.training.files import (
@@ -51,6 +52,7 @@ class Plan:
 
 def new_config(given: dict[str, Any]) -> Config:
     """The configuration of a new run of train.py by its flags."""
+    given = given | settled_weights(given)
     dataset = given.get("dataset", "auto")
     return resolve(given, auto_dataset(given) if dataset == "auto" else dataset, distributed.world_size())
 
@@ -143,7 +145,7 @@ def auto_dataset(given: dict[str, Any]) -> str:
 def _resumed(state: dict[str, Any], given: dict[str, Any], folder: Path, settings: type[Settings]) -> Plan:
     """Raises ConfigError where flags, or an edited recipe, would change the run's result."""
     config = resumed_config(state["config"], given, settings)
-    left = {key: value for key, value in state["recipe"].items() if key not in given}
+    left = {key: value for key, value in renamed(state["recipe"]).items() if key not in given}
     changed = recipe_changes(config, left)
     if changed:
         raise ConfigError(
@@ -169,7 +171,7 @@ def resumed_config(saved: dict[str, Any], given: dict[str, Any], settings: type[
 
 def settled(given: dict[str, Any], saved: dict[str, Any]) -> dict[str, Any]:
     """The given values with what "auto" stands for here, where the saved configuration has the value itself."""
-    values = dict(given)
+    values = given | settled_weights(given)
     if values.get("dataset") == "auto":
         values["dataset"] = auto_dataset(given)
     if values.get("form") == "auto" and type(saved.get("img_size")) is int:
@@ -178,6 +180,11 @@ def settled(given: dict[str, Any], saved: dict[str, Any]) -> dict[str, Any]:
         device = pick_device(given.get("device", saved.get("device", "auto")))
         values["amp"] = AMP_NAMES[pick_amp("auto", device)]
     return values
+
+
+def settled_weights(given: dict[str, Any]) -> dict[str, Any]:
+    """--class-weights of the given values as the configuration holds it. Raises ConfigError."""
+    return {"class_weights": class_weights.settle(given["class_weights"])} if "class_weights" in given else {}
 
 
 def form_of(image_size: int) -> str:

@@ -21,11 +21,13 @@ from attention import LocalAttention2d
 from config import Config, ConfigError, Settings, nominal_batch, rate_factor
 from preprocess import AugmentConfig, DataError, DataInfo
 from sasa.analysis.flops import count_flops, count_parameters
+from sasa.data.batches import own_pieces
 from sasa.data.fingerprint import differences
-from sasa.training import checkpoint, distributed
+from sasa.training import checkpoint, class_weights, distributed, drop_path
 from sasa.training.checkpoint import Identity, Progress
 from sasa.training.device import AMP_NAMES, keep_freed, pick_amp, pick_device
 from sasa.training.distributed import SharedError
+from sasa.training.drop_path import DropPath
 from sasa.training.files import new_run_id
 from sasa.training.network import build_network
 from sasa.training.optim import build_ema, build_optimizer, ema_decay, set_batch_norm_momentum
@@ -81,6 +83,8 @@ class Run:
     autocast: Callable[[], AbstractContextManager]
     progress: Progress
     best: dict[str, Tensor] | None = None
+    drop_path: DropPath | None = None
+    class_weights: Tensor | None = None  # (classes,) of the loss
 
     @property
     def eval_model(self) -> nn.Module:
@@ -109,6 +113,15 @@ class Run:
             seed=self.config.seed, augment=augmentation(self.config), rank=distributed.rank(),
             world_size=distributed.world_size(), global_batch=progress.global_batch,
         )  # fmt: skip
+
+    def draw_drop_path(self, piece: int) -> None:
+        """The residual branches that the micro-batch number `piece` of the next step leaves out."""
+        if self.drop_path is None:
+            return
+        progress, total = self.progress, self.global_batch
+        keep = drop_path.draw(self.config.seed, progress.epoch, progress.batch, total, self.drop_path.rates)
+        own = own_pieces(total, self.micro_batches, distributed.rank(), distributed.world_size())[piece]
+        self.drop_path.keep = keep[own.start : own.stop].to(self.device, non_blocking=True)
 
     def batch_norm_buffers(self) -> list[Tensor]:
         """Of the network and of its moving average."""
@@ -148,8 +161,12 @@ def set_up(plan: Plan, is_stopped: Callable[[], bool] = lambda: False) -> Run:
     if plan.state is not None:
         nominal = plan.state["progress"]["global_batch"]
     config = settle(config, data, amp, nominal, plan)
+    weights = distributed.on_all_ranks(partial(_class_weights, config, data, device))
     model = distributed.on_all_ranks(partial(_make_network, config, data, device))
-    return assemble(Run, plan, config, data, model, device, amp, nominal, config.compile)
+    run = assemble(Run, plan, config, data, model, device, amp, nominal, config.compile)
+    run.class_weights = weights
+    run.drop_path = DropPath(model, config.drop_path) if config.drop_path else None
+    return run
 
 
 def prepare_machine(config: Settings) -> tuple[torch.device, torch.dtype | None]:
@@ -260,6 +277,12 @@ def _check_batch(config: Config, data: Data) -> None:
 def _pick_machine(config: Settings) -> tuple[torch.device, torch.dtype | None]:
     device = pick_device(config.device)
     return device, pick_amp(config.amp, device)
+
+
+def _class_weights(config: Config, data: Data, device: torch.device) -> Tensor | None:
+    """What each class counts in the loss, (classes,) on the device. Raises ConfigError."""
+    weights = class_weights.of_classes(config.class_weights, data.info.class_names, data.train.class_counts())
+    return None if weights is None else torch.tensor(weights, dtype=torch.float32, device=device)
 
 
 def _make_network(config: Config, data: Data, device: torch.device) -> nn.Module:

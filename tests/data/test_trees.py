@@ -55,10 +55,10 @@ def test_a_trees_sample_is_drawn_by_seed_epoch_and_place(tree):
     flipped = images(AugmentConfig(flip=True))
     mirrored = sum(map(torch.equal, plain.flip(-1), flipped))
     assert 4 < mirrored < 18 and mirrored + sum(map(torch.equal, plain, flipped)) == 22
-    rand = images(AugmentConfig(randaugment=True))
+    rand = images(AugmentConfig(auto_augment="rand"))
     assert sum(map(torch.equal, plain, rand)) < 6
     for other in ({"rand_rounds": 6}, {"rand_magnitude": 25}):
-        assert sum(map(torch.equal, rand, images(AugmentConfig(randaugment=True, **other)))) < 12
+        assert sum(map(torch.equal, rand, images(AugmentConfig(auto_augment="rand", **other)))) < 12
     for other in (AugmentConfig(crop_area=0.9), AugmentConfig(crop_aspect=3.0)):  # which reach whoever reads the files
         assert sum(map(torch.equal, plain, images(other))) < 6
 

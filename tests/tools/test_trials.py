@@ -78,7 +78,7 @@ def test_a_budgets_folder_does_not_depend_on_how_its_flags_are_written():
     assert Budget("DIGITS", ("--holdout", "0.5")).name() == "digits-holdout-0.5"
     assert Budget("DIGITS", ("--max-steps", "2")).name() == "digits-max-steps-2"  # cut runs are no whole ones
     switches = Budget("DIGITS", ("--randaugment", "--no-progress", "--border", "ZERO")).words()
-    assert switches == ["--border", "zero", "--randaugment"]
+    assert switches == ["--border", "zero", "--auto-augment", "rand"]
 
 
 @pytest.mark.parametrize(

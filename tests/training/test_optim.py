@@ -15,6 +15,7 @@ from sasa.training.optim import (
     learning_rate,
     parameter_groups,
     set_batch_norm_momentum,
+    set_rate,
 )
 
 CPU = torch.device("cpu")
@@ -57,6 +58,15 @@ def test_adams_numbers_reach_the_optimizer():
     config = resolve({"adam_beta1": 0.8, "adam_beta2": 0.95, "adam_eps": 1e-6}, "DIGITS")
     group = build_optimizer(nn.Linear(2, 2), config, CPU).param_groups[0]
     assert (group["betas"], group["eps"]) == ((0.8, 0.95), 1e-6)
+
+
+def test_the_lowest_rate_ends_the_cosine_and_stops_the_steps():
+    """A cosine from 1 to 0.2: half-way 0.6, a quarter 0.2 + 0.4 (1 + sqrt(0.5)); steps 1, 0.1, then 0.05, not 0.01."""
+    config = resolve({"epochs": 8, "warmup_epochs": 0.0, "lr": 1.0, "min_lr": 0.2}, "DIGITS")
+    by_hand = {0: 1.0, 2: 0.2 + 0.4 * (1 + math.sqrt(0.5)), 4: 0.6, 8: 0.2}
+    assert {step: learning_rate(config, step, 1) for step in by_hand} == pytest.approx(by_hand)
+    config = resolve({"recipe": "port", "lr": 1.0, "min_lr": 0.05}, "CIFAR10")
+    assert [learning_rate(config, step, 1) for step in (0, 30, 60, 90)] == pytest.approx([1.0, 0.1, 0.05, 0.05])
 
 
 # ---- parameter groups -----------------------------------------------------------------------------------------------
@@ -115,6 +125,41 @@ def test_one_step_by_hand(name):
     else:
         wanted = before * (1 - 0.1 * 0.2) - 0.1 * net.weight.grad.sign()
     torch.testing.assert_close(net.weight.detach(), wanted)
+
+
+def test_layer_decay_by_hand():
+    """ResNet26: 8 blocks. The classifier has the full rate, layer4 half of it, ..., layer1.0 2^-8, the stem 2^-9."""
+    net = model.build("ResNet26", 10, small_images=True)
+    optimizer = build_optimizer(net, resolve({"layer_decay": 0.5}, "DIGITS"), CPU)
+    set_rate(optimizer, 3.0)
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    order = [
+        "fc",
+        "layer4.0",
+        "layer3.3",
+        "layer3.2",
+        "layer3.1",
+        "layer3.0",
+        "layer2.1",
+        "layer2.0",
+        "layer1.0",
+        "stem",
+    ]
+    for name, parameter in net.named_parameters():
+        depth = next(i for i, start in enumerate(order) if name.startswith(f"{start}."))
+        assert rates[id(parameter)] == 3.0 * 0.5**depth, name
+    assert len(rates) == len(list(net.parameters()))
+    decays = {group["weight_decay"] for group in optimizer.param_groups}
+    assert decays == {0.05, 0.0}
+
+
+def test_without_layer_decay_the_groups_are_as_they_were():
+    net = model.build("ResNet26", 10, small_images=True)
+    optimizer = build_optimizer(net, resolve({}, "DIGITS"), CPU)
+    set_rate(optimizer, 3.0)
+    assert [(g["lr"], g["weight_decay"], "lr_scale" in g) for g in optimizer.param_groups] == [
+        (3.0, 0.05, False), (3.0, 0.0, False), (3.0, 0.0, False),
+    ]  # fmt: skip
 
 
 # ---- moving average -------------------------------------------------------------------------------------------------

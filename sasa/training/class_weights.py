@@ -1,0 +1,75 @@
+"""--class-weights: what each class counts in the loss. Read without torch.
+
+A file's weights become a part of the run's configuration, as one line of text, so that a run goes on exactly whatever
+becomes of the file.
+"""
+
+import json
+import math
+from pathlib import Path
+
+from sasa.console import one_line, printable
+from sasa.settings import ConfigError
+
+NONE, BALANCED = "none", "balanced"
+
+
+def settle(value: str) -> str:
+    """The value of the flag as the configuration holds it: none, balanced, or the weights as JSON, sorted by name.
+
+    Raises:
+        ConfigError: a file that cannot be read, or that holds something else than a weight for each class name.
+    """
+    if value.lower() in (NONE, BALANCED):
+        return value.lower()
+    if value.startswith("{"):
+        return _canonical(value, "--class-weights")
+    shown = f"--class-weights {printable(value)}"
+    try:
+        text = Path(value).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"{shown}: cannot be read ({one_line(error, 100)}); allowed are none, balanced, or a JSON file of "
+            '{"class name": weight, ...}'
+        ) from None
+    return _canonical(text, shown)
+
+
+def _canonical(text: str, shown: str) -> str:
+    try:
+        weights = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{shown}: is not JSON ({one_line(error, 100)})") from None
+    good = isinstance(weights, dict) and all(
+        type(weight) in (int, float) and math.isfinite(weight) and weight >= 0 for weight in weights.values()
+    )
+    if not good or not any(weights.values()):
+        raise ConfigError(
+            f'{shown}: must be {{"class name": weight, ...}} with finite weights of at least 0, one of them above 0'
+        )
+    return json.dumps({name: float(weights[name]) for name in sorted(weights)})
+
+
+def of_classes(value: str, class_names: tuple[str, ...], counts: list[int]) -> list[float] | None:
+    """The weight of each class by a settled value; None where all are 1.
+
+    Balanced: images / (classes * images of the class), so that every class counts as much as another and the mean over
+    the training images is 1. A class without training images weighs 1.
+
+    Args:
+        counts: training images of each class.
+
+    Raises:
+        ConfigError: the weights are not of these classes.
+    """
+    if value == NONE:
+        return None
+    if value == BALANCED:
+        present = sum(count > 0 for count in counts)
+        return [sum(counts) / (present * count) if count else 1.0 for count in counts]
+    weights = json.loads(value)
+    odd = sorted(weights.keys() ^ set(class_names))
+    if odd:
+        what = "has no weight" if odd[0] in class_names else "is no class of the data set"
+        raise ConfigError(f"--class-weights: {printable(odd[0])} {what}; allowed is one weight for each class name")
+    return [weights[name] for name in class_names]

@@ -1,0 +1,101 @@
+"""Runs with every regularisation on: bitwise over a resume in the middle of an epoch, and the same on any ranks."""
+
+import json
+import os
+import signal
+
+import pytest
+import torch
+from test_distributed import assert_same_training, go
+from test_resume import assert_same_run, kill_at_step
+
+import model
+import small_runs
+from ranks import Small
+
+EVERYTHING = (
+    "--drop-path 0.5 --repeats 2 --random-erase 0.5 --auto-augment trivial --loss bce --class-weights balanced "
+)
+EVERYTHING += "--optimizer lamb --min-lr 1e-4 --layer-decay 0.9 --mixup 0.2 --weight-decay 0.02 "
+SHORT = "--dataset DIGITS --name run --no-progress --device cpu --epochs 2 --batch-size 8 --lr 0.01 --save-minutes 0"
+
+
+@pytest.fixture
+def blocks(monkeypatch):
+    small_runs.few_digits(monkeypatch)
+    monkeypatch.setattr(model, "build", lambda name, num_classes, stem, **options: Small(num_classes, None, True, 3))
+
+
+def test_a_resume_in_the_middle_of_an_epoch_is_bitwise(tmp_path, blocks, monkeypatch):
+    flags = [*SHORT.split(), *EVERYTHING.split()]
+    assert small_runs.run(tmp_path / "straight", *flags) == 0
+    with monkeypatch.context() as patch:
+        kill_at_step(patch, 6, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        assert small_runs.run(tmp_path, *flags) == 75
+    small_runs.scramble_generators()
+    assert small_runs.run(tmp_path, *flags, "--resume") == 0
+    assert_same_run(tmp_path / "straight" / "run", tmp_path / "run")
+
+
+@pytest.mark.parametrize("less", ["--drop-path 0", "--repeats 1", "--random-erase 0", "--loss ce", "--min-lr 0",
+                                  "--class-weights none", "--layer-decay 1", "--auto-augment auto"])  # fmt: skip
+def test_each_of_them_changes_the_weights(tmp_path, blocks, less):
+    flags = [*SHORT.split(), *EVERYTHING.split(), "--max-steps", "5", "--attention-every", "0"]
+    states = []
+    for i, more in enumerate(("", less)):
+        assert small_runs.run(tmp_path / str(i), *flags, *more.split()) == 0
+        states.append(torch.load(tmp_path / str(i) / "run" / "best.pt", weights_only=True)["model"])
+    assert small_runs.differences(*states) != []
+
+
+def test_two_ranks_train_as_one_does(tmp_path):
+    flags = f"--sync-bn --lr 0.01 --warmup-epochs 0 --epochs 2 --max-steps 20 --ema 0.9 --holdout 25 {EVERYTHING}"
+    flags += "--save-minutes 0"
+    one = go(tmp_path / "one", 1, f"{flags} --batch-size 12", None, True, 3)
+    two = go(tmp_path / "two", 2, f"{flags} --batch-size 6", None, True, 3)
+    assert_same_training(one, two, 2)
+
+
+def test_weights_of_a_file_are_kept_in_the_run(tmp_path, blocks, capsys):
+    """The file may change or go: the run goes on with its own; a flag with other weights is refused."""
+    names, path = [str(i) for i in range(10)], tmp_path / "weights.json"
+    path.write_text(json.dumps({name: 1 + int(name) for name in names}))
+    flags = [*SHORT.split(), "--class-weights", str(path)]
+    assert small_runs.run(tmp_path, *flags, "--max-steps", "2") == 0
+    held = json.loads((tmp_path / "run" / "config.json").read_text())["class_weights"]
+    assert json.loads(held) == {name: 1.0 + int(name) for name in names}
+    assert small_runs.run(tmp_path, *flags, "--resume", "--max-steps", "3") == 0
+    path.write_text(json.dumps(dict.fromkeys(names, 1)))
+    capsys.readouterr()
+    assert small_runs.run(tmp_path, *flags, "--resume") == 2
+    error = capsys.readouterr().err
+    assert "--class-weights was" in error and error.count("\n") == 1
+    assert small_runs.run(tmp_path, *SHORT.split(), "--resume") == 0
+    path.write_text('{"zero": 1}')
+    assert small_runs.run(tmp_path / "other", *flags) == 2
+    assert "has no weight" in capsys.readouterr().err
+
+
+def test_an_older_run_goes_on(tmp_path, blocks):
+    """A state from before these fields, whose recipe said randaugment: bitwise the run of today's names."""
+    flags = [*SHORT.split(), "--randaugment"]
+    assert small_runs.run(tmp_path / "straight", *flags) == 0
+    assert small_runs.run(tmp_path, *flags, "--max-steps", "5") == 0
+    path = tmp_path / "run" / "last.pt"
+    state = torch.load(path, weights_only=True)
+    younger = ("random_erase", "repeats", "drop_path", "loss", "bce_threshold", "class_weights", "min_lr",
+               "layer_decay")  # fmt: skip
+    for key in younger:
+        del state["config"][key]
+        state["recipe"].pop(key, None)
+    assert state["config"].pop("auto_augment") == "rand"
+    state["config"]["randaugment"] = True
+    torch.save(state, path)
+    assert small_runs.run(tmp_path, *flags, "--resume") == 0
+    ends = [small_runs.state_without_times(folder) for folder in (tmp_path / "straight" / "run", tmp_path / "run")]
+    for end in ends:
+        del end["recipe"]  # what it provided is that of the day
+    assert small_runs.differences(*ends) == []
+    state["recipe"]["randaugment"] = True  # as though it had come from the recipe, which now says otherwise
+    torch.save(state, path)
+    assert small_runs.run(tmp_path, *SHORT.split(), "--resume") == 2
