@@ -8,6 +8,7 @@ import torch
 import model
 import small_runs
 from config import FIELDS, Config
+from sasa.settings import renamed
 from sasa.training import checkpoint, format2
 from sasa.training.checkpoint import CheckpointError
 from sasa.training.network import network_of
@@ -45,7 +46,7 @@ def write(path, network, kind="weights"):
 
 def test_the_configuration_is_completed_by_what_that_version_did():
     config = Config.from_dict(format2.complete(CONFIG))
-    assert config.to_dict().keys() == FIELDS.keys() and CONFIG.items() <= config.to_dict().items()
+    assert config.to_dict().keys() == FIELDS.keys() and renamed(CONFIG).items() <= config.to_dict().items()
     assert (config.schedule, config.nesterov, config.bn_momentum) == ("cosine", True, 0.1)
     assert (config.rotate, config.translate, config.zoom, config.pad, config.flip) == (10.0, 0.1, 0.1, 0, False)
     assert (config.eval_crop, config.eval_interpolation, config.lr_scaling) == (1.0, "bilinear", "sqrt")
