@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from attention import AttentionStem, LocalAttention2d
-from sasa.backbone import Backbone, CheckpointedBlock
+from sasa.backbone import CheckpointedBlock, StagedNetwork
 from sasa.convert import convert, load_torchvision  # noqa: F401 : parts of this module's interface
 from sasa.initialise import he_weight, set_initialiser, zero_norm
 from sasa.kernels.plain import is_plain, is_plain_norm, is_plain_pool
@@ -92,7 +92,7 @@ VARIANTS: dict[str, tuple[type[nn.Module], tuple[int, ...], tuple[int, ...]]] = 
 }
 
 
-class ResNet(Backbone):
+class ResNet(StagedNetwork):
     """(B, in_chans, H, W) with H, W >= 8 -> logits (B, num_classes).
 
     Args:

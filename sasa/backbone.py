@@ -19,7 +19,7 @@ FEATURES = ("stem", "layer1", "layer2", "layer3", "layer4")
 class CheckpointedBlock(nn.Module):
     """A block whose forward can be computed again in backward instead of keeping its maps.
 
-    A subclass defines `compute(x)`. `grad_checkpointing` is set by `Backbone.set_grad_checkpointing`.
+    A subclass defines `compute(x)`. `grad_checkpointing` is set by `StagedNetwork.set_grad_checkpointing`.
     """
 
     grad_checkpointing = False
@@ -50,7 +50,7 @@ def _statistics_kept(block: nn.Module) -> Iterator[None]:
             norm.num_batches_tracked.copy_(count)
 
 
-class Backbone(nn.Module):
+class StagedNetwork(nn.Module):
     """A network of `stem`, `layer1` to `layer4`, `avgpool` and `fc`."""
 
     @property

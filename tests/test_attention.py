@@ -263,7 +263,7 @@ def test_attention_is_neither_flat_nor_saturated_at_initialisation(head_dim):
     x = torch.randn(2, 8 * head_dim, 12, 12)
     query, key = (p(x).unflatten(1, (8, head_dim)) for p in (layer.query, layer.key))
     attn = kernels.reference.attention_weights(
-        query, key, layer.rel_row, layer.rel_col, *AttentionOptions(7, "zero")
+        query, key, layer.rel_row, layer.rel_col, AttentionOptions(7, "zero")
     ).flatten(-2)
     inside = attn[:, :, 3:-3, 3:-3]
     neighbours = (-(inside * inside.clamp_min(1e-30).log()).sum(-1)).exp().mean()

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from sasa.kernels.build import library
-from sasa.kernels.interface import AttentionOptions, CallKind, empty_like_map
+from sasa.kernels.interface import AttentionOptions, CallKind, Gradients, Targets, empty_like_map
 
 MAX_KERNEL_SIZE = 13  # kMaxWindow of cpu.cpp
 STEM_CHANNELS = 3  # C of stem.cpp
@@ -42,7 +42,14 @@ def unsupported(kind: CallKind) -> str | None:
     return None
 
 
-def forward(query, key, value, rel_row, rel_col, *options) -> tuple[Tensor, Tensor]:
+def forward(
+    query: Tensor,
+    key: Tensor | None,
+    value: Tensor,
+    rel_row: Tensor | None,
+    rel_col: Tensor | None,
+    options: AttentionOptions,
+) -> tuple[Tensor, Tensor]:
     """-> out (B, N, D, H, W) in query's dtype and layout, log-sum-exp of the logits (B, N, H, W) in fp32 or fp64."""
     out = empty_like_map(query)
     q, k, v, rows, cols = (_widen(x) for x in (query, key, value, rel_row, rel_col))
@@ -50,11 +57,22 @@ def forward(query, key, value, rel_row, rel_col, *options) -> tuple[Tensor, Tens
     b, n, _, h, w = query.shape
     lse = q.new_empty((b, n, h, w))
     if query.numel():
-        _attend(q, k, v, rows, cols, wide_out, lse, AttentionOptions(*options))
+        _attend(q, k, v, rows, cols, wide_out, lse, options)
     return (out if wide_out is out else out.copy_(wide_out)), lse
 
 
-def backward(grad_out, query, key, value, rel_row, rel_col, out, lse, *options, into=None):
+def backward(
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor | None,
+    value: Tensor,
+    rel_row: Tensor | None,
+    rel_col: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    options: AttentionOptions,
+    into: Targets | None = None,
+) -> Gradients:
     """Gradients of query, key, value, rel_row, rel_col (None where the input is None).
 
     into: (query's, key's or None, value's) tensors of any strides to write instead of new ones.
@@ -65,7 +83,7 @@ def backward(grad_out, query, key, value, rel_row, rel_col, out, lse, *options, 
     wide_rel = tuple(None if x is None else x.new_zeros(x.shape) for x in (rows, cols))
     if query.numel():
         grads = (g, *wide, *wide_rel)
-        _attend(q, k, v, rows, cols, o, lse.to(q.dtype).contiguous(), AttentionOptions(*options), grads)
+        _attend(q, k, v, rows, cols, o, lse.to(q.dtype).contiguous(), options, grads)
     for target, source in zip(targets, wide, strict=True):
         if target is not source:
             target.copy_(source)
@@ -80,24 +98,24 @@ def _widen(x: Tensor | None) -> Tensor | None:
 
 _Int = ctypes.c_int64
 _Map = _Int * 6  # address, strides in elements of (B, N, D, H, W)
-_Table = _Int * 4  # address, strides in elements of (N, D/2, K)
+_Embedding = _Int * 4  # address, strides in elements of (N, D/2, K)
 
 
-class Call(ctypes.Structure):
-    """struct Call of cpu.cpp, field by field; an address of 0 stands for an absent tensor."""
+class AttentionCall(ctypes.Structure):
+    """struct AttentionCall of cpu.cpp, field by field; an address of 0 stands for an absent tensor."""
 
     _fields_ = (
         *((name, _Int) for name in ("batch", "heads", "width", "height", "columns", "window", "zero_border")),
         *((name, _Int) for name in ("threads", "parallel")),
         *((name, _Map) for name in ("query", "key", "value", "out", "lse")),
-        *((name, _Table) for name in ("rel_row", "rel_col")),
+        *((name, _Embedding) for name in ("rel_row", "rel_col")),
         *((name, _Map) for name in ("grad_out", "grad_query", "grad_key", "grad_value")),
         *((name, _Int) for name in ("grad_row", "grad_col")),
     )
 
 
 class StemCall(ctypes.Structure):
-    """struct Call of stem.cpp, field by field; an address of 0 stands for an absent tensor."""
+    """struct StemCall of stem.cpp, field by field; an address of 0 stands for an absent tensor."""
 
     _fields_ = (
         *((name, _Int) for name in ("batch", "height", "width", "heads", "depth", "mixtures", "side", "sliding")),
@@ -116,7 +134,7 @@ def _functions(dtype: torch.dtype):
     """The kernels for fp32 or fp64: of local attention and of the stem."""
     loaded = library(dtype)
     attention, stem = loaded.sasa_local_attention, loaded.sasa_stem
-    attention.argtypes = (ctypes.POINTER(Call), ctypes.c_size_t, ctypes.c_double, ctypes.c_int)
+    attention.argtypes = (ctypes.POINTER(AttentionCall), ctypes.c_size_t, ctypes.c_double, ctypes.c_int)
     stem.argtypes = (ctypes.POINTER(StemCall), ctypes.c_size_t, ctypes.c_int)
     return attention, stem
 
@@ -126,7 +144,7 @@ def _check_result(result: int) -> None:
     if result == 1:
         raise MemoryError("the CPU kernel could not allocate its scratch memory")
     if result:
-        raise RuntimeError("the CPU kernel has another interface than sasa/kernels/cpu.py: the fields of Call differ")
+        raise RuntimeError("the CPU kernel has another interface than sasa/kernels/cpu.py: the fields of a call differ")
 
 
 def _address(x: Tensor | None) -> int:
@@ -142,13 +160,13 @@ def _attend(query, key, value, rel_row, rel_col, out, lse, options: AttentionOpt
     """Calls the kernel of local attention: backward where `grads` (of out, then of the five inputs) are given."""
     b, n, d, h, w = query.shape
     grad_out, grad_query, grad_key, grad_value, grad_row, grad_col = grads
-    call = Call(
+    call = AttentionCall(
         batch=b, heads=n, width=d, height=h, columns=w,
         window=options.kernel_size, zero_border=options.border == "zero",
         threads=torch.get_num_threads(), parallel=_parallel_region(),
         query=_strided(_Map, query), key=_strided(_Map, key), value=_strided(_Map, value), out=_strided(_Map, out),
         lse=_strided(_Map, lse.unsqueeze(2)),
-        rel_row=_strided(_Table, rel_row), rel_col=_strided(_Table, rel_col),
+        rel_row=_strided(_Embedding, rel_row), rel_col=_strided(_Embedding, rel_col),
         grad_out=_strided(_Map, grad_out), grad_query=_strided(_Map, grad_query),
         grad_key=_strided(_Map, grad_key), grad_value=_strided(_Map, grad_value),
         grad_row=_address(grad_row), grad_col=_address(grad_col),

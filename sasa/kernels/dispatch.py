@@ -7,11 +7,10 @@ environment variable SASA_BACKEND replaces "auto"; a process reads it once, at i
 import functools
 import importlib
 import os
-from types import ModuleType
 
 from torch import Tensor
 
-from sasa.kernels.interface import CallKind
+from sasa.kernels.interface import Backend, CallKind
 
 # Fastest first: "auto" takes the first that is usable here and takes the call.
 MODULES = {
@@ -23,8 +22,8 @@ MODULES = {
 }
 
 
-def module(name: str) -> ModuleType:
-    """The module of a backend, see sasa/kernels/interface.py; imported when it is first needed."""
+def module(name: str) -> Backend:
+    """A backend by its name; its module is imported when it is first needed."""
     return importlib.import_module(MODULES[name])
 
 
@@ -100,7 +99,7 @@ def choose_for(kind: CallKind, backend: str = "auto") -> str:
         return backend
     for name in MODULES:
         if name == "triton" and kind.device.type == "cpu":
-            continue  # with TRITON_INTERPRET=1 it takes them, interpreted: far too slow to be chosen unasked
+            continue  # with TRITON_INTERPRET=1 it takes them, interpreted: far too slow for "auto"
         if module(name).unusable() is None and module(name).unsupported(kind) is None:
             return name
     raise AssertionError("the reference backend takes every call")

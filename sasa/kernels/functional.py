@@ -54,7 +54,7 @@ def local_attention(
     tensors = _to_autocast(query.device, query, key, value, rel_row, rel_col)
     _check_dtypes(*tensors)
     if composite_serves(backend, *tensors):
-        return _composite(*tensors, *options)
+        return _composite(*tensors, options)
     return operators.local_attention(*tensors, *options, backend)[0]
 
 
@@ -87,7 +87,7 @@ def local_attention_packed(
     qkv, rel_row, rel_col = _to_autocast(qkv.device, qkv, rel_row, rel_col)
     _check_dtypes(qkv, None, None, rel_row, rel_col)
     if composite_serves(backend, qkv, rel_row, rel_col):
-        return _composite(*operators.split_packed(qkv), rel_row, rel_col, *options)
+        return _composite(*operators.split_packed(qkv), rel_row, rel_col, options)
     return operators.local_attention_packed(qkv, rel_row, rel_col, *options, backend)[0]
 
 
@@ -119,7 +119,7 @@ def attention_logits(
     query, key, rel_row, rel_col = _to_autocast(query.device, query, key, rel_row, rel_col)
     _check_dtypes(query, key, None, rel_row, rel_col)
     with without_autocast(query.device):
-        return reference.logits(query, key, rel_row, rel_col, *options, pixels=pixels)
+        return reference.logits(query, key, rel_row, rel_col, options, pixels)
 
 
 def composite_serves(backend: str, *tensors: Tensor | None) -> bool:
@@ -163,10 +163,17 @@ def _has_tangent(*tensors: Tensor | None) -> bool:
     return any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors)
 
 
-def _composite(query, key, value, rel_row, rel_col, *options) -> Tensor:
+def _composite(
+    query: Tensor,
+    key: Tensor | None,
+    value: Tensor,
+    rel_row: Tensor | None,
+    rel_col: Tensor | None,
+    options: AttentionOptions,
+) -> Tensor:
     """The reference's forward; autograd keeps the K * K copies that it makes."""
     with without_autocast(query.device):
-        out, _ = reference.forward(query, key, value, rel_row, rel_col, *options)
+        out, _ = reference.forward(query, key, value, rel_row, rel_col, options)
     if torch.onnx.is_in_onnx_export():  # no strides there
         return out
     if channels_innermost(query):
@@ -192,7 +199,14 @@ def _check_maps(query: Tensor, key: Tensor | None, value: Tensor) -> None:
             raise ValueError(f"{name} must have query's shape {tuple(query.shape)}, got {tuple(x.shape)}")
 
 
-def _check(query: Tensor, has_key: bool, rel_row, rel_col, options: AttentionOptions, backend: str) -> None:
+def _check(
+    query: Tensor,
+    has_key: bool,
+    rel_row: Tensor | None,
+    rel_col: Tensor | None,
+    options: AttentionOptions,
+    backend: str,
+) -> None:
     if not query.is_floating_point():
         raise ValueError(f"query must be of a floating dtype, got {query.dtype}")
     if options.kernel_size < 1:

@@ -1,22 +1,14 @@
 """What every backend is given, what it returns, and what backends share: precision and memory layout.
 
-A backend is a module with four functions:
-    unusable()         why it cannot run on this machine, or None
-    unsupported(kind)  why it cannot take calls of this `CallKind`, or None
-    forward(query, key, value, rel_row, rel_col, *options) -> out, lse
-    backward(grad_out, query, key, value, rel_row, rel_col, out, lse, *options, into=None)
-        -> gradients of query, key, value, rel_row, rel_col (None where the input is None), the first three written to
-        the tensors of `into` (any strides) unless that is None
-`options` are the fields of `AttentionOptions` in their order. out (B, N, D, H, W) and lse (B, N, H, W), the natural
-logarithm of the sum of the exponentials of a window's logits, mean the same in each, so forward and backward can be of
-two backends.
+A backend is a module with the four functions of `Backend`. What they take and return means the same in each, so forward
+and backward can be of two backends.
 
 Shapes: B batch, N heads, D head width, H x W map, K window side; query, key and value (B, N, D, H, W), rel_row and
 rel_col (N, D/2, K).
 """
 
 import contextlib
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -46,13 +38,64 @@ class CallKind(NamedTuple):
         return cls(query.device, query.dtype, query.shape[2], kernel_size)
 
 
+Gradients = tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None]
+Targets = tuple[Tensor, Tensor | None, Tensor]
+
+
+class Backend(Protocol):
+    """The functions of a backend's module. key, or rel_row and rel_col, may be None, and so are their gradients."""
+
+    def unusable(self) -> str | None:
+        """Why the backend cannot run on this machine, or None."""
+
+    def unsupported(self, kind: CallKind) -> str | None:
+        """Why the backend cannot take calls of this kind, or None."""
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor | None,
+        value: Tensor,
+        rel_row: Tensor | None,
+        rel_col: Tensor | None,
+        options: AttentionOptions,
+    ) -> tuple[Tensor, Tensor]:
+        """Attention of each pixel over its window.
+
+        Returns:
+            out (B, N, D, H, W) in query's dtype, and lse (B, N, H, W) in the accumulation dtype: the natural logarithm
+            of the sum of the exponentials of a window's logits.
+        """
+
+    def backward(
+        self,
+        grad_out: Tensor,
+        query: Tensor,
+        key: Tensor | None,
+        value: Tensor,
+        rel_row: Tensor | None,
+        rel_col: Tensor | None,
+        out: Tensor,
+        lse: Tensor,
+        options: AttentionOptions,
+        into: Targets | None = None,
+    ) -> Gradients:
+        """Gradients of query, key, value, rel_row and rel_col; the first three are in `into` where that is given.
+
+        Args:
+            grad_out, out: (B, N, D, H, W).
+            lse: (B, N, H, W).
+            into: tensors of any strides for the gradients of query, key and value; new ones are made without it.
+        """
+
+
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of logits and softmax: fp64 stays, everything narrower is computed in fp32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
-    """The dtype of autocast where it is on for the device, else None (the meta device has none, and asking raises)."""
+    """The dtype of autocast where it is on for the device, else None; of the meta device PyTorch raises."""
     if device.type != "meta" and torch.is_autocast_enabled(device.type):
         return torch.get_autocast_dtype(device.type)
     return None
@@ -77,9 +120,14 @@ def empty_map(like: Tensor, channels: tuple[int, ...], size: tuple[int, int]) ->
     contiguous.
     """
     if channels_innermost(like):
-        inner = like.new_empty((like.shape[0], *size, *channels))
-        return inner.permute(0, *range(3, inner.dim()), 1, 2)
+        return empty_inner_map(like, channels, size)
     return like.new_empty((like.shape[0], *channels, *size))
+
+
+def empty_inner_map(like: Tensor, channels: tuple[int, ...], size: tuple[int, int]) -> Tensor:
+    """`empty_map` with channels innermost in memory, whatever those of `like` are."""
+    inner = like.new_empty((like.shape[0], *size, *channels))
+    return inner.permute(0, *range(3, inner.dim()), 1, 2)
 
 
 def empty_like_map(like: Tensor) -> Tensor:
@@ -93,7 +141,7 @@ def to_layout(x: Tensor, like: Tensor) -> Tensor:
     return x if x.stride() == target.stride() else target.copy_(x)
 
 
-def deliver(maps: tuple[Tensor | None, ...], into: tuple[Tensor | None, ...] | None) -> tuple[Tensor | None, ...]:
+def deliver(maps: tuple[Tensor | None, ...], into: Targets | None) -> tuple[Tensor | None, ...]:
     """`maps`, or the tensors of `into` with their values where those are given."""
     if into is None:
         return maps

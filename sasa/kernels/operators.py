@@ -14,7 +14,14 @@ from torch import Tensor
 
 from sasa.kernels import reference
 from sasa.kernels.dispatch import choose_backend, module
-from sasa.kernels.interface import AttentionOptions, accumulate_dtype, empty_like_map, to_layout, without_autocast
+from sasa.kernels.interface import (
+    AttentionOptions,
+    Targets,
+    accumulate_dtype,
+    empty_like_map,
+    to_layout,
+    without_autocast,
+)
 
 
 def split_packed(qkv: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
@@ -23,10 +30,18 @@ def split_packed(qkv: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
     return parts[0], parts[1] if len(parts) == 3 else None, parts[-1]
 
 
-def _forward(query, key, value, rel_row, rel_col, options: AttentionOptions, backend: str) -> tuple[Tensor, Tensor]:
+def _forward(
+    query: Tensor,
+    key: Tensor | None,
+    value: Tensor,
+    rel_row: Tensor | None,
+    rel_col: Tensor | None,
+    options: AttentionOptions,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
     chosen = module(choose_backend(query, options.kernel_size, backend))
     with without_autocast(query.device):
-        out, lse = chosen.forward(query, key, value, rel_row, rel_col, *options)
+        out, lse = chosen.forward(query, key, value, rel_row, rel_col, options)
     return to_layout(out, query), lse.contiguous()
 
 
@@ -35,15 +50,27 @@ def _empty_outputs(query: Tensor) -> tuple[Tensor, Tensor]:
     return empty_like_map(query), query.new_empty((b, n, h, w), dtype=accumulate_dtype(query.dtype))
 
 
-def _backward(grad_out, query, key, value, rel_row, rel_col, out, lse, options, backend, into, into_embeddings) -> None:
+def _backward(
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor | None,
+    value: Tensor,
+    rel_row: Tensor | None,
+    rel_col: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    options: AttentionOptions,
+    backend: str,
+    into: Targets,
+    into_embeddings: tuple[Tensor, Tensor],
+) -> None:
+    """Writes the gradients to `into` and, where there are embeddings, to `into_embeddings`."""
     chosen = module(choose_backend(query, options.kernel_size, backend))
     with without_autocast(query.device):
-        *_, grad_row, grad_col = chosen.backward(
-            grad_out, query, key, value, rel_row, rel_col, out, lse, *options, into=into
-        )
+        gradients = chosen.backward(grad_out, query, key, value, rel_row, rel_col, out, lse, options, into)
     if rel_row is not None:
-        into_embeddings[0].copy_(grad_row)
-        into_embeddings[1].copy_(grad_col)
+        for target, gradient in zip(into_embeddings, gradients[3:], strict=True):
+            target.copy_(gradient)
 
 
 def _empty_embeddings(query: Tensor, *embeddings: Tensor | None) -> tuple[Tensor, ...]:
@@ -179,7 +206,7 @@ def _gradients(operator):
         if grad_out is None:
             return (None,) * (len(inputs) + _OPTIONS)
         if torch.is_grad_enabled():  # create_graph=True
-            grads = _differentiable_gradients(grad_out, inputs, ctx.options[:-1])
+            grads = _differentiable_gradients(grad_out, inputs, AttentionOptions(*ctx.options[:-1]))
         else:
             grads = operator(grad_out, *saved, *ctx.options)
             grads = [None if x is None else grad for x, grad in zip(inputs, grads, strict=True)]
@@ -188,11 +215,11 @@ def _gradients(operator):
     return backward
 
 
-def _differentiable_gradients(grad_out, inputs, options) -> list[Tensor | None]:
+def _differentiable_gradients(grad_out: Tensor, inputs, options: AttentionOptions) -> list[Tensor | None]:
     """Gradients that can be differentiated again: those of the reference's forward, with its K * K copies."""
     maps = inputs[:3] if len(inputs) == 5 else split_packed(inputs[0])
     with without_autocast(grad_out.device):
-        out, _ = reference.forward(*maps, *inputs[-2:], *options)
+        out, _ = reference.forward(*maps, *inputs[-2:], options)
     wanted = [x for x in inputs if x is not None and x.requires_grad]
     grads = iter(torch.autograd.grad(out, wanted, grad_out, create_graph=True))
     return [next(grads) if x is not None and x.requires_grad else None for x in inputs]

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sasa.kernels.interface import AttentionOptions, CallKind, accumulate_dtype, deliver
+from sasa.kernels.interface import AttentionOptions, CallKind, Gradients, Targets, accumulate_dtype, deliver
 
 
 def unusable() -> str | None:
@@ -55,12 +55,19 @@ def relative_keys(rel_row: Tensor, rel_col: Tensor) -> Tensor:
     return torch.cat((rows, cols), dim=1)
 
 
-def logits(query, key, rel_row, rel_col, *options, pixels: Tensor | None = None) -> Tensor:
+def logits(
+    query: Tensor,
+    key: Tensor | None,
+    rel_row: Tensor | None,
+    rel_col: Tensor | None,
+    options: AttentionOptions,
+    pixels: Tensor | None = None,
+) -> Tensor:
     """scale * (q.k + q.r) over each window, masked keys at -inf: -> (B, N, H, W, K, K) in the accumulation dtype.
 
     `pixels` (P, 2), rows and columns: the windows of these alone, in memory for these alone -> (B, N, P, K, K).
     """
-    kernel_size, border, scale = AttentionOptions(*options)
+    kernel_size, border, scale = options
     acc = accumulate_dtype(query.dtype)
     query = query.to(acc)
     height, width = query.shape[-2:]
@@ -86,30 +93,48 @@ def window_softmax(scores: Tensor) -> Tensor:
     return scores.flatten(-2).softmax(-1).unflatten(-1, scores.shape[-2:])
 
 
-def attention_weights(query, key, rel_row, rel_col, *options) -> Tensor:
+def attention_weights(
+    query: Tensor, key: Tensor | None, rel_row: Tensor | None, rel_col: Tensor | None, options: AttentionOptions
+) -> Tensor:
     """Softmax of the logits over each window: -> (B, N, H, W, K, K)."""
-    return window_softmax(logits(query, key, rel_row, rel_col, *options))
+    return window_softmax(logits(query, key, rel_row, rel_col, options))
 
 
-def forward(query, key, value, rel_row, rel_col, *options) -> tuple[Tensor, Tensor]:
+def forward(
+    query: Tensor,
+    key: Tensor | None,
+    value: Tensor,
+    rel_row: Tensor | None,
+    rel_col: Tensor | None,
+    options: AttentionOptions,
+) -> tuple[Tensor, Tensor]:
     """-> out (B, N, D, H, W) in the input's dtype, log-sum-exp of the logits (B, N, H, W) in the accumulation dtype."""
-    scores = logits(query, key, rel_row, rel_col, *options)
+    scores = logits(query, key, rel_row, rel_col, options)
     lse = scores.flatten(-2).logsumexp(-1)
     attn = window_softmax(scores)
-    out = torch.einsum(
-        "bnhwij,bndhwij->bndhw", attn, windows(value.to(attn.dtype), AttentionOptions(*options).kernel_size)
-    )
+    out = torch.einsum("bnhwij,bndhwij->bndhw", attn, windows(value.to(attn.dtype), options.kernel_size))
     return out.to(query.dtype), lse
 
 
-def backward(grad_out, query, key, value, rel_row, rel_col, out, lse, *options, into=None):
+def backward(
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor | None,
+    value: Tensor,
+    rel_row: Tensor | None,
+    rel_col: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    options: AttentionOptions,
+    into: Targets | None = None,
+) -> Gradients:
     """Gradients of query, key, value, rel_row, rel_col (None where the input is None), see sasa/kernels/interface.py.
 
     Written out, not left to autograd: an operator's implementation runs below it.
     """
-    kernel_size, _, scale = AttentionOptions(*options)
+    kernel_size, _, scale = options
     acc = accumulate_dtype(query.dtype)
-    attn = attention_weights(query, key, rel_row, rel_col, *options)
+    attn = attention_weights(query, key, rel_row, rel_col, options)
     g, q = grad_out.to(acc), query.to(acc)
     grad_attn = torch.einsum("bndhw,bndhwij->bnhwij", g, windows(value.to(acc), kernel_size))
     delta = (attn * grad_attn).sum((-2, -1), keepdim=True)

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sasa.kernels.interface import accumulate_dtype
+from sasa.kernels.interface import AttentionOptions, accumulate_dtype
 from sasa.kernels.reference import attention_weights, windows
 
 
@@ -128,7 +128,9 @@ def attention_of_maps(
     query, key, value, mixture = (y.to(wide) for y in (query, key, value, mixture))
     value = value.unflatten(1, (mixtures, -1))  # (B, M, N * D, H, W)
     if window == "sliding":
-        attn = attention_weights(query.unflatten(1, heads), key.unflatten(1, heads), None, None, size, border, 1.0)
+        attn = attention_weights(
+            query.unflatten(1, heads), key.unflatten(1, heads), None, None, AttentionOptions(size, border)
+        )
         weighted = attn[..., None] * mixture.unflatten(0, (size, size))  # (B, N, H, W, S, S, M)
         out = torch.zeros_like(query.unflatten(1, heads))
         for part, values in zip(weighted.unbind(-1), value.unbind(1), strict=True):

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sasa.kernels.interface import AttentionOptions, CallKind, accumulate_dtype, deliver
+from sasa.kernels.interface import AttentionOptions, CallKind, Gradients, Targets, accumulate_dtype, deliver
 from sasa.kernels.reference import reach
 
 MASKED = -1e30  # not -inf: a row of a ragged tile may have no key at all, and its softmax must not be NaN
@@ -288,7 +288,9 @@ def softmax_backward(grad: Tensor, attn: Tensor, pairs: Tensor | None) -> Tensor
     return torch.ops.aten._softmax_backward_data(grad, attn, -1, attn.dtype)
 
 
-def tables(relative: tuple[Tensor, Tensor] | None, maps: slice, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
+def embeddings_of(
+    relative: tuple[Tensor, Tensor] | None, maps: slice, dtype: torch.dtype
+) -> tuple[Tensor, Tensor] | None:
     """Each map's own embeddings: 2 x (N, D/2, K) -> 2 x (G, D/2, K)."""
     if relative[0] is None:
         return None
@@ -296,16 +298,23 @@ def tables(relative: tuple[Tensor, Tensor] | None, maps: slice, dtype: torch.dty
     return tuple(x.to(dtype)[heads] for x in relative)
 
 
-def forward(query, key, value, rel_row, rel_col, *options) -> tuple[Tensor, Tensor]:
+def forward(
+    query: Tensor,
+    key: Tensor | None,
+    value: Tensor,
+    rel_row: Tensor | None,
+    rel_col: Tensor | None,
+    options: AttentionOptions,
+) -> tuple[Tensor, Tensor]:
     """-> out (B, N, D, H, W) in the input's dtype, log-sum-exp of the logits (B, N, H, W) in the accumulation dtype."""
-    kernel_size, border, scale = AttentionOptions(*options)
+    kernel_size, border, scale = options
     tiling = make_tiling(query, kernel_size, border, is_tame(query, key, value, rel_row, rel_col, scale))
     acc = accumulate_dtype(query.dtype)
     q, k, v = (None if x is None else x.flatten(0, 1) for x in (query, key, value))  # (B * N, D, H, W)
     out = query.new_empty(q.shape)
     lse = query.new_empty((q.shape[0], 1, *q.shape[2:]), dtype=acc)
     for maps in tiling.chunks(q.shape[0]):
-        relative = tables((rel_row, rel_col), maps, acc)
+        relative = embeddings_of((rel_row, rel_col), maps, acc)
         queries = pad_queries(q[maps], tiling, acc) * scale
         keys = None if k is None else pad_keys(k[maps], tiling, acc)
         values = pad_keys(v[maps], tiling, acc)
@@ -334,9 +343,20 @@ def _store(target: Tensor, tiles: Tensor, tiling: Tiling) -> None:
     target.copy_(from_tiles(tiles, target.shape[0], tiling)[:, :, : target.shape[2], : target.shape[3]])
 
 
-def backward(grad_out, query, key, value, rel_row, rel_col, out, lse, *options, into=None):
+def backward(
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor | None,
+    value: Tensor,
+    rel_row: Tensor | None,
+    rel_col: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    options: AttentionOptions,
+    into: Targets | None = None,
+) -> Gradients:
     """Gradients of query, key, value, rel_row, rel_col (None where the input is None), without `out` and `lse`."""
-    kernel_size, border, scale = AttentionOptions(*options)
+    kernel_size, border, scale = options
     tiling = make_tiling(query, kernel_size, border, is_tame(query, key, value, rel_row, rel_col, scale, grad_out))
     rows, cols, acc = tiling.rows, tiling.cols, accumulate_dtype(query.dtype)
     inputs = (grad_out, query, key, value)
@@ -347,7 +367,7 @@ def backward(grad_out, query, key, value, rel_row, rel_col, out, lse, *options, 
     if rel_row is not None:
         grad_relative = query.new_zeros((2, q.shape[0], *rel_row.shape[1:]), dtype=acc)  # a map each, then summed
     for maps in tiling.chunks(q.shape[0]):
-        relative = tables((rel_row, rel_col), maps, acc)
+        relative = embeddings_of((rel_row, rel_col), maps, acc)
         queries, grads = pad_queries(q[maps], tiling, acc) * scale, pad_queries(g[maps], tiling, acc)
         keys = None if k is None else pad_keys(k[maps], tiling, acc)
         values = pad_keys(v[maps], tiling, acc)

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from sasa.kernels import triton_tiles as tiles
-from sasa.kernels.interface import AttentionOptions, CallKind
+from sasa.kernels.interface import AttentionOptions, CallKind, Gradients, Targets, empty_inner_map
 
 MAX_KERNEL_SIZE, MAX_HEAD_DIM = 13, 64
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -104,8 +104,7 @@ def _is_inner(x: Tensor) -> bool:
 
 
 def _empty_inner(x: Tensor) -> Tensor:
-    b, n, d, h, w = x.shape
-    return x.new_empty((b, h, w, n, d)).permute(0, 3, 4, 1, 2)
+    return empty_inner_map(x, x.shape[1:3], x.shape[3:])
 
 
 def _inner(x: Tensor) -> Tensor:
@@ -173,7 +172,7 @@ def _kernels():
     return triton_kernels
 
 
-def _launch(stage: str, call: tiles.Call, query: Tensor, arguments: tuple, strides: tuple, numbers: tuple) -> None:
+def _launch(stage: str, call: tiles.Problem, query: Tensor, arguments: tuple, strides: tuple, numbers: tuple) -> None:
     """Runs a kernel over the batch; `arguments` are its tensors, `numbers` what follows the map's sizes.
 
     Raises:
@@ -202,9 +201,9 @@ def _positive(query: Tensor, scale: float) -> tuple[Tensor, float]:
     return (query, scale) if scale >= SMALLEST_SCALE else (query * scale, 1.0)
 
 
-def _call(query: Tensor, key, rel_row, options: AttentionOptions, fused: bool) -> tiles.Call:
+def _call(query: Tensor, key, rel_row, options: AttentionOptions, fused: bool) -> tiles.Problem:
     _, n, d, h, w = query.shape
-    return tiles.Call(
+    return tiles.Problem(
         n, d, h, w, options.kernel_size, options.border == "mask", key is not None, rel_row is not None, fused
     )
 
@@ -212,13 +211,19 @@ def _call(query: Tensor, key, rel_row, options: AttentionOptions, fused: bool) -
 # Passes --------------------------------------------------------------------------------------------------------------
 
 
-def forward(query, key, value, rel_row, rel_col, *options) -> tuple[Tensor, Tensor]:
+def forward(
+    query: Tensor,
+    key: Tensor | None,
+    value: Tensor,
+    rel_row: Tensor | None,
+    rel_col: Tensor | None,
+    options: AttentionOptions,
+) -> tuple[Tensor, Tensor]:
     """-> out (B, N, D, H, W) in the input's dtype, channels innermost; log-sum-exp of the logits (B, N, H, W), fp32.
 
     Raises:
         ValueError: a size is beyond the kernels' limits.
     """
-    options = AttentionOptions(*options)
     query, scale = _positive(query, options.scale)
     query, key, value = _alike(query, key, value)
     rel_row, rel_col = (None if x is None else x.contiguous() for x in (rel_row, rel_col))
@@ -232,7 +237,18 @@ def forward(query, key, value, rel_row, rel_col, *options) -> tuple[Tensor, Tens
     return out, lse
 
 
-def backward(grad_out, query, key, value, rel_row, rel_col, out, lse, *options, into=None):
+def backward(
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor | None,
+    value: Tensor,
+    rel_row: Tensor | None,
+    rel_col: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    options: AttentionOptions,
+    into: Targets | None = None,
+) -> Gradients:
     """Gradients of query, key, value, rel_row, rel_col (None where the input is None).
 
     The first three are written to the tensors of `into` (any strides) unless that is None.
@@ -240,7 +256,6 @@ def backward(grad_out, query, key, value, rel_row, rel_col, out, lse, *options, 
     Raises:
         ValueError: a size is beyond the kernels' limits.
     """
-    options = AttentionOptions(*options)
     query, scale = _positive(query, options.scale)
     grad_out, out = _inner(grad_out), _inner(out)
     query, key, value = _alike(query, key, value)

@@ -48,7 +48,7 @@ def warps_resident(registers: int, shared: int, warps: int) -> int:
 
 
 def compile_stage(
-    stage: str, tile: tiles.Tile, call: tiles.Call, dtype: torch.dtype, *, capability: int = 90, heads: int = 8
+    stage: str, tile: tiles.TileConfig, call: tiles.Problem, dtype: torch.dtype, *, capability: int = 90, heads: int = 8
 ) -> Build:
     """Compiles a kernel of triton_kernels.py for a compute capability, times ten.
 
@@ -181,7 +181,7 @@ def executed(listing: str, loop_trips: tuple[int, ...]) -> dict[str, float]:
     return dict(total)
 
 
-def per_pixel(build: Build, tile: tiles.Tile, side: int, operation: str = "all") -> float:
+def per_pixel(build: Build, tile: tiles.TileConfig, side: int, operation: str = "all") -> float:
     """Executed warp instructions a pixel and head of a side x side map; a ragged tile's pixels are paid for as well."""
     tiles_of_map = -(-side // tile[0]) * -(-side // tile[1])
     return build.instructions.get(operation, 0.0) * tile[3] * tiles_of_map / side**2

@@ -82,7 +82,7 @@ def _at(row, col, stride_h, stride_w):
 
 
 @triton.jit
-def _tables(rel_row, rel_col, K: tl.constexpr, WINDOW: tl.constexpr, D: tl.constexpr, DP: tl.constexpr):
+def _embedding_table(rel_row, rel_col, K: tl.constexpr, WINDOW: tl.constexpr, D: tl.constexpr, DP: tl.constexpr):
     """A head's embeddings (D / 2, K) as one table [DP, 2 * WINDOW]: the row's channels and offsets first, else 0."""
     half: tl.constexpr = D // 2
     channel = tl.arange(0, DP)[:, None]
@@ -188,7 +188,7 @@ def forward_kernel(
         q = tl.load(query + tile_at, mask=own, other=0.0)  # [M, DP]
         by_offset = q  # nothing where there are no embeddings
         if RELATIVE:
-            table = _tables(rel_row, rel_col, K, WINDOW, D, DP)
+            table = _embedding_table(rel_row, rel_col, K, WINDOW, D, DP)
             by_offset = tl.dot(q, table, input_precision="ieee")  # [M, 2 * WINDOW]
         by_col = _spread(by_offset, offset_col, counted, WINDOW, K, WINDOW, RELATIVE)  # [M, PW]
         if CHUNKS == 1:
@@ -300,7 +300,7 @@ def query_kernel(
     delta += (batch * N + head) * H * W
     factor = scale * LOG2E
     if RELATIVE:
-        table = _tables(rel_row + head * (D // 2) * K, rel_col + head * (D // 2) * K, K, WINDOW, D, DP)
+        table = _embedding_table(rel_row + head * (D // 2) * K, rel_col + head * (D // 2) * K, K, WINDOW, D, DP)
         grad_table = tl.zeros([DP, 2 * WINDOW], tl.float32)
 
     for tile_row in tl.range(strip * STRIP, tl.minimum(strip * STRIP + STRIP, tiles_h)):
@@ -452,7 +452,7 @@ def key_kernel(
             k = tl.load(key + tile_at, mask=own, other=0.0)
         table = v
         if RELATIVE:
-            table = _tables(rel_row, rel_col, K, WINDOW, D, DP)
+            table = _embedding_table(rel_row, rel_col, K, WINDOW, D, DP)
         grad_k = tl.zeros([TH * TW, DP], tl.float32)
         grad_v = tl.zeros([TH * TW, DP], tl.float32)
         if UNROLL:

@@ -25,7 +25,7 @@ HEADS = 8
 def roofline(stage: str, head_dim: int, side: int, kernel_size: int = 7) -> dict[str, float]:
     """Bytes and instructions a pixel and head of one kernel in bf16, compute capability 9.0, and the least possible."""
     dtype, size = torch.bfloat16, 2
-    call = tiles.Call(HEADS, head_dim, side, side, kernel_size)
+    call = tiles.Problem(HEADS, head_dim, side, side, kernel_size)
     tile = tiles.tile_of(stage, call, dtype)
     build = builds.compile_stage(stage, tile, call, dtype, heads=HEADS)
     constant = tiles.constants(stage, tile, call, dtype, HEADS)

@@ -117,9 +117,9 @@ def _sizes(weights, x: Tensor, window: str, *maps: Tensor) -> Sizes:
 def _matrices(mixture: Tensor, sizes: Sizes) -> Tensor:
     """(P, M) -> MIX of the kernels, (C, MC, PP): mixture[p, m] at row m * C + c of the c-th matrix."""
     _, mixed, positions = sizes.padded
-    spread = torch.einsum("pm,ck->cmkp", mixture, torch.eye(CHANNELS, dtype=mixture.dtype, device=mixture.device))
-    spread = spread.flatten(1, 2)  # (C, M * C, P)
-    return F.pad(spread, (0, positions - spread.shape[2], 0, mixed - spread.shape[1])).contiguous()
+    matrices = torch.einsum("pm,ck->cmkp", mixture, torch.eye(CHANNELS, dtype=mixture.dtype, device=mixture.device))
+    matrices = matrices.flatten(1, 2)  # (C, M * C, P)
+    return F.pad(matrices, (0, positions - matrices.shape[2], 0, mixed - matrices.shape[1])).contiguous()
 
 
 def _options(sizes: Sizes, border: str, pooled: bool) -> dict:

@@ -23,10 +23,10 @@ MAX_GRID = 65535  # of the grid's second and third axis
 
 # Rows and columns of the tile, rows of a chunk of its patch, warps, and whether the loop over chunks is unrolled (that
 # of the forward kernel never is).
-Tile = tuple[int, int, int, int, int]
+TileConfig = tuple[int, int, int, int, int]
 
 
-class Call(NamedTuple):
+class Problem(NamedTuple):
     """What a kernel's build depends on besides its tile and dtype."""
 
     num_heads: int
@@ -63,7 +63,7 @@ def table_key(kernel_size: int, head_dim: int, side: int, dtype: torch.dtype) ->
     return "K{} d{} map{} {}".format(*sizes, kind)
 
 
-def tile_of(stage: str, call: Call, dtype: torch.dtype) -> Tile:
+def tile_of(stage: str, call: Problem, dtype: torch.dtype) -> TileConfig:
     """The table's choice."""
     row = table()[table_key(call.kernel_size, call.head_dim, max(call.height, call.width), dtype)]
     return tuple(row[stage]["tile"])
@@ -74,7 +74,7 @@ def power(value: int) -> int:
     return 1 << (value - 1).bit_length()
 
 
-def constants(stage: str, tile: Tile, call: Call, dtype: torch.dtype, heads: int = 1) -> dict[str, int]:
+def constants(stage: str, tile: TileConfig, call: Problem, dtype: torch.dtype, heads: int = 1) -> dict[str, int]:
     """What a kernel is compiled for; `heads` of N are served by one program (the query kernel always serves one)."""
     tile_h, tile_w, rows, _, unroll = tile
     span_h, span_w = tile_h + call.kernel_size - 1, tile_w + call.kernel_size - 1
@@ -100,7 +100,7 @@ def heads_per_program(num_heads: int, tiles: int) -> int:
     return next(h for h in HEADS if num_heads % h == 0 and (h == 1 or tiles * (num_heads // h) >= ENOUGH))
 
 
-def exceeded(constant: dict[str, int], call: Call, strides: tuple[int, ...]) -> str | None:
+def exceeded(constant: dict[str, int], call: Problem, strides: tuple[int, ...]) -> str | None:
     """Which limit the sizes of a call exceed, or None; `strides` of B, H and W, map by map, in elements.
 
     A tile's own address is computed in 64 bits, so only what one patch spans is limited, not the map.

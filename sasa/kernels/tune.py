@@ -51,7 +51,7 @@ _LARGE = {
 _WIDE = ((2, 8, 2, 1, 0), (2, 8, 4, 1, 0), (2, 8, 1, 1, 0), (4, 8, 2, 2, 0))  # K = 7, heads of 64
 
 
-def candidates(stage: str, kernel_size: int, width: int, bucket: int, kind: str) -> tuple[tiles.Tile, ...]:
+def candidates(stage: str, kernel_size: int, width: int, bucket: int, kind: str) -> tuple[tiles.TileConfig, ...]:
     """The tiles worth a build; fp32 has no tensor cores here and wants a small one."""
     if kind == "float":
         return ((4, 4, 1, 2, 0),)
@@ -61,7 +61,7 @@ def candidates(stage: str, kernel_size: int, width: int, bucket: int, kind: str)
     return found
 
 
-def rows() -> list[tuple[str, tuple[int, int, int, str]]]:
+def table_rows() -> list[tuple[str, tuple[int, int, int, str]]]:
     """The table's rows: key -> (K, head width, bucket of the map, kind of dtype), the most used first."""
     return [
         (tiles.table_key(size, width, side, DTYPES[kind]), (size, width, side, kind))
@@ -71,11 +71,11 @@ def rows() -> list[tuple[str, tuple[int, int, int, str]]]:
     ]
 
 
-def count(tile: tiles.Tile, stage: str, row: tuple[int, int, int, str], capability: int) -> list[float] | None:
+def count(tile: tiles.TileConfig, stage: str, row: tuple[int, int, int, str], capability: int) -> list[float] | None:
     """`FIGURES` of a build with the installed version of triton; None where its compiler fails."""
     size, width, bucket, kind = row
     side = MAPS[bucket]
-    call = tiles.Call(HEADS, width, side, side, size)
+    call = tiles.Problem(HEADS, width, side, side, size)
     try:
         build = builds.compile_stage(stage, tile, call, DTYPES[kind], capability=capability, heads=HEADS)
     except RuntimeError:
@@ -83,7 +83,7 @@ def count(tile: tiles.Tile, stage: str, row: tuple[int, int, int, str], capabili
     return [round(builds.per_pixel(build, tile, side), 1), build.registers, build.stack, build.shared]
 
 
-def name(tile: tiles.Tile) -> str:
+def name(tile: tiles.TileConfig) -> str:
     """A tile as the table's key."""
     return " ".join(map(str, tile))
 
@@ -96,7 +96,7 @@ def fits(figures: list[float] | None) -> bool:
     return registers <= MAX_REGISTERS and stack <= MAX_STACK and shared <= MAX_SHARED
 
 
-def choose(found: dict[str, dict[str, list[float] | None]]) -> tiles.Tile:
+def choose(found: dict[str, dict[str, list[float] | None]]) -> tiles.TileConfig:
     """The best tile of one kernel's builds: tile -> "<version> <capability>" -> figures.
 
     Raises:
@@ -143,7 +143,7 @@ def write(table: dict[str, dict]) -> None:
 def count_missing(version: str, capabilities: list[int], sizes: list[int], only_chosen: bool, seconds: float) -> int:
     """Counts what the table lacks for this version, for at most `seconds`; -> how many builds it made."""
     start, made, table = time.monotonic(), 0, read()
-    for (key, row), stage in itertools.product(rows(), tiles.STAGES):
+    for (key, row), stage in itertools.product(table_rows(), tiles.STAGES):
         if row[0] not in sizes:
             continue
         entry = table.setdefault(key, {}).setdefault(stage, {"builds": {}})
@@ -165,7 +165,7 @@ def show(kernel_size: int = 7) -> str:
     columns = [column for column in columns if column.endswith(f" {CHOOSING}")]
     lines.append(f"| row | kernel | tile | {' | '.join(c.split()[0] for c in columns)} |")
     lines.append("|---|---|---|" + "---|" * len(columns))
-    for (key, row), stage in itertools.product(rows(), tiles.STAGES):
+    for (key, row), stage in itertools.product(table_rows(), tiles.STAGES):
         if row[0] != kernel_size or row[3] != "half":
             continue
         entry = table[key][stage]
@@ -196,7 +196,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{made} builds with triton {version}")
     elif args.command == "choose":
         table = read()
-        for (key, row), stage in itertools.product(rows(), tiles.STAGES):
+        for (key, row), stage in itertools.product(table_rows(), tiles.STAGES):
             wanted = {name(tile) for tile in candidates(stage, *row)}
             found = {tile: x for tile, x in table[key][stage]["builds"].items() if tile in wanted}
             table[key][stage]["tile"] = choose(found)

@@ -65,7 +65,7 @@ def test_the_weights_are_the_reference_backends_softmax(border):
     layer = LocalAttention2d(16, 16, num_heads=4, border=border)
     x = torch.randn(2, 16, 9, 7)
     query, key = (part(x).unflatten(1, (4, 4)) for part in (layer.query, layer.key))
-    wanted = reference.attention_weights(query, key, layer.rel_row, layer.rel_col, *AttentionOptions(7, border))
+    wanted = reference.attention_weights(query, key, layer.rel_row, layer.rel_col, AttentionOptions(7, border))
     assert (layer.attention_weights(x) - wanted).abs().max() < 1e-6
     value = layer.value(x).unflatten(1, (4, 4))
     mixed = torch.einsum("bnhwij,bndhwij->bndhw", layer.attention_weights(x), reference.windows(value, 7))

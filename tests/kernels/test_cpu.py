@@ -55,8 +55,8 @@ def make_inputs(shape, size, layout="nchw", dtype=torch.float32, embeddings=True
 def both_ways(module, inputs, size, border, scale):
     grad, *rest = inputs
     options = AttentionOptions(size, border, scale)
-    out, lse = module.forward(*rest, *options)
-    return out, lse, *module.backward(grad, *rest, out, lse, *options)
+    out, lse = module.forward(*rest, options)
+    return out, lse, *module.backward(grad, *rest, out, lse, options)
 
 
 def check(inputs, size, border="mask", scale=0.7):
@@ -114,7 +114,7 @@ def test_matches_the_definition_for_every_head_width(width):
 def test_the_log_of_the_sum_is_right_to_the_last_bits(size):
     """Equal logits: it is the logarithm of the number of keys in the map."""
     zero = torch.zeros(1, 1, 4, 15, 18)
-    _, lse = cpu.forward(zero, zero, zero, None, None, *AttentionOptions(size))
+    _, lse = cpu.forward(zero, zero, zero, None, None, AttentionOptions(size))
     y, x = ([min(n, i + size // 2 + 1) - max(0, i - (size - 1) // 2) for i in range(n)] for n in (15, 18))
     wanted = torch.tensor([[math.log(a * b) for b in x] for a in y], dtype=torch.float64)
     assert (lse[0, 0].double() - wanted).abs().max() <= 4e-7
@@ -199,30 +199,30 @@ def test_infinities_and_nans_are_the_definition_s(border, bad):
 def test_writes_in_the_layout_promised_and_into_given_tensors():
     for layout in LAYOUTS:
         grad, *inputs = make_inputs((2, 8, 4, 7, 9), 5, layout)
-        out, lse = cpu.forward(*inputs, *AttentionOptions(5))
+        out, lse = cpu.forward(*inputs, AttentionOptions(5))
         assert out.stride() == empty_like_map(inputs[0]).stride()
-        expected = cpu.backward(grad, *inputs, out, lse, *AttentionOptions(5))
+        expected = cpu.backward(grad, *inputs, out, lse, AttentionOptions(5))
         for given_layout in LAYOUTS:
             into = [make_map((2, 8, 4, 7, 9), given_layout, torch.float32).fill_(float("nan")) for _ in range(3)]
-            got = cpu.backward(grad, *inputs, out, lse, *AttentionOptions(5), into=tuple(into))
+            got = cpu.backward(grad, *inputs, out, lse, AttentionOptions(5), into=tuple(into))
             assert all(a is b for a, b in zip(got, into, strict=False))
             assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
     expanded = torch.ones((), dtype=torch.float32).expand(2, 8, 4, 7, 9)
-    got = cpu.backward(expanded, *inputs, out, lse, *AttentionOptions(5))
-    dense = cpu.backward(expanded.contiguous(), *inputs, out, lse, *AttentionOptions(5))
+    got = cpu.backward(expanded, *inputs, out, lse, AttentionOptions(5))
+    dense = cpu.backward(expanded.contiguous(), *inputs, out, lse, AttentionOptions(5))
     assert all(torch.equal(a, b) for a, b in zip(got, dense, strict=True))
 
 
 @needs_kernel
-@pytest.mark.parametrize("name", ["Call", "StemCall"])
+@pytest.mark.parametrize("name", ["AttentionCall", "StemCall"])
 def test_a_library_of_another_interface_is_refused(name, monkeypatch):
     """The C++ side compares the size of the record: fields that were added on one side alone are an error, no crash."""
     wider = type(name, (getattr(cpu, name),), {"_fields_": [("added", ctypes.c_int64)]})
     monkeypatch.setattr(cpu, name, wider)
     x = torch.randn(1, 3, 4, 5, 5)
     with pytest.raises(RuntimeError, match="interface"):
-        if name == "Call":
-            cpu.forward(x, x, x, None, None, *AttentionOptions(3))
+        if name == "AttentionCall":
+            cpu.forward(x, x, x, None, None, AttentionOptions(3))
         else:
             weights = torch.randn(2, 3, 3), torch.randn(16, 1), torch.randn(1, 4, 3)
             cpu.stem_forward(weights, x[0].transpose(0, 1), "block", "mask", torch.empty(4, 4, 5, 5))
@@ -238,10 +238,10 @@ def test_says_what_it_does_not_take():
     assert kernels.choose_backend(x, 7) == "cpu"
     assert kernels.choose_backend(x, 14) != "cpu"
     empty = x[:0]
-    out, lse = cpu.forward(empty, empty, empty, None, None, *AttentionOptions(3))
+    out, lse = cpu.forward(empty, empty, empty, None, None, AttentionOptions(3))
     assert out.shape == empty.shape
     assert lse.shape == (0, 2, 5, 5)
-    assert cpu.backward(empty, empty, empty, empty, None, None, out, lse, *AttentionOptions(3))[1].shape == empty.shape
+    assert cpu.backward(empty, empty, empty, empty, None, None, out, lse, AttentionOptions(3))[1].shape == empty.shape
 
 
 # ---- threads -------------------------------------------------------------------------------------------------------
@@ -295,7 +295,7 @@ torch.set_num_threads(3)
 torch.randn(2000000).exp_()
 before = threads()
 for _ in range(5):
-    cpu.forward(x, x, x, None, None, *AttentionOptions(7))
+    cpu.forward(x, x, x, None, None, AttentionOptions(7))
 assert threads() == before, (before, threads())
 libraries = {line.split()[-1] for line in open("/proc/self/maps") if "omp" in line and "/" in line}
 assert len([p for p in libraries if os.path.basename(p).startswith(("libgomp", "libomp", "libiomp"))]) == 1, libraries
@@ -310,17 +310,17 @@ from sasa.kernels import cpu
 from sasa.kernels.interface import AttentionOptions
 torch.set_num_threads(4)
 x = torch.randn(1, 8, 8, 16, 16)  # too small for torch's own functions to be parallel: those do hang in such a child
-expected = cpu.forward(x, x, x, None, None, *AttentionOptions(7))[0]  # the parent's pool of threads exists
+expected = cpu.forward(x, x, x, None, None, AttentionOptions(7))[0]  # the parent's pool of threads exists
 child = os.fork()
 if child == 0:
-    os._exit(0 if torch.equal(cpu.forward(x, x, x, None, None, *AttentionOptions(7))[0], expected) else 3)
+    os._exit(0 if torch.equal(cpu.forward(x, x, x, None, None, AttentionOptions(7))[0], expected) else 3)
 assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 class Images(torch.utils.data.Dataset):
     def __len__(self):
         return 4
     def __getitem__(self, i):
-        return cpu.forward(x, x, x, None, None, *AttentionOptions(7))[0]
+        return cpu.forward(x, x, x, None, None, AttentionOptions(7))[0]
 for batch in torch.utils.data.DataLoader(Images(), num_workers=2):
     assert torch.equal(batch[0], expected)
 """
@@ -381,11 +381,11 @@ rel = [torch.randn(8, 8, 7) for _ in range(2)]
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 cpu.unusable()
 small = [x[:, :, :, :8, :8] for x in inputs]
-out, lse = cpu.forward(*small[:3], *rel, *AttentionOptions(7))
-cpu.backward(small[3], *small[:3], *rel, out, lse, *AttentionOptions(7))
+out, lse = cpu.forward(*small[:3], *rel, AttentionOptions(7))
+cpu.backward(small[3], *small[:3], *rel, out, lse, AttentionOptions(7))
 before = peak()
-out, lse = cpu.forward(*inputs[:3], *rel, *AttentionOptions(7))
-cpu.backward(inputs[3], *inputs[:3], *rel, out, lse, *AttentionOptions(7))
+out, lse = cpu.forward(*inputs[:3], *rel, AttentionOptions(7))
+cpu.backward(inputs[3], *inputs[:3], *rel, out, lse, AttentionOptions(7))
 print(peak() - before)
 """
     done = run_python(code)

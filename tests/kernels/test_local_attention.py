@@ -181,7 +181,7 @@ def test_log_sum_exp_means_the_same_in_every_backend(parameters, backend):
     arguments = (*inputs.values(), parameters[3], parameters[6], parameters[9])
     _, lse = torch.ops.sasa.local_attention(*arguments, backend)
     double = (*(None if x is None else x.double() for x in inputs.values()), *arguments[5:])
-    wanted = reference.logits(*double[:2], *double[3:5], *AttentionOptions(*double[5:])).flatten(-2).logsumexp(-1)
+    wanted = reference.logits(*double[:2], *double[3:5], AttentionOptions(*double[5:])).flatten(-2).logsumexp(-1)
     assert lse.dtype == torch.float32
     torch.testing.assert_close(lse.double(), wanted, atol=1e-5, rtol=1e-5)
 

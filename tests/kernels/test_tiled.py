@@ -28,8 +28,8 @@ def draw(batch, heads, head_dim, size, height, width, content=True, embeddings=T
 def run(backend, inputs, direction, size, border, scale=1.0):
     """Output and gradients by name; None where the input is None."""
     options = AttentionOptions(size, border, scale)
-    out, lse = backend.forward(*inputs, *options)
-    return dict(zip(NAMES, (out, *backend.backward(direction, *inputs, out, lse, *options)), strict=True))
+    out, lse = backend.forward(*inputs, options)
+    return dict(zip(NAMES, (out, *backend.backward(direction, *inputs, out, lse, options)), strict=True))
 
 
 def assert_close(got, wanted, tolerance):

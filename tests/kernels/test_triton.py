@@ -337,7 +337,7 @@ ARCHITECTURES = (80, 90, 100)
 
 def build(stage, width, dtype, capability, kernel_size=7, **parts):
     side = LAYERS[width]
-    call = tiles.Call(8, width, side, side, kernel_size, **parts)
+    call = tiles.Problem(8, width, side, side, kernel_size, **parts)
     return builds.compile_stage(stage, tiles.tile_of(stage, call, dtype), call, dtype, capability=capability)
 
 
@@ -393,7 +393,7 @@ def test_the_table_holds_the_instructions_of_this_version(width, stage):
     figures = entry["builds"][tune.name(tile)].get(f"{builds.triton_version()} 90")
     if figures is None:
         pytest.skip(f"the table has no column for triton {builds.triton_version()}: its instructions are not checked")
-    got = builds.compile_stage(stage, tile, tiles.Call(8, width, side, side, 7), torch.bfloat16)
+    got = builds.compile_stage(stage, tile, tiles.Problem(8, width, side, side, 7), torch.bfloat16)
     assert builds.per_pixel(got, tile, side) == pytest.approx(figures[0], rel=0.01)
     assert got.registers == figures[1]
 
@@ -409,7 +409,7 @@ def test_instructions_a_query(stage, most):
         pytest.skip("the bounds hold with the compilers of triton 3.8 and 3.9: instructions are not checked here")
     for width, bound in zip((8, 16, 32), most, strict=True):
         side = LAYERS[width]
-        call = tiles.Call(8, width, side, side, 7)
+        call = tiles.Problem(8, width, side, side, 7)
         tile = tiles.tile_of(stage, call, torch.bfloat16)
         assert builds.per_pixel(build(stage, width, torch.bfloat16, 90), tile, side) <= bound, width
 
@@ -454,7 +454,7 @@ def test_the_counts_in_the_docs_are_those_of_the_table():
 
 def test_every_version_has_counted_the_rows_of_the_paper():
     """K = 7, half types; those of other windows with at least one version, see test_the_choice_follows."""
-    for key, (size, _, _, kind) in tune.rows():
+    for key, (size, _, _, kind) in tune.table_rows():
         for entry in tiles.table()[key].values() if (size, kind) == (7, "half") else ():
             columns = set(entry["builds"][tune.name(entry["tile"])])
             assert {"3.3 90", "3.6 90", "3.8 90", "3.9 90"} <= columns, key
@@ -489,7 +489,7 @@ def test_executed_instructions_count_loops_by_their_trips():
 def test_products_are_as_many_as_the_pairs_need():
     """Counted instructions stand and fall with the trips of loops: the products' number is known beforehand."""
     for chunk in (8, 4):  # in one chunk, and in a loop of two
-        tile, call = (2, 8, chunk, 1, 0), tiles.Call(8, 16, 28, 28, 7)
+        tile, call = (2, 8, chunk, 1, 0), tiles.Problem(8, 16, 28, 28, 7)
         found = builds.compile_stage("forward", tile, call, torch.bfloat16).instructions["HMMA"]
         assert found == (16 * 128 * 16 * 2 + 16 * 16 * 16) / (16 * 8 * 16)  # q.k and P.v, the embeddings
 

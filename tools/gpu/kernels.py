@@ -16,9 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sasa.kernels import dispatch, triton_tiles
+from sasa.kernels.interface import AttentionOptions
 from tools.gpu.stage import Lab, Stage, Unmet, checked
 
 HEADS, WINDOW = 8, 7
+OPTIONS = AttentionOptions(WINDOW)
 NAMES = ("out", "grad query", "grad key", "grad value", "grad rel_row", "grad rel_col")
 LIMITS = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}  # of the largest value, as in the tests
 REPEATS = 3
@@ -126,8 +128,8 @@ def make_inputs(form: Form, batch: int, dtype: torch.dtype, device: torch.device
 def both_ways(backend: str, inputs: list[Tensor]) -> list[Tensor]:
     """out and the five gradients."""
     kernel, (grad, *rest) = dispatch.module(backend), inputs
-    out, lse = kernel.forward(*rest, WINDOW, "mask", 1.0)
-    return [out, *kernel.backward(grad, *rest, out, lse, WINDOW, "mask", 1.0)]
+    out, lse = kernel.forward(*rest, OPTIONS)
+    return [out, *kernel.backward(grad, *rest, out, lse, OPTIONS)]
 
 
 def right(lab: Lab, stage: Stage) -> None:
@@ -172,16 +174,15 @@ def time_form(lab: Lab, form: Form, about: dict) -> dict:
     c, pixels = HEADS * form.width, batch * form.side**2
     bytes_map = pixels * c * dtype.itemsize
     kernel = dispatch.module(lab.backend)
-    options = (WINDOW, "mask", 1.0)
 
     def forward():
         _, *inputs = make_inputs(form, batch, dtype, lab.device)
-        return lambda: kernel.forward(*inputs, *options)
+        return lambda: kernel.forward(*inputs, OPTIONS)
 
     def backward():
         grad, *inputs = make_inputs(form, batch, dtype, lab.device)
-        out, lse = kernel.forward(*inputs, *options)
-        return lambda: kernel.backward(grad, *inputs, out, lse, *options)
+        out, lse = kernel.forward(*inputs, OPTIONS)
+        return lambda: kernel.backward(grad, *inputs, out, lse, OPTIONS)
 
     found = {
         "forward_ms": 1e3 * lab.timer.seconds(forward, 4 * bytes_map),

@@ -22,7 +22,7 @@ namespace {
 constexpr int kMaxWindow = 13;
 constexpr int ROWS = 4;
 
-struct Call {  // one forward or backward call; cpu.py declares the same fields in the same order
+struct AttentionCall {  // one forward or backward call; cpu.py declares the same fields in the same order
     i64 batch, heads, width, height, columns, window, zero_border, threads;
     i64 parallel;  // address of GOMP_parallel of the OpenMP runtime that torch has loaded, or 0
     i64 query[6], key[6], value[6], out[6], lse[6], rel_row[4], rel_col[4];  // pointer, strides in elements
@@ -49,7 +49,7 @@ struct Kernel : Simd<T, L> {
         int from, to;
     };
 
-    Call call;
+    AttentionCall call;
     bool backward, has_key, has_rel, zero;
     i64 B, N, D, H, W, group, groups, strips, strip_rows, tasks;
     int K, back, ahead, G, vectors;
@@ -62,7 +62,7 @@ struct Kernel : Simd<T, L> {
     std::vector<char> edge;            // by vector: some lane of `live` is false
     std::vector<T> partial;            // [image][head][D][K] gradients of the embeddings
 
-    Kernel(const Call& c, T factor, bool with_backward) : call(c), backward(with_backward), scale(factor) {
+    Kernel(const AttentionCall& c, T factor, bool with_backward) : call(c), backward(with_backward), scale(factor) {
         B = c.batch, N = c.heads, D = c.width, H = c.height, W = c.columns, K = c.window;
         back = (K - 1) / 2, ahead = K / 2;
         zero = c.zero_border, has_key = c.key[0], has_rel = c.rel_row[0];
@@ -192,7 +192,7 @@ struct Kernel : Simd<T, L> {
         }
     }
 
-    // p, with what lies `step` further asked for: a row is read in short pieces, which no hardware sees coming.
+    // p; prefetches what lies `step` further, since no hardware foresees a row that is read in short pieces.
     static INLINE const T* soon(const T* p, i64 step) { return __builtin_prefetch(p + step, 0, 2), p; }
 
     // Maps whose channels lie side by side: a transpose of L lanes and their channels, L or `depth` of them at a time.
@@ -637,8 +637,8 @@ struct Kernel : Simd<T, L> {
 
     // -- one task -----------------------------------------------------------------------------------------------------
 
-    static void task(const void* plan, i64 index, char* memory) {
-        const Kernel& k = *static_cast<const Kernel*>(plan);
+    static void task(const void* kernel, i64 index, char* memory) {
+        const Kernel& k = *static_cast<const Kernel*>(kernel);
         const i64 strip = index % k.strips, g = index / k.strips % k.groups, b = index / k.strips / k.groups;
         const i64 from = strip * k.strip_rows;
         Scratch s{};
@@ -837,9 +837,9 @@ struct Kernel : Simd<T, L> {
 // 0, or 1 where memory ran out. The maps are of type SASA_REAL.
 extern "C" int sasa_local_attention(const void* call, std::size_t bytes, double scale, int backward) {
     using T = SASA_REAL;
-    if (bytes != sizeof(Call)) return kOtherInterface;
+    if (bytes != sizeof(AttentionCall)) return kOtherInterface;
     try {
-        Kernel<T, kVectorBytes / sizeof(T)> kernel(*static_cast<const Call*>(call), static_cast<T>(scale), backward);
+        Kernel<T, kVectorBytes / sizeof(T)> kernel(*static_cast<const AttentionCall*>(call), static_cast<T>(scale), backward);
         return kernel.execute() ? kDone : kNoMemory;
     } catch (const std::bad_alloc&) {
         return kNoMemory;

@@ -61,8 +61,8 @@ inline i64 round_up(i64 n, i64 to) { return (n + to - 1) / to * to; }
 // Threads
 
 struct Job {
-    void (*task)(const void* plan, i64 index, char* scratch);
-    const void* plan;
+    void (*task)(const void* kernel, i64 index, char* scratch);
+    const void* kernel;
     i64 tasks;
     std::size_t scratch_bytes;
     std::array<i64, 9> layout;  // what the layout of the scratch follows from
@@ -109,7 +109,7 @@ inline void work(void* argument) {
     static thread_local Arena arena;
     char* scratch = arena.claim(job);
     if (!scratch) job.out_of_memory = true;
-    for (; scratch && index < job.tasks; index = job.next++) job.task(job.plan, index, scratch);
+    for (; scratch && index < job.tasks; index = job.next++) job.task(job.kernel, index, scratch);
     arena.trim();
 }
 

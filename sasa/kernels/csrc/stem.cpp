@@ -19,7 +19,7 @@ namespace {
 
 constexpr int C = 3;  // channels of the image: loops over them are unrolled
 
-struct Call {  // one forward or backward call; cpu.py declares the same fields, as StemCall, in the same order
+struct StemCall {  // one forward or backward call; cpu.py declares the same fields in the same order
     i64 batch, height, width, heads, depth, mixtures, side, sliding, zero_border, threads, parallel;
     i64 image[6], out[6];            // pointer, strides in elements of (B, 1, C, H, W) and (B, N, D, H, W)
     i64 forms, mixture, weight;      // contiguous (N, C, C), (S * S, M), (M, N * D, C)
@@ -39,7 +39,7 @@ struct Stem : Simd<T, L> {
     static constexpr i64 kEnoughTasks = 16;  // a constant, not the machine's: results must not depend on the threads
     static constexpr int kBlock = 8;         // accumulators of a product
 
-    Call call;
+    StemCall call;
     bool backward, sliding, zero, image_gradient, pooled;
     i64 B, H, W, N, D, M, side, P, back, ahead, strips, strip_rows, queries, vectors, lanes, pitch;
     const T *forms, *mixture, *weight;
@@ -50,7 +50,7 @@ struct Stem : Simd<T, L> {
     std::vector<char> edge;       // by vector: some lane of `live` is false
     std::vector<double> partial;  // [task] gradients of forms, mixture, weight; pooled forward: sums, sums of squares
 
-    Stem(const Call& c, bool with_backward) : call(c), backward(with_backward) {
+    Stem(const StemCall& c, bool with_backward) : call(c), backward(with_backward) {
         B = c.batch, H = c.height, W = c.width, N = c.heads, D = c.depth, M = c.mixtures, side = c.side, P = side * side;
         sliding = c.sliding, zero = c.zero_border, image_gradient = c.grad_image[0], pooled = c.index[0];
         back = (side - 1) / 2, ahead = side / 2;
@@ -352,8 +352,8 @@ struct Stem : Simd<T, L> {
 
     // -- one task -----------------------------------------------------------------------------------------------------
 
-    static void task(const void* plan, i64 index, char* memory) {
-        const Stem& k = *static_cast<const Stem*>(plan);
+    static void task(const void* kernel, i64 index, char* memory) {
+        const Stem& k = *static_cast<const Stem*>(kernel);
         Scratch s{};
         k.lay_out(reinterpret_cast<T*>(memory), s);
         const i64 b = index / k.strips, from = index % k.strips * k.strip_rows, until = std::min(k.H, from + k.strip_rows);
@@ -397,7 +397,7 @@ struct Stem : Simd<T, L> {
                         mix(s, window, at);
                         T* map = s.map + q * D * lanes + v * L;
                         if (!backward || pooled) expand(s, n, map);
-                        if (backward && pooled) spread(s, n, (y - from) * side + q, real[v * side + q], v, map);
+                        if (backward && pooled) unpool(s, n, (y - from) * side + q, real[v * side + q], v, map);
                         if (backward) differentiate(s, n, map, window, at);
                     }
                 if (!backward && pooled) pool(s, n, y - from, sums);
@@ -433,7 +433,7 @@ struct Stem : Simd<T, L> {
     }
 
     // The gradient of a head's output at a place of the block, from what left the pool; the output is at `map`.
-    void spread(const Scratch& s, i64 n, i64 position, const Mask& inside, i64 v, T* map) const {
+    void unpool(const Scratch& s, i64 n, i64 position, const Mask& inside, i64 v, T* map) const {
         const T* slopes = reinterpret_cast<const T*>(call.slopes);
         for (i64 d = 0; d < D; ++d, map += lanes) {
             const i64 c = n * D + d, at = c * lanes + v * L;
@@ -505,9 +505,9 @@ struct Stem : Simd<T, L> {
 // 0, or 1 where memory ran out. The maps are of type SASA_REAL.
 extern "C" int sasa_stem(const void* call, std::size_t bytes, int backward) {
     using T = SASA_REAL;
-    if (bytes != sizeof(Call)) return kOtherInterface;
+    if (bytes != sizeof(StemCall)) return kOtherInterface;
     try {
-        return Stem<T, kVectorBytes / sizeof(T)>(*static_cast<const Call*>(call), backward).execute() ? kDone : kNoMemory;
+        return Stem<T, kVectorBytes / sizeof(T)>(*static_cast<const StemCall*>(call), backward).execute() ? kDone : kNoMemory;
     } catch (const std::bad_alloc&) {
         return kNoMemory;
     }
