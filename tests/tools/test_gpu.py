@@ -13,7 +13,7 @@ import torch
 from sasa.kernels import triton_tiles
 from sasa.training.cli import parse_command_line
 from tools.gpu import __main__ as gpu
-from tools.gpu import kernels, page, training
+from tools.gpu import kernels, page, stem, training
 from tools.gpu.predictions import PREDICTIONS, verdict
 from tools.gpu.stage import DeviceLost, Lab, Stage, Unmet
 from tools.gpu.timer import StubTimer
@@ -53,6 +53,9 @@ def test_a_dry_run_walks_all_stages(walked):
     assert {"forward_ms", "backward_ms", "conv3x3_forward_ms", "conv1x1_qkv_backward_ms"} <= results["times"]["units"][
         str(kernels.DRY_FORMS[0])
     ].keys()
+    for form in stem.DRY_STEMS:
+        assert {"largest_error", "limit"} <= results["right"]["units"][f"{form} bfloat16"].keys()
+        assert {"attention_ms", "conv_ms"} <= results["times"]["units"][str(form)].keys()
     assert len(results["steps"]["units"]) == len(results["compiled"]["units"]) == 12
 
 
@@ -193,6 +196,41 @@ def test_a_wrong_kernel_is_found(monkeypatch):
     monkeypatch.setattr(kernels, "both_ways", changed(lambda call: 1 + 3e-7 * (call == 3)))
     with pytest.raises(RuntimeError, match="other bits"):
         compare()
+
+
+@pytest.mark.parametrize("form", [stem.DRY_STEMS[0]._replace(side=40, compared=2), stem.DRY_STEMS[1]], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_wrong_stem_is_found(form, dtype, monkeypatch):
+    """Off by a little more than rounding, or another result at each call; by the CPU kernel, which pools too."""
+    compare = partial(stem.compare_stem, Lab(CPU, "auto", StubTimer(), gpu.stub_shell), form, dtype)
+    assert compare()["largest_error"] <= (1e-5 if dtype == torch.float32 else 2**-7)
+    real, calls = stem.results, []
+
+    def changed(scale_of):
+        def results(*arguments):
+            found = real(*arguments)
+            if arguments[1].dtype == torch.float32:
+                calls.append(1)
+                found["grad 0.value.weight"] *= scale_of(len(calls))
+            return found
+
+        return results
+
+    monkeypatch.setattr(stem, "results", changed(lambda call: 1 + 3 * stem.LIMITS[dtype]))
+    with pytest.raises(RuntimeError, match=r"grad 0\.value\.weight is off"):
+        compare()
+    calls.clear()
+    monkeypatch.setattr(stem, "results", changed(lambda call: 1 + 3e-7 * (call == 3)))
+    with pytest.raises(RuntimeError, match="other bits"):
+        compare()
+
+
+def test_gradients_of_a_stem_are_compared_where_rounding_cannot_turn_them():
+    """Two equal values of a block, and one at 0 before the ReLU: to which pixel a gradient goes is chance."""
+    pair = torch.nn.Sequential(torch.nn.Identity(), torch.nn.BatchNorm2d(1).eval())
+    values = torch.tensor([[1.0, 2.0, 3.0, 5.0], [2.0, 0.5, 4.0, 5.0], [-1.0, 0.0, 7.0, 6.0]])[None, None]
+    assert stem.is_clear(pair, values, 2, 1e-4).flatten().tolist() == [False, False, False, True]
+    assert stem.is_clear(pair, values, 1, 1e-4).flatten().tolist() == [True] * 9 + [False] + [True] * 2
 
 
 def test_the_forms_are_those_of_resnet50():

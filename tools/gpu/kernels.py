@@ -18,6 +18,8 @@ from torch import Tensor
 from sasa.kernels import dispatch, triton_tiles
 from sasa.kernels.interface import AttentionOptions
 from tools.gpu.stage import Lab, Stage, Unmet, checked
+from tools.gpu.stem import LIMITS as STEM_LIMITS
+from tools.gpu.stem import compare_stem, stem_forms, time_stem
 
 HEADS, WINDOW = 8, 7
 OPTIONS = AttentionOptions(WINDOW)
@@ -133,10 +135,13 @@ def both_ways(backend: str, inputs: list[Tensor]) -> list[Tensor]:
 
 
 def right(lab: Lab, stage: Stage) -> None:
-    """Every form in every dtype against the definition in fp64, and whether a repetition gives the same bits."""
+    """Every form and stem in every dtype against the definition in fp64, and repetitions bitwise."""
     for form in forms(lab):
         for dtype, limit in LIMITS.items():
             stage.unit(f"{form} {str(dtype).removeprefix('torch.')}", partial(compare, lab, form, dtype, limit))
+    for form in stem_forms(lab):
+        for dtype in STEM_LIMITS:
+            stage.unit(f"{form} {str(dtype).removeprefix('torch.')}", partial(compare_stem, lab, form, dtype))
 
 
 def compare(lab: Lab, form: Form, dtype: torch.dtype, limit: float) -> dict:
@@ -161,12 +166,14 @@ def compare(lab: Lab, form: Form, dtype: torch.dtype, limit: float) -> dict:
 
 
 def times(lab: Lab, stage: Stage) -> None:
-    """bf16, 128 images: each form beside cuDNN's convolutions of the same map, and its instructions a cycle."""
+    """bf16: each form beside cuDNN's convolutions of its map, instructions a cycle; both stems."""
     if lab.device.type == "cuda":
         torch.backends.cudnn.benchmark = True
     about = versions(lab)
     for form in forms(lab):
         stage.unit(str(form), partial(time_form, lab, form, about))
+    for form in stem_forms(lab):
+        stage.unit(str(form), partial(time_stem, lab, form))
 
 
 def time_form(lab: Lab, form: Form, about: dict) -> dict:
