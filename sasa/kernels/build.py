@@ -33,8 +33,9 @@ from sasa.files import replacing
 from sasa.kernels import private_folder
 from sasa.kernels.stop_signals import StopSignals
 
-SOURCES = [Path(__file__).parent / "csrc" / name for name in ("cpu.cpp", "stem.cpp")]
-HEADER = Path(__file__).parent / "csrc" / "cpu.h"
+_CSRC = Path(__file__).parent / "csrc"
+SOURCES = [_CSRC / name for name in ("cpu.cpp", "stem.cpp")]
+HEADERS = [_CSRC / f"{name}.h" for name in ("maps", "packing", "planes", "products", "simd", "threads")]
 BUILD_SECONDS = {torch.float32: 9, torch.float64: 3}  # measured with g++ 12; only for the message
 _LEVEL = {torch.float32: "-O3", torch.float64: "-O1"}  # fp64 is for checking gradients: it need not be fast
 # Passes of GCC that take a third of the time to build and gain nothing.
@@ -67,7 +68,7 @@ def library(dtype: torch.dtype) -> ctypes.CDLL | str:
 
 def _load_or_build(dtype: torch.dtype, signals: StopSignals) -> ctypes.CDLL:
     try:
-        source = b"".join(path.read_bytes() for path in (HEADER, *SOURCES))
+        source = b"".join(path.read_bytes() for path in (*HEADERS, *SOURCES))
     except OSError as error:  # inside a zip or pex, or a package without its data files
         raise _BuildError(f"its sources cannot be read: {error}") from None
     if not private_folder.SUPPORTED:

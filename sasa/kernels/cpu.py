@@ -140,7 +140,7 @@ def _functions(dtype: torch.dtype):
 
 
 def _check_result(result: int) -> None:
-    """Raises the error that enum Result of cpu.h names."""
+    """Raises the error that enum Result of csrc/maps.h names."""
     if result == 1:
         raise MemoryError("the CPU kernel could not allocate its scratch memory")
     if result:

@@ -48,39 +48,55 @@ def warps_resident(registers: int, shared: int, warps: int) -> int:
 
 
 def compile_stage(
-    stage: str, tile: tiles.TileConfig, call: tiles.Problem, dtype: torch.dtype, *, capability: int = 90, heads: int = 8
+    stage: str,
+    tile: tiles.TileConfig,
+    problem: tiles.Problem,
+    dtype: torch.dtype,
+    *,
+    capability: int = 90,
+    heads: int = 8,
 ) -> Build:
     """Compiles a kernel of triton_kernels.py for a compute capability, times ten.
 
     Args:
         stage: one of `tiles.STAGES`.
         tile: how the kernel cuts its map.
-        call: what it is compiled for, channels innermost and aligned.
+        problem: what it is compiled for, channels innermost and aligned.
         dtype: of the maps.
         capability: 80, 90, 100, ...
-        heads: of a program, a divisor of call.num_heads; the query kernel serves one.
+        heads: of a program, a divisor of problem.num_heads; the query kernel serves one.
     """
-    return _compile(stage, tile, call, dtype, capability, 1 if stage == "query" else heads)
-
-
-@functools.cache
-def _compile(stage, tile, call, dtype, capability, heads) -> Build:
-    from sasa.kernels import triton_kernels
-
-    constant = tiles.constants(stage, tile, call, dtype, heads)
+    heads = 1 if stage == "query" else heads
+    constant = tiles.constants(stage, tile, problem, dtype, heads)
     absent = set()
-    if call.fused:
-        absent |= {"key", "value"} | ({"grad_value"} if call.content else set())
-    if not call.content:
+    if problem.fused:
+        absent |= {"key", "value"} | ({"grad_value"} if problem.content else set())
+    if not problem.content:
         absent |= {"key", "grad_key"}
-    if not call.relative:
+    if not problem.relative:
         absent |= {"rel_row", "rel_col", "partial"}
-    function = getattr(triton_kernels, f"{stage}_kernel")
-    kernel = _source(function, constant, absent & set(function.arg_names), triton_kernels.SIZES, dtype)
-    built = _build(kernel, tile[3], capability, trips(stage, constant, heads))
+    loop_trips = trips(stage, constant, heads)
+    built = _compile(stage, tuple(constant.items()), frozenset(absent), dtype, tile[3], capability, loop_trips)
     outer = tiles.STRIP if stage == "query" else heads
     per_tile = {name: count / outer for name, count in built.instructions.items()}
     return dataclasses.replace(built, instructions=per_tile)
+
+
+@functools.cache  # maps of several sizes have the same build
+def _compile(
+    stage: str,
+    constants: tuple[tuple[str, int], ...],
+    absent: frozenset[str],
+    dtype: torch.dtype,
+    warps: int,
+    capability: int,
+    loop_trips: tuple[int, ...],
+) -> Build:
+    from sasa.kernels import triton_kernels
+
+    function = getattr(triton_kernels, f"{stage}_kernel")
+    kernel = _source(function, dict(constants), absent & set(function.arg_names), triton_kernels.SIZES, dtype)
+    return _build(kernel, warps, capability, loop_trips)
 
 
 @functools.cache

@@ -4,6 +4,7 @@ import ctypes
 import errno
 import os
 import pwd
+import re
 import shutil
 import signal
 import stat
@@ -22,12 +23,13 @@ from sasa.kernels.stop_signals import BuildStopped, StopSignals
 pytestmark = pytest.mark.skipif(not private_folder.SUPPORTED, reason="no POSIX file permissions here")
 
 USE = """
-from sasa.kernels import choose_backend, local_attention
+from sasa.kernels import choose_backend, cpu
+from sasa.kernels.interface import AttentionOptions
 x = torch.randn(1, 2, 4, 5, 5)
 def use():
     backend = choose_backend(x, 3)
-    if backend == "cpu":
-        local_attention(x, x, x, None, None, kernel_size=3)
+    if backend == "cpu":  # not by the operator: its first call imports half of torch
+        cpu.forward(x, x, x, None, None, AttentionOptions(3))
     os.write(1, f"{backend}\\n".encode())  # one write: children share the pipe
 """
 # Fresh processes that need not import torch again.
@@ -71,6 +73,15 @@ exec cat {library._name} > "$2"
         return len(path.read_text().splitlines()) if path.exists() else 0
 
     return {"CXX": str(script), "SASA_CACHE_DIR": str(tmp_path / "cache"), "TMPDIR": str(tmp_path)}, calls
+
+
+def test_the_library_s_name_follows_from_every_source_file():
+    """A change of any of them is built again; none is included that the name does not know."""
+    csrc = Path(build.__file__).parent / "csrc"
+    known = {*build.SOURCES, *build.HEADERS}
+    assert known == set(csrc.iterdir())
+    included = {csrc / name for file in known for name in re.findall(r'#include "(.+)"', file.read_text())}
+    assert included == set(build.HEADERS)
 
 
 def test_importing_builds_nothing_and_many_processes_build_once(compiler):

@@ -6,11 +6,9 @@ python -m pytest tests/kernels/test_triton.py -m slow.
 
 import importlib.util
 import itertools
-import multiprocessing
 import os
 import subprocess
 import sys
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -42,14 +40,6 @@ needs_compiler = pytest.mark.skipif(
 )
 
 
-@pytest.fixture(scope="session")
-def interpreter():
-    """A function that calls another one in the process of the interpreter."""
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=context, initializer=triton_cases.start) as pool:
-        yield lambda function, *arguments: pool.submit(function, *arguments).result()
-
-
 def case(heads, width, size, height, map_width, border="mask", content=True, embeddings=True, scale=1.0, batch=1):
     return (batch, heads, width, size, height, map_width, border, content, embeddings, scale)
 
@@ -67,8 +57,8 @@ def label(c):
 # both ways, prime, single rows, columns and pixels; both borders; without embeddings, without keys.
 CASES = [
     case(2, 8, 7, 5, 9),
-    case(1, 16, 7, 11, 18),
-    case(1, 8, 7, 9, 6, "zero"),
+    case(1, 16, 7, 11, 12),
+    case(1, 8, 7, 5, 6, "zero"),
     case(1, 4, 3, 5, 7, batch=2),
     case(1, 16, 3, 9, 10, "zero"),
     case(1, 12, 5, 7, 11),
@@ -97,7 +87,7 @@ CASES = [
     case(1, 8, 3, 4, 5, scale=-0.5),
     case(1, 8, 3, 4, 5, scale=0.0),
 ]
-NARROW_CASES = [*(CASES[i] for i in (0, 3, 10, 12, 22, 24)), case(1, 8, 7, 11, 18), case(1, 64, 7, 7, 7)]
+NARROW_CASES = [case(1, 8, 7, 9, 15), case(1, 64, 7, 7, 7), *(CASES[i] for i in (0, 3, 10, 12, 22, 24))]
 
 
 def check(found, dtype):
@@ -122,8 +112,11 @@ def test_fp32_matches_the_reference(c, interpreter):
 
 
 @needs_triton
-@pytest.mark.parametrize("dtype", HALF)
-@pytest.mark.parametrize("c", NARROW_CASES, ids=label)
+@pytest.mark.parametrize(
+    ("c", "dtype"),
+    [*((c, "bf16") for c in NARROW_CASES), *((c, "fp16") for c in NARROW_CASES[:3])],
+    ids=lambda x: x if isinstance(x, str) else label(x),
+)
 def test_half_types_match_the_reference_better_than_plain_half_arithmetic(c, dtype, interpreter):
     check(interpreter(triton_cases.errors, c, HALF[dtype]), HALF[dtype])
 
@@ -186,7 +179,7 @@ SMALL = case(2, 8, 3, 3, 5, batch=2)
 @needs_triton
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_calls_repeat_bit_for_bit(dtype, interpreter):
-    assert interpreter(triton_cases.repeats_bit_for_bit, case(1, 8, 7, 9, 10), DTYPES[dtype])
+    assert interpreter(triton_cases.repeats_bit_for_bit, case(1, 8, 3, 5, 9), DTYPES[dtype])
 
 
 @needs_triton
@@ -286,7 +279,7 @@ def test_triton_is_imported_by_the_first_call_only():
 
 # ---- mutants -------------------------------------------------------------------------------------------------------
 
-LARGE, WHOLE = case(1, 8, 3, 9, 11), case(1, 8, 7, 5, 5)  # larger than the patch, in one patch
+LARGE, WHOLE = case(1, 8, 3, 7, 7), case(1, 8, 7, 5, 5)  # larger than the patch, in one patch
 MUTANTS = {
     "no patch clamp": ("first = tl.maximum(first, 0)", "first = first", WHOLE),
     "patch clamped to the first rows": (
@@ -315,14 +308,22 @@ MUTANTS = {
 }  # fmt: skip
 
 
+@pytest.fixture(scope="module")
+def right_cases():
+    """Those that the kernels without a mistake were checked on."""
+    return set()
+
+
 @needs_triton
 @pytest.mark.parametrize("which", MUTANTS)
-def test_mutants_are_seen(which, interpreter, tmp_path):
+def test_mutants_are_seen(which, interpreter, right_cases, tmp_path):
     """Each is a mistake that is easily made; the same case without it is right."""
     old, new, c = MUTANTS[which]
     source = (Path(cuda.__file__).parent / "triton_kernels.py").read_text()
     assert old in source
-    check(interpreter(triton_cases.errors, c, torch.float32), torch.float32)
+    if c not in right_cases:
+        check(interpreter(triton_cases.errors, c, torch.float32), torch.float32)
+        right_cases.add(c)
     mutant = tmp_path / "mutant.py"
     mutant.write_text(source.replace(old, new))
     with pytest.raises(AssertionError, match="off by"):
@@ -369,15 +370,17 @@ def build_folder(tmp_path_factory):
 
 @needs_builds
 @needs_compiler
-@pytest.mark.parametrize("stage", tiles.STAGES)
 @pytest.mark.parametrize(
-    ("width", "dtype", "capability"),
+    ("stage", "width", "dtype", "capability"),
     [
-        *((width, "bf16", 90) for width in LAYERS),
-        *((64, "bf16", 80), (64, "bf16", 100), (32, "bf16", 120), (8, "fp16", 90), (16, "fp32", 90)),
+        *((stage, width, "bf16", 90) for stage in tiles.STAGES for width in LAYERS),
+        # Elsewhere the kernel that needs the most registers, or comes near a limit.
+        *(("query", 64, "bf16", 80), ("key", 64, "bf16", 100), ("query", 32, "bf16", 120)),
+        *(("forward", 8, "fp16", 90), ("query", 16, "fp32", 90)),
     ],
 )
 def test_builds_keep_to_registers_without_atomics(stage, width, dtype, capability):
+    """All others: -m slow, and the table, which holds every row on every architecture."""
     check_build(build(stage, width, DTYPES[dtype], capability), stage, width, DTYPES[dtype])
 
 
@@ -488,7 +491,8 @@ def test_executed_instructions_count_loops_by_their_trips():
 @needs_compiler
 def test_products_are_as_many_as_the_pairs_need():
     """Counted instructions stand and fall with the trips of loops: the products' number is known beforehand."""
-    for chunk in (8, 4):  # in one chunk, and in a loop of two
+    assert tiles.table()[tiles.table_key(7, 16, 28, torch.bfloat16)]["forward"]["tile"] == [2, 8, 8, 1, 0]
+    for chunk in (8, 4):  # in one chunk, which another test has built, and in a loop of two
         tile, call = (2, 8, chunk, 1, 0), tiles.Problem(8, 16, 28, 28, 7)
         found = builds.compile_stage("forward", tile, call, torch.bfloat16).instructions["HMMA"]
         assert found == (16 * 128 * 16 * 2 + 16 * 16 * 16) / (16 * 8 * 16)  # q.k and P.v, the embeddings

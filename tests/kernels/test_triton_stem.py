@@ -1,14 +1,11 @@
 """The stem's Triton kernel without a GPU: numbers by the interpreter, builds by the compiler; and on a GPU."""
 
-import multiprocessing
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 
 import stem_cases
-import triton_cases
 from sasa.kernels import dispatch, stem_operator, triton_backend, triton_builds, triton_stem
 
 DOCS = Path(triton_stem.__file__).parents[2] / "docs" / "kernels.md"
@@ -22,14 +19,6 @@ needs_builds = pytest.mark.skipif(
 needs_compiler = pytest.mark.skipif(
     triton_backend.interpreted(), reason="TRITON_INTERPRET is set: this process cannot compile kernels"
 )
-
-
-@pytest.fixture(scope="module")
-def interpreter():
-    """A function that calls another one in the process of the interpreter."""
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=context, initializer=triton_cases.start) as pool:
-        yield lambda function, *arguments: pool.submit(function, *arguments).result()
 
 
 # (B, H, W) and the options of AttentionStem: ragged blocks, one pixel, larger windows, more units than lanes
@@ -138,7 +127,7 @@ def test_sizes_beyond_32_bits_are_named():
 
 @needs_builds
 @needs_compiler
-@pytest.mark.parametrize("form", ["pooled", "block", "sliding"])
+@pytest.mark.parametrize("form", ["pooled", pytest.param("block", marks=pytest.mark.slow), "sliding"])
 @pytest.mark.parametrize("stage", ["forward", "backward"])
 def test_builds_keep_to_registers_without_atomics(stage, form):
     """Triton 3.3 and 3.6 spill 104 and 96 bytes in backward; with four warps none, for 6% more instructions and up."""

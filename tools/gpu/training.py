@@ -58,7 +58,7 @@ def compiled(lab: Lab, stage: Stage) -> None:
 
 
 def _all_steps(lab: Lab, stage: Stage, is_compiled: bool) -> None:
-    for name, kind in itertools.product(NETWORKS, KINDS):
+    for name, kind in itertools.product(NETWORKS[-1:] if lab.dry else NETWORKS, KINDS):
         for ema in (0.0, 0.9999):
             unit = f"{name} {kind}{', moving average' if ema else ''}"
             stage.unit(unit, partial(measure_step, lab, name, kind, ema, is_compiled))

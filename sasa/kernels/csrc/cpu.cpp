@@ -15,12 +15,19 @@
 // shares no output with another, so results are the same bits for every thread count; gradients of the embeddings are
 // summed from one partial per image in fixed order.
 
-#include "cpu.h"
+#include <cmath>
+#include <cstddef>
+#include <limits>
+#include <new>
+#include <vector>
+
+#include "packing.h"
+#include "products.h"
+#include "threads.h"
 
 namespace {
 
 constexpr int kMaxWindow = 13;
-constexpr int ROWS = 4;
 
 struct AttentionCall {  // one forward or backward call; cpu.py declares the same fields in the same order
     i64 batch, heads, width, height, columns, window, zero_border, threads;
@@ -33,10 +40,12 @@ struct AttentionCall {  // one forward or backward call; cpu.py declares the sam
 // The kernel
 
 template <class T, int L>
-struct Kernel : Simd<T, L> {
+struct Kernel {
     using S = Simd<T, L>;
     using V = typename S::V;
     using Mask = typename S::Mask;
+    using P = Products<T, L>;
+    using Step = typename P::Step;
 
     // Widest score block: its accumulators, one operand per row and one shared operand stay in registers. fp64 is for
     // checking gradients: it takes narrow blocks, which build faster.
@@ -55,6 +64,7 @@ struct Kernel : Simd<T, L> {
     int K, back, ahead, G, vectors;
     i64 lanes, pitch, plane, guard, query_slots, key_slots, score_slots;
     T scale;
+    Packing<T, L> packing;
     Map<const T> query, key, value, grad_out, out_read;
     Map<T> out, lse, grad_query, grad_key, grad_value;
     std::vector<Span> reach, reached;  // by vector: of its queries to keys, of its keys to queries
@@ -71,6 +81,7 @@ struct Kernel : Simd<T, L> {
         out = map_of<T>(c.out), lse = map_of<T>(c.lse), grad_query = map_of<T>(c.grad_query);
         grad_key = map_of<T>(c.grad_key), grad_value = map_of<T>(c.grad_value);
         G = heads_per_vector();
+        packing = {W, G};
         groups = N / G, strips = 1, strip_rows = round_up(H, ROWS);
         if (!backward && B * groups < kEnoughTasks) {
             strip_rows = std::max<i64>(2 * ROWS, round_up((H * B * groups + kEnoughTasks - 1) / kEnoughTasks, ROWS));
@@ -162,221 +173,13 @@ struct Kernel : Simd<T, L> {
         return used * sizeof(T);
     }
 
-    // -- packing ------------------------------------------------------------------------------------------------------
-
-    // Row y of G heads -> to[channel * pitch + lane], times `factor`.
-    void pack(const Map<const T>& m, i64 b, i64 n, i64 y, i64 depth, T factor, T* to, i64 step) const {
-        const T* from = m.p + b * m.b + n * m.n + y * m.y;
-        if (m.x == 1) {
-            with_group([&](auto g) INLINE_LAMBDA { pack_columns<decltype(g)::value>(m, from, depth, factor, to, step); });
-        } else if (m.c == 1) {
-            with_group([&](auto g) INLINE_LAMBDA { pack_pixels<decltype(g)::value>(m, from, depth, factor, to, step); });
-        } else {
-            for (i64 c = 0; c < depth; ++c)
-                for (i64 x = 0; x < W; ++x)
-                    for (int g = 0; g < G; ++g) to[c * step + x * G + g] = from[g * m.n + c * m.c + x * m.x] * factor;
-        }
-    }
-
-    template <int g>
-    void pack_columns(const Map<const T>& m, const T* from, i64 depth, T factor, T* to, i64 step) const {
-        for (i64 c = 0; c < depth; ++c, from += m.c, to += step) {
-            for (i64 x = 0; x < W; x += L) {
-                if (W >= L) x = std::min<i64>(x, W - L);
-                const i64 n = std::min<i64>(L, W - x);
-                V v[L];
-                for (int i = 0; i < g; ++i) v[i] = n == L ? S::load(from + i * m.n + x) : S::load(from + i * m.n + x, n);
-                S::template interleave<g>(v);
-                for (int i = 0; i < g && i * L < n * g; ++i) S::store(to + x * g + i * L, v[i] * factor);
-            }
-        }
-    }
-
-    // p; prefetches what lies `step` further, since no hardware foresees a row that is read in short pieces.
-    static INLINE const T* soon(const T* p, i64 step) { return __builtin_prefetch(p + step, 0, 2), p; }
-
-    // Maps whose channels lie side by side: a transpose of L lanes and their channels, L or `depth` of them at a time.
-    template <int g>
-    void pack_pixels(const Map<const T>& m, const T* from, i64 depth, T factor, T* to, i64 step) const {
-        each_vector<g>(m, from, [&](const T* const* lane, int n, i64 at) INLINE_LAMBDA {
-            if (!with_whole_heads<g>(m, depth, [&](auto channels) INLINE_LAMBDA {
-                    constexpr int C = decltype(channels)::value;  // a load is L / C heads
-                    V v[L];
-                    for (int i = 0; i < C; ++i) v[i] = i * (L / C) < n ? S::load(soon(lane[i * (L / C)], m.y)) : V{};
-                    S::template interleave<C, L>(v);
-                    for (int c = 0; c < C; ++c) S::store(to + c * step + at, v[c] * factor);
-                }))
-                for (i64 c = 0; c < depth; c += L) {
-                    const i64 n_c = std::min<i64>(L, depth - c);
-                    V v[L];
-                    for (int l = 0; l < L; ++l)
-                        v[l] = l >= n ? V{} : n_c == L ? S::load(soon(lane[l] + c, m.y)) : S::load(lane[l] + c, n_c);
-                    S::template interleave<L>(v);
-                    for (int k = 0; k < n_c; ++k) S::store(to + (c + k) * step + at, v[k] * factor);
-                }
-        });
-    }
-
-    // f(lane, n, at) for each vector of a row: the addresses of its lanes, of which the first n are of the map.
-    template <int g, class U, class F>
-    INLINE void each_vector(const Map<U>& m, U* row, F&& f) const {
-        for (i64 at = 0; at < W * g; at += L) {
-            U* lane[L];
-            for (int l = 0; l < L; ++l) lane[l] = row + (at / g + l / g) * m.x + l % g * m.n;
-            f(lane, static_cast<int>(std::min<i64>(L, W * g - at)), at);
-        }
-    }
-
-    // Calls f with the heads' width where it is below L and a vector is a whole number of heads of one pixel.
-    template <int g, class U, class F>
-    INLINE bool with_whole_heads(const Map<U>& m, i64 depth, F&& f) const {
-        if (m.n != depth) return false;
-        if constexpr (L > 4 && g * 4 >= L)
-            if (depth == 4) return f(Int<4>{}), true;
-        if constexpr (L > 8 && g * 8 >= L)
-            if (depth == 8) return f(Int<8>{}), true;
-        return false;
-    }
-
-    void unpack(const T* from, i64 step, i64 b, i64 n, i64 y, i64 depth, T factor, const Map<T>& m) const {
-        T* to = m.p + b * m.b + n * m.n + y * m.y;
-        if (m.x == 1) {
-            with_group([&](auto g) INLINE_LAMBDA { unpack_columns<decltype(g)::value>(m, from, step, depth, factor, to); });
-        } else if (m.c == 1) {
-            with_group([&](auto g) INLINE_LAMBDA { unpack_pixels<decltype(g)::value>(m, from, step, depth, factor, to); });
-        } else {
-            for (i64 c = 0; c < depth; ++c)
-                for (i64 x = 0; x < W; ++x)
-                    for (int g = 0; g < G; ++g) to[g * m.n + c * m.c + x * m.x] = from[c * step + x * G + g] * factor;
-        }
-    }
-
-    template <int g>
-    void unpack_columns(const Map<T>& m, const T* from, i64 step, i64 depth, T factor, T* to) const {
-        for (i64 c = 0; c < depth; ++c, from += step, to += m.c) {
-            for (i64 x = 0; x < W; x += L) {
-                if (W >= L) x = std::min<i64>(x, W - L);
-                const i64 n = std::min<i64>(L, W - x);
-                V v[L];
-                for (int i = 0; i < g; ++i) v[i] = i * L < n * g ? S::load(from + x * g + i * L) * factor : V{};
-                S::template separate<g>(v);
-                for (int i = 0; i < g; ++i) {
-                    if (n == L)
-                        S::store(to + i * m.n + x, v[i]);
-                    else
-                        S::store(to + i * m.n + x, v[i], n);
-                }
-            }
-        }
-    }
-
-    template <int g>
-    void unpack_pixels(const Map<T>& m, const T* from, i64 step, i64 depth, T factor, T* to) const {
-        each_vector<g>(m, to, [&](T* const* lane, int n, i64 at) INLINE_LAMBDA {
-            if (!with_whole_heads<g>(m, depth, [&](auto channels) INLINE_LAMBDA {
-                    constexpr int C = decltype(channels)::value;
-                    V v[L];
-                    for (int c = 0; c < C; ++c) v[c] = S::load(from + c * step + at) * factor;
-                    S::template separate<C, L>(v);
-                    for (int i = 0; i < C && i * (L / C) < n; ++i) S::store(lane[i * (L / C)], v[i]);
-                }))
-                for (i64 c = 0; c < depth; c += L) {
-                    const i64 n_c = std::min<i64>(L, depth - c);
-                    V v[L];
-                    for (int k = 0; k < L; ++k) v[k] = k < n_c ? S::load(from + (c + k) * step + at) * factor : V{};
-                    S::template interleave<L>(v);
-                    for (int l = 0; l < n; ++l) {
-                        if (n_c == L)
-                            S::store(lane[l] + c, v[l]);
-                        else
-                            S::store(lane[l] + c, v[l], n_c);
-                    }
-                }
-        });
-    }
-
-    template <class F>
-    INLINE void with_group(F&& f) const {
-        switch (G) {
-            case 1: return f(Int<1>{});
-            case 2: return f(Int<2>{});
-            case 4: return f(Int<4>{});
-            case 8:
-                if constexpr (L >= 8) return f(Int<8>{});
-                break;
-            case 16:
-                if constexpr (L >= 16) return f(Int<16>{});
-        }
-    }
-
-    // -- the two products ---------------------------------------------------------------------------------------------
-
-    // acc[r][j] += sum over t < n of a[r * a_r + t * a_t] * b[j * b_j + t * b_t]
-    template <int R, int J>
-    static INLINE void multiply(V (&acc)[R][J], const T* a, i64 a_r, i64 a_t, const T* b, i64 b_j, i64 b_t, i64 n) {
-        for (i64 t = 0; t < n; ++t, a += a_t, b += b_t) {
-            V av[R];
-            for (int r = 0; r < R; ++r) av[r] = S::load_once(a + r * a_r);
-            for (int j = 0; j < J; ++j) {
-                const V bv = R > 1 ? S::load_once(b + j * b_j) : S::load(b + j * b_j);
-                for (int r = 0; r < R; ++r) acc[r][j] += av[r] * bv;
-            }
-        }
-    }
-
-    struct Step {  // one key row (or embedding) of a weighted sum: rows first .. first+rows-1 of the tile take part
-        const T *a, *b;
-        i64 b_c, b_j;
-        int offsets, first, rows;
-    };
-
-    // to[r][c] = factor[r] * sum over steps and offsets j of a[r][j] * b[c][j], for C channels from `channel` on.
-    // Weights of a tile lie at strides known here (RING false), those of the ring at `a_r` and `a_j`.
-    template <int C, bool RING>
-    static void weigh(const Step* steps, int count, int rows, i64 channel, const V* factor, i64 a_r, i64 a_j, T* to,
-                      i64 to_r, i64 to_c) {
-        V acc[ROWS][C] = {};
-        if (!RING) a_r = L, a_j = ROWS * L;
-        for (const Step* s = steps; s < steps + count; ++s) {
-            auto add = [&](auto first_row, auto n_rows) INLINE_LAMBDA {
-                constexpr int first = decltype(first_row)::value, n = decltype(n_rows)::value;
-                const T *a = s->a + first * a_r, *b = s->b + channel * s->b_c;
-                const i64 b_c = s->b_c, b_j = s->b_j;
-                for (int j = s->offsets; j > 0; --j, a += a_j, b += b_j) {
-                    V av[n];
-                    for (int r = 0; r < n; ++r) av[r] = S::load_once(a + r * a_r);
-                    for (int c = 0; c < C; ++c) {
-                        const V bv = n > 1 ? S::load_once(b + c * b_c) : S::load(b + c * b_c);
-                        for (int r = 0; r < n; ++r) acc[first + r][c] += av[r] * bv;
-                    }
-                }
-            };
-            static_assert(ROWS == 4, "the cases below");
-            switch (s->first * 8 + s->rows) {
-                case 1: add(Int<0>{}, Int<1>{}); break;
-                case 2: add(Int<0>{}, Int<2>{}); break;
-                case 3: add(Int<0>{}, Int<3>{}); break;
-                case 4: add(Int<0>{}, Int<4>{}); break;
-                case 9: add(Int<1>{}, Int<1>{}); break;
-                case 10: add(Int<1>{}, Int<2>{}); break;
-                case 11: add(Int<1>{}, Int<3>{}); break;
-                case 17: add(Int<2>{}, Int<1>{}); break;
-                case 18: add(Int<2>{}, Int<2>{}); break;
-                case 25: add(Int<3>{}, Int<1>{}); break;
-            }
-        }
-        for (int r = 0; r < ROWS; ++r)
-            if (r < rows)
-                for (int c = 0; c < C; ++c) S::store(to + r * to_r + (channel + c) * to_c, acc[r][c] * factor[r]);
-    }
-
     template <bool RING>
     void weigh_channels(const Step* steps, int count, int rows, i64 from, i64 until, const V* factor, T* to) const {
         const i64 to_r = D * pitch, a_r = i64(K) * plane;
         i64 c = from;
         for (; c + kChannels <= until; c += kChannels)
-            weigh<kChannels, RING>(steps, count, rows, c, factor, a_r, plane, to, to_r, pitch);
-        for (; c < until; ++c) weigh<1, RING>(steps, count, rows, c, factor, a_r, plane, to, to_r, pitch);
+            P::template weigh<kChannels, RING>(steps, count, rows, c, factor, a_r, plane, to, to_r, pitch);
+        for (; c < until; ++c) P::template weigh<1, RING>(steps, count, rows, c, factor, a_r, plane, to, to_r, pitch);
     }
 
     // -- one tile -----------------------------------------------------------------------------------------------------
@@ -405,7 +208,7 @@ struct Kernel : Simd<T, L> {
             for (int j0 = 0; j0 < K; j0 += score_width(ROWS)) {
                 with_constant<score_width(ROWS)>(std::min(K - j0, score_width(ROWS)), [&](auto n) INLINE_LAMBDA {
                     V acc[ROWS][decltype(n)::value] = {};
-                    multiply(acc, s.tile_query + part * half * ROWS * L, L, ROWS * L,
+                    P::multiply(acc, s.tile_query + part * half * ROWS * L, L, ROWS * L,
                              s.embedding + (part * half * K + j0) * L, L, i64(K) * L, half);
                     for (int r = 0; r < ROWS; ++r)
                         for (int j = 0; j < decltype(n)::value; ++j) S::store(to + (r * K + j0 + j) * L, acc[r][j]);
@@ -442,7 +245,7 @@ struct Kernel : Simd<T, L> {
                 const V bias = S::load(row + r * row_step);
                 for (int j = 0; j < J; ++j) acc[r][j] = bias + S::load(col + r * col_step + j * L);
             }
-            if (has_key) multiply(acc, scratch.tile_query + first * L, L, ROWS * L, t.key[s] + j0 * G, G, pitch, D);
+            if (has_key) P::multiply(acc, scratch.tile_query + first * L, L, ROWS * L, t.key[s] + j0 * G, G, pitch, D);
             if (t.edge)
                 for (int j = 0; j < J; ++j)
                     for (int r = 0; r < R; ++r) acc[r][j] = S::pick(live[t.v * K + j0 + j], acc[r][j], lowest);
@@ -548,7 +351,7 @@ struct Kernel : Simd<T, L> {
         each_block(t, [&](auto rows, auto width, int s, int first, int j0) INLINE_LAMBDA {  // P -> dS
             constexpr int R = decltype(rows)::value, J = decltype(width)::value;
             V acc[R][J] = {};
-            multiply(acc, scratch.tile_grad + first * L, L, ROWS * L, t.value[s] + j0 * G, G, pitch, D);
+            P::multiply(acc, scratch.tile_grad + first * L, L, ROWS * L, t.value[s] + j0 * G, G, pitch, D);
             T* p = scratch.tile + ((s * K + j0) * ROWS + first) * L;
             for (int r = 0; r < R; ++r) {
                 const V delta = t.delta[first + r];
@@ -654,11 +457,11 @@ struct Kernel : Simd<T, L> {
             const int rows = std::min<i64>(ROWS, until - y0);
             for (; packed < std::min(H, y0 + rows + ahead); ++packed) {
                 const i64 slot = packed % key_slots * D * pitch;
-                if (has_key) pack(key, b, n, packed, D, 1, s.key + slot, pitch);
-                pack(value, b, n, packed, D, 1, s.value + slot, pitch);
+                if (has_key) packing.pack(key, b, n, packed, D, 1, s.key + slot, pitch);
+                packing.pack(value, b, n, packed, D, 1, s.value + slot, pitch);
             }
             T* q = s.query + y0 % query_slots * D * pitch;
-            for (int r = 0; r < rows; ++r) pack(query, b, n, y0 + r, D, scale, q + r * D * pitch, pitch);
+            for (int r = 0; r < rows; ++r) packing.pack(query, b, n, y0 + r, D, scale, q + r * D * pitch, pitch);
             const bool coarse = backward && prepare_rows(s, b, n, y0, rows);
             for (int v = 0; v < vectors; ++v) {
                 const Tile t = tile_at(s, y0, rows, v, coarse);
@@ -671,8 +474,8 @@ struct Kernel : Simd<T, L> {
             }
             for (int r = 0; r < rows; ++r) {
                 const Map<T>& to = backward ? grad_query : out;
-                unpack(s.rows + r * D * pitch, pitch, b, n, y0 + r, D, backward ? scale : T(1), to);
-                if (!backward) unpack(s.lse + r * lanes, lanes, b, n, y0 + r, 1, 1, lse);
+                packing.unpack(s.rows + r * D * pitch, pitch, b, n, y0 + r, D, backward ? scale : T(1), to);
+                if (!backward) packing.unpack(s.lse + r * lanes, lanes, b, n, y0 + r, 1, 1, lse);
             }
             if (!backward) continue;
             if (has_rel) add_embedding_gradients(s, y0, rows);
@@ -712,9 +515,9 @@ struct Kernel : Simd<T, L> {
         V largest = {};
         for (int r = 0; r < rows; ++r) {
             T* grad = s.grad + (y0 % query_slots + r) * D * pitch;
-            pack(grad_out, b, n, y0 + r, D, 1, grad, pitch);
-            pack(out_read, b, n, y0 + r, D, 1, s.row, pitch);
-            pack(lse_read, b, n, y0 + r, 1, 1, s.lse + r * lanes, lanes);
+            packing.pack(grad_out, b, n, y0 + r, D, 1, grad, pitch);
+            packing.pack(out_read, b, n, y0 + r, D, 1, s.row, pitch);
+            packing.pack(lse_read, b, n, y0 + r, 1, 1, s.lse + r * lanes, lanes);
             for (i64 at = 0; at < lanes; at += L) {
                 V total = {}, poison = {};
                 for (i64 c = 0; c < D; ++c) {
@@ -756,7 +559,7 @@ struct Kernel : Simd<T, L> {
                 weigh_channels<true>(steps, count, rows, 0, D, ones, s.rows + at);
             }
             for (int r = 0; r < rows; ++r)
-                unpack(s.rows + r * D * pitch, pitch, b, n, y0 + r, D, 1, part ? grad_key : grad_value);
+                packing.unpack(s.rows + r * D * pitch, pitch, b, n, y0 + r, D, 1, part ? grad_key : grad_value);
         }
     }
 
@@ -788,7 +591,7 @@ struct Kernel : Simd<T, L> {
                             for (int a = 0; a < C; ++a)
                                 for (int i = 0; i < J; ++i) acc[a][i] = S::load(to + (a * K + i) * L);
                             for (int r = 0; r < rows; ++r)
-                                multiply(acc, s.query + ((y0 % query_slots + r) * D + c) * pitch, pitch, L,
+                                P::multiply(acc, s.query + ((y0 % query_slots + r) * D + c) * pitch, pitch, L,
                                          sums + (r * K + i0) * lanes, lanes, L, vectors);
                             for (int a = 0; a < C; ++a)
                                 for (int i = 0; i < J; ++i) S::store(to + (a * K + i) * L, acc[a][i]);

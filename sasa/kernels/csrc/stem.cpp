@@ -13,7 +13,13 @@
 // One task owns one image, or a strip of one where there are few; the weights' gradients are summed from one partial per
 // task in fixed order, so results are the same bits for every thread count.
 
-#include "cpu.h"
+#include <cstddef>
+#include <limits>
+#include <new>
+#include <vector>
+
+#include "planes.h"
+#include "threads.h"
 
 namespace {
 
@@ -30,7 +36,7 @@ struct StemCall {  // one forward or backward call; cpu.py declares the same fie
 };
 
 template <class T, int L>
-struct Stem : Simd<T, L> {
+struct Stem {
     using S = Simd<T, L>;
     using V = typename S::V;
     using Mask = typename S::Mask;
@@ -43,6 +49,7 @@ struct Stem : Simd<T, L> {
     bool backward, sliding, zero, image_gradient, pooled;
     i64 B, H, W, N, D, M, side, P, back, ahead, strips, strip_rows, queries, vectors, lanes, pitch;
     const T *forms, *mixture, *weight;
+    Planes<T, L> planes;
     Map<const T> image, grad_out, index_read;
     Map<T> out, grad_image, index;
     std::vector<Mask> live;       // [vector][b]: lanes whose key in the window's column b takes part
@@ -65,6 +72,7 @@ struct Stem : Simd<T, L> {
         // The gradient of the image crosses strips of sliding windows, so an image is one strip then.
         const i64 step = sliding ? 1 : side, wanted = sliding && image_gradient ? 1 : (kEnoughTasks + B - 1) / B;
         strip_rows = round_up((H + wanted - 1) / wanted, step), strips = (H + strip_rows - 1) / strip_rows;
+        planes = {lanes};
         live.resize(vectors * side), real.resize(vectors * side), edge.resize(vectors);
         for (i64 v = 0; v < vectors; ++v)
             for (i64 b = 0; b < side; ++b)
@@ -110,90 +118,6 @@ struct Stem : Simd<T, L> {
             take(s.sum_weight, N * M * C * D * L);
         }
         return used * sizeof(T);
-    }
-
-    // -- rows of maps: lane l of plane q is column l * queries + q, of `width` -------------------------------------------
-
-    // Row y of `depth` channels -> to[q][channel][lane]; zeros in lanes beyond the map.
-    void pack(const Map<const T>& m, i64 b, i64 n, i64 y, i64 depth, T* to, i64 step, i64 plane, i64 queries, i64 W) const {
-        const T* from = m.p + b * m.b + n * m.n + y * m.y;
-        i64 whole = 0;  // lanes that are done four columns at a time
-        for (; m.x == 1 && queries == 4 && (whole + L) * 4 <= W; whole += L)
-            for (i64 c = 0; c < depth; ++c) {
-                V v[L];
-                for (i64 q = 0; q < 4; ++q) v[q] = S::load(from + c * m.c + whole * 4 + q * L);
-                S::template separate<4>(v);
-                for (i64 q = 0; q < 4; ++q) S::store(to + q * plane + c * step + whole, v[q]);
-            }
-        for (i64 q = 0; q < queries; ++q)
-            for (i64 lane = whole; lane < lanes; lane += L) {
-                const i64 count = std::clamp<i64>((W - q + queries - 1) / queries - lane, 0, L);
-                T* p = to + q * plane + lane;
-                if (m.c == 1 && depth >= L) {
-                    for (i64 c = 0; c < depth; c += L) {
-                        const i64 n_c = std::min<i64>(L, depth - c);
-                        V v[L];
-                        for (i64 l = 0; l < L; ++l) {
-                            const T* pixel = from + ((lane + l) * queries + q) * m.x + c;
-                            v[l] = l >= count ? V{} : n_c == L ? S::load(pixel) : S::load(pixel, n_c);
-                        }
-                        S::template interleave<L>(v);
-                        for (i64 k = 0; k < n_c; ++k) S::store(p + (c + k) * step, v[k]);
-                    }
-                    continue;
-                }
-                for (i64 c = 0; c < depth; ++c) {
-                    const T* row = from + c * m.c + (lane * queries + q) * m.x;
-                    if (m.x * queries == 1) {
-                        S::store(p + c * step, count == L ? S::load(row) : S::load(row, count));
-                    } else {
-                        V v{};
-                        for (i64 l = 0; l < count; ++l) v[l] = row[l * queries * m.x];
-                        S::store(p + c * step, v);
-                    }
-                }
-            }
-    }
-
-    // The inverse of `pack`; lanes beyond the map are not written.
-    void unpack(const T* from, i64 step, i64 plane, i64 b, i64 n, i64 y, i64 depth, const Map<T>& m, i64 queries,
-                i64 W) const {
-        T* to = m.p + b * m.b + n * m.n + y * m.y;
-        for (i64 lane = 0; lane < lanes; lane += L)
-            if (m.c == 1 && depth >= L) {
-                for (i64 q = 0; q < queries; ++q)
-                    for (i64 c = 0; c < depth; c += L) {
-                        const i64 n_c = std::min<i64>(L, depth - c), count = (W - q + queries - 1) / queries - lane;
-                        V v[L];
-                        for (i64 k = 0; k < L; ++k) v[k] = k < n_c ? S::load(from + q * plane + (c + k) * step + lane) : V{};
-                        S::template interleave<L>(v);
-                        for (i64 l = 0; l < std::min<i64>(L, count); ++l) {
-                            T* pixel = to + ((lane + l) * queries + q) * m.x + c;
-                            if (n_c == L)
-                                S::store(pixel, v[l]);
-                            else
-                                S::store(pixel, v[l], n_c);
-                        }
-                    }
-            } else if (m.x == 1 && queries == 4 && (lane + L) * 4 <= W) {
-                for (i64 c = 0; c < depth; ++c) {
-                    V v[L];
-                    for (i64 q = 0; q < 4; ++q) v[q] = S::load(from + q * plane + c * step + lane);
-                    S::template interleave<4>(v);
-                    for (i64 q = 0; q < 4; ++q) S::store(to + c * m.c + lane * 4 + q * L, v[q]);
-                }
-            } else {
-                for (i64 q = 0; q < queries; ++q)
-                    for (i64 c = 0; c < depth; ++c) {
-                        const T* p = from + q * plane + c * step + lane;
-                        T* row = to + c * m.c + (lane * queries + q) * m.x;
-                        const i64 count = (W - q + queries - 1) / queries - lane;
-                        if (m.x * queries == 1 && count >= L)
-                            S::store(row, S::load(p));
-                        else
-                            for (i64 l = 0; l < std::min<i64>(L, count); ++l) row[l * queries * m.x] = p[l];
-                    }
-            }
     }
 
     // -- one vector of queries ----------------------------------------------------------------------------------------
@@ -377,19 +301,19 @@ struct Stem : Simd<T, L> {
             if (first + r < 0 || first + r >= H)
                 std::fill_n(to, row_size, T(0));
             else
-                pack(image, b, 0, first + r, C, to + margin, pitch, C * pitch, queries, W);
+                planes.pack(image, b, 0, first + r, C, to + margin, pitch, C * pitch, queries, W);
         }
         if (image_gradient) std::fill_n(s.grad_pixels, rows * row_size + 2 * L, T(0));
         const i64 blocks = (W + queries - 1) / queries;
         for (i64 n = 0; pooled && backward && n < N; ++n) {
-            pack(grad_out, b, n, from / side, D, s.largest + n * D * lanes, lanes, 0, 1, blocks);
-            pack(index_read, b, n, from / side, D, s.place + n * D * lanes, lanes, 0, 1, blocks);
+            planes.pack(grad_out, b, n, from / side, D, s.largest + n * D * lanes, lanes, 0, 1, blocks);
+            planes.pack(index_read, b, n, from / side, D, s.place + n * D * lanes, lanes, 0, 1, blocks);
         }
         for (i64 y = from; y < until; ++y) {
             const i64 top = sliding ? y - back : from;  // the image's row of the window's first
             const Window window = {zero ? 0 : std::max<i64>(0, -top), zero ? side : std::min(side, H - top)};
             for (i64 n = 0; n < N; ++n) {
-                if (backward && !pooled) pack(grad_out, b, n, y, D, s.map, lanes, D * lanes, queries, W);
+                if (backward && !pooled) planes.pack(grad_out, b, n, y, D, s.map, lanes, D * lanes, queries, W);
                 for (i64 q = 0; q < queries; ++q)
                     for (i64 v = 0; v < vectors; ++v) {
                         const Place at = place(s.pixels, from, y, q, v);
@@ -401,15 +325,15 @@ struct Stem : Simd<T, L> {
                         if (backward) differentiate(s, n, map, window, at);
                     }
                 if (!backward && pooled) pool(s, n, y - from, sums);
-                if (!backward && !pooled) unpack(s.map, lanes, D * lanes, b, n, y, D, out, queries, W);
+                if (!backward && !pooled) planes.unpack(s.map, lanes, D * lanes, b, n, y, D, out, queries, W);
             }
         }
         for (i64 n = 0; pooled && !backward && n < N; ++n) {
-            unpack(s.largest + n * D * lanes, lanes, 0, b, n, from / side, D, out, 1, blocks);
-            unpack(s.place + n * D * lanes, lanes, 0, b, n, from / side, D, index, 1, blocks);
+            planes.unpack(s.largest + n * D * lanes, lanes, 0, b, n, from / side, D, out, 1, blocks);
+            planes.unpack(s.place + n * D * lanes, lanes, 0, b, n, from / side, D, index, 1, blocks);
         }
         for (i64 y = from; image_gradient && y < until; ++y)
-            unpack(s.grad_pixels + (y - first) * row_size + margin, pitch, C * pitch, b, 0, y, C, grad_image, queries, W);
+            planes.unpack(s.grad_pixels + (y - first) * row_size + margin, pitch, C * pitch, b, 0, y, C, grad_image, queries, W);
     }
 
     // A row of a head's output: the largest value of each block so far and its place; sums and sums of squares.
