@@ -14,7 +14,7 @@ Decisions where the paper is silent or ambiguous; each has a switch where ports 
                          the softmax, as ports do.
     scale of the logits  none, as in the paper. `scale=` multiplies them.
     downsampling         attention at the incoming resolution, then an average pool right after it, before its batch
-                         norm; rounds up, so any size works and meets the stride-2 shortcut.
+                         norm; rounds up, so any size works and matches the stride-2 shortcut.
     absolute position    2-D sinusoids (rows in the first half of the channels, columns in the second) added to the
                          layer's input, so to queries, keys and values, as Vaswani et al. 2017 do at their input.
     stem windows         `window="block"`: aligned 4x4 blocks that do not overlap (ImageNet form, followed by a 4x4 max

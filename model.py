@@ -180,7 +180,11 @@ class ResNet(StagedNetwork):
                     last.reset_parameters()
 
     def reset_classifier(self, num_classes: int) -> None:
-        """A new, freshly initialised `fc` for `num_classes` classes; 0: none, forward then gives pooled features."""
+        """A new, freshly initialised `fc` for `num_classes` classes; 0: none, forward then gives pooled features.
+
+        Raises:
+            ValueError: a negative number.
+        """
         if num_classes < 0:
             raise ValueError(f"num_classes={num_classes}: must be at least 0")
         like = next(self.parameters())
@@ -200,7 +204,11 @@ class ResNet(StagedNetwork):
         return self.forward_head(self.forward_features(x))
 
     def check_image(self, x: Tensor) -> None:
-        """Raises ValueError for an image that the network does not take; a trace of torch.fx has none to check."""
+        """Checks x (B, in_chans, H, W); a trace of torch.fx has none to check.
+
+        Raises:
+            ValueError: another rank, number of channels, or a side that the stages shrink to nothing.
+        """
         if is_proxy(x):
             return
         channels = getattr(self.stem[0], "in_channels", None)  # of the layer that is there, which may be another
@@ -253,6 +261,7 @@ def make_stem(
 
 
 def conv3x3(inplanes: int, planes: int, stride: int = 1) -> nn.Conv2d:
+    """(B, inplanes, H, W) -> (B, planes, ceil(H / stride), ceil(W / stride)), without bias."""
     return nn.Conv2d(inplanes, planes, 3, stride, padding=1, bias=False)
 
 
@@ -273,7 +282,11 @@ def _error_prefix(prefix: str):
 
 
 def _check_fits_a_stage(options: dict) -> None:
-    """Raises the ValueError of `LocalAttention2d` where no stage could be attention with these options."""
+    """Checks that some stage can be attention with these options.
+
+    Raises:
+        ValueError: that of `LocalAttention2d`.
+    """
     errors = []
     for planes in PLANES:
         try:

@@ -144,7 +144,7 @@ class StagedNetwork(nn.Module):
 
         Raises:
             RuntimeError: the stem is frozen and layer1 is not. torchvision's `trainable_layers` reaches that by 4 and
-                by 5, since it knows a first layer as conv1 and bn1 only, and 5 would freeze what it says it trains.
+                by 5, since it knows a first layer as conv1 and bn1 only, and 5 would freeze the stem without a word.
         """
         stem, first = ([p.requires_grad for p in part.parameters()] for part in (self.stem, self.layer1))
         if any(first) and not any(stem):

@@ -12,7 +12,11 @@ import model
 
 
 def _build(name: str, pretrained: bool, options: dict) -> model.ResNet:
-    """Raises ValueError for pretrained=True: there are no such weights."""
+    """The network; timm's own options, which say where pretrained weights would come from, have no effect.
+
+    Raises:
+        ValueError: pretrained=True, for there are no such weights.
+    """
     if pretrained:
         raise ValueError(f"pretrained=True: there are no pretrained weights of {name}")
     for timms in ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"):  # where weights would come from

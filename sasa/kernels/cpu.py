@@ -50,7 +50,11 @@ def forward(
     rel_col: Tensor | None,
     options: AttentionOptions,
 ) -> tuple[Tensor, Tensor]:
-    """-> out (B, N, D, H, W) in query's dtype and layout, log-sum-exp of the logits (B, N, H, W) in fp32 or fp64."""
+    """See `interface.Backend.forward`; `out` has query's layout.
+
+    Raises:
+        MemoryError: there is none for the scratch.
+    """
     out = empty_like_map(query)
     q, k, v, rows, cols = (_widen(x) for x in (query, key, value, rel_row, rel_col))
     wide_out = out if out.dtype == q.dtype else empty_like_map(q)
@@ -73,9 +77,10 @@ def backward(
     options: AttentionOptions,
     into: Targets | None = None,
 ) -> Gradients:
-    """Gradients of query, key, value, rel_row, rel_col (None where the input is None).
+    """See `interface.Backend.backward`.
 
-    into: (query's, key's or None, value's) tensors of any strides to write instead of new ones.
+    Raises:
+        MemoryError: there is none for the scratch.
     """
     targets = into or tuple(None if x is None else empty_like_map(query) for x in (query, key, value))
     g, q, k, v, rows, cols, o = (_widen(x) for x in (grad_out, query, key, value, rel_row, rel_col, out))
@@ -140,7 +145,12 @@ def _functions(dtype: torch.dtype):
 
 
 def _check_result(result: int) -> None:
-    """Raises the error that enum Result of csrc/maps.h names."""
+    """The result of a call, as enum Result of csrc/maps.h has it.
+
+    Raises:
+        MemoryError: there was none for the scratch.
+        RuntimeError: the library has other fields of a call.
+    """
     if result == 1:
         raise MemoryError("the CPU kernel could not allocate its scratch memory")
     if result:
@@ -178,8 +188,13 @@ def _attend(query, key, value, rel_row, rel_col, out, lse, options: AttentionOpt
 # The stem (the arguments are those of sasa/kernels/stem.py) ----------------------------------------------------------
 
 
-def stem_forward(weights, x, window: str, border: str, out: Tensor, index: Tensor | None = None):
-    """Writes `out` (B, N * D, H, W), of fp32 or fp64.
+StemWeights = tuple[Tensor, Tensor, Tensor]  # forms (N, C, C), mixture (P, M), value_weight (M, N * D, C)
+
+
+def stem_forward(
+    weights: StemWeights, x: Tensor, window: str, border: str, out: Tensor, index: Tensor | None = None
+) -> Tensor | None:
+    """Writes `out` (B, N * D, H, W) from x (B, C, H, W), of fp32 or fp64.
 
     With `index`, `out` is the largest value of each block (B, N * D, ceil(H / S), ceil(W / S)), `index` (like it) that
     value's place in the block, and the mean and variance over the map are returned, (2, N * D) in fp64.
@@ -190,7 +205,16 @@ def stem_forward(weights, x, window: str, border: str, out: Tensor, index: Tenso
     return moments
 
 
-def stem_backward(weights, x, window: str, border: str, grad_out, grad_x=None, index=None, slopes=None):
+def stem_backward(
+    weights: StemWeights,
+    x: Tensor,
+    window: str,
+    border: str,
+    grad_out: Tensor,
+    grad_x: Tensor | None = None,
+    index: Tensor | None = None,
+    slopes: Tensor | None = None,
+) -> list[Tensor]:
     """Gradients of the weights; that of x is written to `grad_x` unless it is None.
 
     With `index`, grad_out is of the largest values; slopes (2, N * D) adds slopes[0] + slopes[1] * value at each pixel.

@@ -33,7 +33,11 @@ def backends() -> dict[str, str | None]:
 
 
 def check_name(backend: str) -> None:
-    """Raises ValueError unless `backend` is "auto" or the name of a backend."""
+    """Checks that `backend` is "auto" or the name of a backend.
+
+    Raises:
+        ValueError: it is neither.
+    """
     if backend != "auto" and backend not in MODULES:
         raise ValueError(f"backend={backend!r}: allowed are {', '.join(('auto', *MODULES))}")
 

@@ -108,7 +108,7 @@ def forward(
     rel_col: Tensor | None,
     options: AttentionOptions,
 ) -> tuple[Tensor, Tensor]:
-    """-> out (B, N, D, H, W) in the input's dtype, log-sum-exp of the logits (B, N, H, W) in the accumulation dtype."""
+    """See `interface.Backend.forward`."""
     scores = logits(query, key, rel_row, rel_col, options)
     lse = scores.flatten(-2).logsumexp(-1)
     attn = window_softmax(scores)
@@ -128,7 +128,7 @@ def backward(
     options: AttentionOptions,
     into: Targets | None = None,
 ) -> Gradients:
-    """Gradients of query, key, value, rel_row, rel_col (None where the input is None), see sasa/kernels/interface.py.
+    """See `interface.Backend.backward`.
 
     Written out, not left to autograd: an operator's implementation runs below it.
     """

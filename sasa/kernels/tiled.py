@@ -102,10 +102,12 @@ class Tiling(NamedTuple):
     band: int  # tile rows of a chunk; below rows.count only where group is 1
 
     def chunks(self, maps: int) -> Iterator[slice]:
+        """Which of the `maps` each chunk takes."""
         for start in range(0, maps, self.group):
             yield slice(start, min(start + self.group, maps))
 
     def bands(self) -> Iterator[slice]:
+        """Which rows of tiles each chunk of a map takes."""
         for start in range(0, self.rows.count, self.band):
             yield slice(start, min(start + self.band, self.rows.count))
 
@@ -117,6 +119,7 @@ def both(by_row: Tensor, by_col: Tensor) -> Tensor:
 
 
 def make_tiling(query: Tensor, kernel_size: int, border: str, tame: bool) -> Tiling:
+    """How a call with this query (B, N, D, H, W) is cut; without `tame`, pairs outside a window are cut out."""
     halo = border == "zero" or not tame
     rows, cols = (cut(length, kernel_size, halo) for length in query.shape[-2:])
     row_mask, col_mask = (
@@ -142,14 +145,22 @@ def make_tiling(query: Tensor, kernel_size: int, border: str, tame: bool) -> Til
     return Tiling(rows, cols, row_mask, col_mask, pairs, visible, group, band)
 
 
-def is_tame(query, key, value, rel_row, rel_col, scale: float, grad_out=None) -> bool:
+def is_tame(
+    query: Tensor,
+    key: Tensor | None,
+    value: Tensor,
+    rel_row: Tensor | None,
+    rel_col: Tensor | None,
+    scale: float,
+    grad_out: Tensor | None = None,
+) -> bool:
     """All finite, and products so small that masking by a sum is exact."""
 
-    def largest(*tensors) -> Tensor:
+    def largest(*tensors: Tensor | None) -> Tensor:
         low_high = [x.detach().aminmax() for x in tensors if x is not None]
         return sum(torch.maximum(-low, high).to(accumulate_dtype(low.dtype)) for low, high in low_high)
 
-    if query.numel() == 0 or query.device.type == "cuda":  # there, to look would stop the host until the GPU is done
+    if query.numel() == 0 or query.device.type == "cuda":  # there the answer would keep the host waiting
         return True
     bound = largest(query) * (largest(key, rel_row, rel_col) * abs(scale)) + largest(value)
     if grad_out is not None:
@@ -182,6 +193,7 @@ def pad_queries(x: Tensor, tiling: Tiling, dtype: torch.dtype) -> Tensor:
 
 
 def pad_keys(x: Tensor, tiling: Tiling, dtype: torch.dtype) -> Tensor:
+    """Zeros around the map that make every patch whole: (G, C, H, W) -> (G, C, ..)."""
     padding = (*tiling.cols.padding, *tiling.rows.padding)
     return F.pad(x.to(dtype), padding) if any(padding) else x.to(dtype)
 
@@ -253,7 +265,14 @@ def relative_logits(query: Tensor, relative: tuple[Tensor, Tensor] | None, tilin
     return by_row.view(shape).transpose(2, 3), by_col.view(shape).transpose(2, 3)
 
 
-def logits(query: Tensor, tiles: Tensor, keys: Tensor | None, relative, band: slice, tiling: Tiling) -> Tensor:
+def logits(
+    query: Tensor,
+    tiles: Tensor,
+    keys: Tensor | None,
+    relative: tuple[Tensor, Tensor] | None,
+    band: slice,
+    tiling: Tiling,
+) -> Tensor:
     """Masked logits of a chunk: query (G, D, rows, W), the same as tiles (T, D, Q), keys (T, D, P) -> (T, Q, P)."""
     rows, cols = tiling.rows, tiling.cols
     by_row, by_col = relative_logits(query, relative, tiling)
@@ -276,6 +295,7 @@ def logits(query: Tensor, tiles: Tensor, keys: Tensor | None, relative, band: sl
 
 
 def softmax(scores: Tensor, pairs: Tensor | None) -> Tensor:
+    """Over the keys of a patch: (T, Q, P) -> (T, Q, P); 0 where `pairs` is False."""
     attn = scores.softmax(-1)
     if pairs is None:
         return attn
@@ -283,6 +303,7 @@ def softmax(scores: Tensor, pairs: Tensor | None) -> Tensor:
 
 
 def softmax_backward(grad: Tensor, attn: Tensor, pairs: Tensor | None) -> Tensor:
+    """Gradient of the logits from that of `attn`: (T, Q, P) -> (T, Q, P)."""
     if pairs is not None:
         grad = grad.unflatten(0, (-1, pairs.shape[0])).masked_fill(~pairs, 0).flatten(0, 1)
     return torch.ops.aten._softmax_backward_data(grad, attn, -1, attn.dtype)
@@ -306,7 +327,7 @@ def forward(
     rel_col: Tensor | None,
     options: AttentionOptions,
 ) -> tuple[Tensor, Tensor]:
-    """-> out (B, N, D, H, W) in the input's dtype, log-sum-exp of the logits (B, N, H, W) in the accumulation dtype."""
+    """See `interface.Backend.forward`."""
     kernel_size, border, scale = options
     tiling = make_tiling(query, kernel_size, border, is_tame(query, key, value, rel_row, rel_col, scale))
     acc = accumulate_dtype(query.dtype)
@@ -355,7 +376,7 @@ def backward(
     options: AttentionOptions,
     into: Targets | None = None,
 ) -> Gradients:
-    """Gradients of query, key, value, rel_row, rel_col (None where the input is None), without `out` and `lse`."""
+    """See `interface.Backend.backward`; `out` and `lse` are not needed."""
     kernel_size, border, scale = options
     tiling = make_tiling(query, kernel_size, border, is_tame(query, key, value, rel_row, rel_col, scale, grad_out))
     rows, cols, acc = tiling.rows, tiling.cols, accumulate_dtype(query.dtype)

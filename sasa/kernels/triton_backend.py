@@ -38,6 +38,7 @@ SMALLEST_SCALE = 1e-20  # of logits: times MASKED in triton_kernels.py it still 
 
 
 def interpreted() -> bool:
+    """Whether Triton's interpreter is on: the kernels then take CPU tensors."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -145,8 +146,8 @@ def _room(maps: tuple[Tensor | None, ...], targets: tuple[Tensor | None, ...]) -
 # Launches ------------------------------------------------------------------------------------------------------------
 
 
-def device(x: Tensor):
-    """Triton launches on the current device."""
+def device(x: Tensor) -> contextlib.AbstractContextManager:
+    """A context in which the device of x is the current one, on which Triton launches."""
     return torch.cuda.device(x.device) if x.device.type == "cuda" else contextlib.nullcontext()
 
 
@@ -219,7 +220,7 @@ def forward(
     rel_col: Tensor | None,
     options: AttentionOptions,
 ) -> tuple[Tensor, Tensor]:
-    """-> out (B, N, D, H, W) in the input's dtype, channels innermost; log-sum-exp of the logits (B, N, H, W), fp32.
+    """See `interface.Backend.forward`; `out` has channels innermost.
 
     Raises:
         ValueError: a size is beyond the kernels' limits.
@@ -249,9 +250,7 @@ def backward(
     options: AttentionOptions,
     into: Targets | None = None,
 ) -> Gradients:
-    """Gradients of query, key, value, rel_row, rel_col (None where the input is None).
-
-    The first three are written to the tensors of `into` (any strides) unless that is None.
+    """See `interface.Backend.backward`.
 
     Raises:
         ValueError: a size is beyond the kernels' limits.

@@ -74,6 +74,7 @@ class Sizes(NamedTuple):
 
     @property
     def programs(self) -> int:
+        """Of a launch: a tile of an image each."""
         return self.batch * self.tiles
 
     @property
@@ -102,7 +103,7 @@ def exceeded(shape: tuple[int, ...], strides: tuple[int, ...]) -> str | None:
     return f"an image spans {span} elements in memory, it takes up to {LARGEST}" if span > LARGEST else None
 
 
-def _sizes(weights, x: Tensor, window: str, *maps: Tensor) -> Sizes:
+def _sizes(weights: tuple[Tensor, Tensor, Tensor], x: Tensor, window: str, *maps: Tensor) -> Sizes:
     forms, mixture, weight = weights
     for y in (x, *maps):
         if reason := exceeded(y.shape, y.stride()):
@@ -127,7 +128,14 @@ def _options(sizes: Sizes, border: str, pooled: bool) -> dict:
     return constants(sizes, border == "mask", pooled) | launch | triton_backend.compiler_options()
 
 
-def forward(weights, x: Tensor, window: str, border: str, out: Tensor, index: Tensor | None = None) -> Tensor | None:
+def forward(
+    weights: tuple[Tensor, Tensor, Tensor],
+    x: Tensor,
+    window: str,
+    border: str,
+    out: Tensor,
+    index: Tensor | None = None,
+) -> Tensor | None:
     """Writes `out` (B, N * D, H, W).
 
     With `index`, `out` is the largest value of each block (B, N * D, ceil(H / S), ceil(W / S)), `index` (of its shape
@@ -137,6 +145,9 @@ def forward(weights, x: Tensor, window: str, border: str, out: Tensor, index: Te
     Args:
         weights: forms (N, C, C), mixture (P, M), value_weight (M, N * D, C), as in sasa/kernels/stem.py, fp32.
         x: (B, C, H, W), fp32, any strides.
+
+    Raises:
+        ValueError: an image spans more memory than the kernel's offsets reach.
     """
     forms, mixture, weight = (y.contiguous() for y in weights)
     sizes, pooled = _sizes((forms, mixture, weight), x, window, out), index is not None
@@ -174,11 +185,21 @@ def _pixels(sizes: Sizes, device: torch.device) -> Tensor:
 
 
 def backward(
-    weights, x: Tensor, window: str, border: str, grad_out, grad_x=None, index=None, slopes=None
+    weights: tuple[Tensor, Tensor, Tensor],
+    x: Tensor,
+    window: str,
+    border: str,
+    grad_out: Tensor,
+    grad_x: Tensor | None = None,
+    index: Tensor | None = None,
+    slopes: Tensor | None = None,
 ) -> list[Tensor]:
     """Gradients of the weights; that of x is written to `grad_x` unless it is None.
 
     With `index`, grad_out is of the largest values; slopes (2, N * D) adds slopes[0] + slopes[1] * value at each pixel.
+
+    Raises:
+        ValueError: as `forward`.
     """
     forms, mixture, weight = (y.contiguous() for y in weights)
     if index is not None and grad_out.stride() != index.stride():

@@ -179,6 +179,7 @@ def show(kernel_size: int = 7) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """The command line; -> exit code."""
     parser = console.Parser(prog="python -m sasa.kernels.tune", description=__doc__.splitlines()[0])
     parser.add_argument("command", choices=("count", "choose", "show", "roofline"))
     parser.add_argument(

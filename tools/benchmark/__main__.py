@@ -29,6 +29,11 @@ DTYPES = ("float32", "float64", "bfloat16", "float16")
 
 
 def parse_shapes(text: str) -> tuple[tuple[int, int, int], ...]:
+    """Of --shapes.
+
+    Raises:
+        argparse.ArgumentTypeError: neither a name nor three numbers that fit.
+    """
     named = {"paper": PAPER, "cifar": CIFAR, "all": PAPER + CIFAR}
     if text in named:
         return named[text]
@@ -42,10 +47,12 @@ def parse_shapes(text: str) -> tuple[tuple[int, int, int], ...]:
 
 
 def batch_size(text: str) -> int | str:
+    """Of --batch-size: "auto" or a number above 0."""
     return text if text == "auto" else positive(text)
 
 
 def parse(argv: list[str] | None) -> tuple[Parser, argparse.Namespace]:
+    """The parser and what it made of the command line."""
     parser = Parser("python -m tools.benchmark", description=__doc__.splitlines()[0])
     parser.add_argument("--shapes", type=parse_shapes, metavar="paper|cifar|all|B,C,H", help="only the layers of these")
     parser.add_argument("--network", action="store_true", help="only the networks: ResNet26, 38 and 50, with peaks")
@@ -65,6 +72,7 @@ def parse(argv: list[str] | None) -> tuple[Parser, argparse.Namespace]:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """The command line; -> exit code."""
     parser, args = parse(argv)
     if args.plan and args.batch_size == "auto":
         parser.error("--batch-size auto: --plan needs a number")
@@ -86,8 +94,8 @@ def main(argv: list[str] | None = None) -> int:
         torch.set_num_threads(args.threads)
     bench = Bench(args, device, backends)
     result: dict = {"machine": machine(device), "dtype": args.dtype, "rounds": bench.rounds, "backends": backends}
-    bench.say("  ".join(f"{key} {value}" for key, value in result["machine"].items()))
-    bench.say(f"device {device}  {args.dtype}  rounds {bench.rounds}  backends {', '.join(backends)}")
+    bench.print("  ".join(f"{key} {value}" for key, value in result["machine"].items()))
+    bench.print(f"device {device}  {args.dtype}  rounds {bench.rounds}  backends {', '.join(backends)}")
     layers = not args.network and not args.plan
     if layers:
         rows = result["layers"] = benchmark_layers.layers(bench, args.shapes)
@@ -102,9 +110,9 @@ def main(argv: list[str] | None = None) -> int:
         result["network"] = benchmark_network.network(bench, names, args.batch_size)
     if layers:
         result["geometric_means"] = benchmark_layers.means(rows)
-        bench.say(f"\nGeometric means over {len(rows)} shapes (stride 1)")
+        bench.print(f"\nGeometric means over {len(rows)} shapes (stride 1)")
         for name, value in result["geometric_means"].items():
-            bench.say(f"  {name:<28} {value:8.3f}")
+            bench.print(f"  {name:<28} {value:8.3f}")
     if args.json:
         print(json_text(result, indent=1))
     return 0

@@ -43,20 +43,23 @@ def step(function: Callable, leaves: Sequence[torch.Tensor], shape: Sequence[int
     return lambda: torch.autograd.grad(function(*leaves), leaves, direction)
 
 
-def conv_step(b: int, c: int, h: int, stride: int, device, dtype) -> Callable:
+def conv_step(b: int, c: int, h: int, stride: int, device: torch.device, dtype: torch.dtype) -> Callable:
+    """Forward and backward of the 3x3 convolution of a (b, c, h, h) map."""
     x, weight = torch.randn(b, c, h, h, device=device, dtype=dtype), torch.randn(c, c, 3, 3, device=device, dtype=dtype)
     side = -(-h // stride)
     return step(lambda x, w: F.conv2d(x, w, stride=stride, padding=1), (x, weight / (9 * c) ** 0.5), (b, c, side, side))
 
 
-def core_step(b: int, c: int, h: int, k: int, backend: str, device, dtype) -> Callable:
+def core_step(b: int, c: int, h: int, k: int, backend: str, device: torch.device, dtype: torch.dtype) -> Callable:
+    """Forward and backward of local attention alone, on maps of c channels in all heads."""
     d = c // HEADS
     shapes = [(b, HEADS, d, h, h)] * 3 + [(HEADS, d // 2, k)] * 2
     leaves = [torch.randn(shape, device=device, dtype=dtype) * d**-0.25 for shape in shapes]
     return step(lambda *leaves: kernels.local_attention(*leaves, kernel_size=k, backend=backend), leaves, shapes[0])
 
 
-def layer_step(b: int, c: int, h: int, stride: int, backend: str, device, dtype) -> Callable:
+def layer_step(b: int, c: int, h: int, stride: int, backend: str, device: torch.device, dtype: torch.dtype) -> Callable:
+    """Forward and backward of the layer with its projections, and its pool where stride is above 1."""
     layer = LocalAttention2d(c, c, WINDOW, stride=stride, num_heads=HEADS, backend=backend).to(device, dtype)
     names = [name for name, _ in layer.named_parameters()]
     x = torch.randn(b, c, h, h, device=device, dtype=dtype)
@@ -107,17 +110,19 @@ def measure_row(bench: Bench, calls: dict[str, tuple], memory: bool = True) -> d
 
 
 def print_row(bench: Bench, label: str, row: dict) -> None:
+    """A line for each candidate of a row."""
     for i, (name, figures) in enumerate(row.items()):
         r, peak = figures["ratio"], figures["peak_mib"]
         text = f"{label if i == 0 else '':<16} {name:<18} {figures['ms']:>9.1f} {r['median']:>8.3f}"
         text += f" {r['low']:>8.3f} ..{r['high']:>7.3f}"
-        bench.say(text + ("" if peak is None else f" {peak:>9.1f}"))
+        bench.print(text + ("" if peak is None else f" {peak:>9.1f}"))
 
 
 def head(bench: Bench, title: str, label: str) -> None:
-    bench.say(f"\n{title}")
+    """Title and head of a table."""
+    bench.print(f"\n{title}")
     columns = f"{label:<16} {'candidate':<18} {'ms':>9} {'/ conv':>8} {'lowest .. highest':>18} {'peak MiB':>9}"
-    bench.say(columns + "\n" + "-" * len(columns))
+    bench.print(columns + "\n" + "-" * len(columns))
 
 
 def layers(bench: Bench, shapes: Sequence[tuple[int, int, int]] | None = None) -> list[dict]:
@@ -138,6 +143,7 @@ def layers(bench: Bench, shapes: Sequence[tuple[int, int, int]] | None = None) -
 
 
 def strided(bench: Bench) -> list[dict]:
+    """A row for each first block of stages 2 to 4."""
     head(bench, "First blocks of stages 2 to 4: attention and 2x2 pool beside the stride-2 convolution", "B, C, H in")
     rows = []
     for b, c, h in STRIDED[:1] if bench.quick else STRIDED:
@@ -151,9 +157,9 @@ def strided(bench: Bench) -> list[dict]:
 
 def scaling(bench: Bench) -> list[dict]:
     """Exponents: 1 is linear; for K they are against K * K, the size of the window."""
-    bench.say("\nScaling of the core; each series grows one thing, the others stay")
+    bench.print("\nScaling of the core; each series grows one thing, the others stay")
     columns = f"{'backend':<10} {'grows':<6} {'B, C, H, K':<16} {'ms':>9} {'ns / pixel':>11} {'peak MiB':>9}"
-    bench.say(columns + "\n" + "-" * len(columns))
+    bench.print(columns + "\n" + "-" * len(columns))
     rows = []
     for backend in bench.fast[:1] if bench.quick else bench.fast:
         for what, series in SCALING.items():
@@ -164,7 +170,7 @@ def scaling(bench: Bench) -> list[dict]:
             for (b, c, h, k), ms, peak in zip(series, milliseconds, peaks, strict=True):
                 label = f"{b}, {c}, {h}, {k}"
                 text = f"{backend:<10} {what:<6} {label:<16} {ms:>9.1f} {ms * 1e6 / (b * h * h):>11.1f}"
-                bench.say(text + f" {'?' if peak is None else f'{peak:.1f}':>9}")
+                bench.print(text + f" {'?' if peak is None else f'{peak:.1f}':>9}")
             first, last = series[0], series[-1]
             factor = math.log(math.prod((last[0], last[2] ** 2, last[3] ** 2)))
             factor -= math.log(math.prod((first[0], first[2] ** 2, first[3] ** 2)))
@@ -172,7 +178,7 @@ def scaling(bench: Bench) -> list[dict]:
             memory = math.log(peaks[-1] / peaks[0]) / factor if peaks[0] and peaks[-1] else None
             shown = "?" if memory is None else f"{memory:.2f}"
             axis = "(K*K)" if what == "K" else f"({what})"
-            bench.say(f"{'':<10} time grows as {axis}^{exponent:.2f}, memory as {axis}^{shown}")
+            bench.print(f"{'':<10} time grows as {axis}^{exponent:.2f}, memory as {axis}^{shown}")
             rows.append(
                 {"backend": backend, "grows": what, "series": series, "ms": milliseconds, "peak_mib": peaks,
                  "time_exponent": exponent, "memory_exponent": memory}

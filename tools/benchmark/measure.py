@@ -49,6 +49,7 @@ def ratio(times: Sequence[float], base: Sequence[float]) -> dict[str, float]:
 
 
 def geometric_mean(values: Sequence[float]) -> float:
+    """Of numbers above 0."""
     return math.exp(statistics.fmean(math.log(v) for v in values))
 
 
@@ -126,12 +127,15 @@ class Bench:
         self.fast = [name for name in backends if name != "reference"]
         self.target = sys.stderr if args.json else sys.stdout
 
-    def say(self, *words: str) -> None:
+    def print(self, *words: str) -> None:
+        """Prints a line of the tables."""
         print(*words, file=self.target, flush=True)
 
     def sync(self) -> None:
+        """Waits until a GPU has done what was launched."""
         if self.device.type == "cuda":
             torch.cuda.synchronize()
 
     def time(self, candidates: dict[str, Callable]) -> dict[str, list[float]]:
+        """Seconds of each candidate's calls, round by round."""
         return interleave(candidates, self.rounds, time.perf_counter, self.sync, few=("unfold",))

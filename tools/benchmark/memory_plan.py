@@ -16,7 +16,7 @@ from tools.benchmark.measure import Bench
 from tools.benchmark.network import FORMS
 
 
-def kept_by_stage(name: str, options: dict, form: str, batch: int, side: int, dtype) -> dict[str, int]:
+def kept_by_stage(name: str, options: dict, form: str, batch: int, side: int, dtype: torch.dtype) -> dict[str, int]:
     """Bytes that a forward keeps for its backward, by stage; each storage once, weights not. On the meta device."""
     small = form == "CIFAR"
     with torch.device("meta"):
@@ -67,22 +67,24 @@ def memory_plan(bench: Bench, batch_size: int | None = None, form: str = "ImageN
         for stage, (channels, height) in layers.items():
             call = (batch, channels, height, WINDOW, backend, bench.device, bench.dtype)
             work[backend][stage] = peak_memory("core", call, bench.device)
-    bench.say(f"\n{name}, {form} form, {batch} images of {side}x{side}, {bench.dtype}: MiB of a training step with SGD")
+    bench.print(
+        f"\n{name}, {form} form, {batch} images of {side}x{side}, {bench.dtype}: MiB of a training step with SGD"
+    )
     columns = f"{'stage':<10} {'kept, conv':>11} {'kept, attention':>16}" + "".join(
         f" {'work, ' + backend:>16}" for backend in work
     )
-    bench.say(columns + "\n" + "-" * len(columns))
+    bench.print(columns + "\n" + "-" * len(columns))
     for stage in kept["attention"]:
         text = f"{stage:<10} {kept['convolution'][stage]:>11.1f} {kept['attention'][stage]:>16.1f}"
         for backend in work:
             found = work[backend].get(stage)
             text += f" {'' if found is None else f'{found:.1f}':>16}"
-        bench.say(text)
+        bench.print(text)
     state = weights * element / mib
     total = {"convolution": state + sum(kept["convolution"].values())}
     for backend, stages in work.items():
         total[backend] = state + sum(kept["attention"].values()) + max(found or 0 for found in stages.values())
-    bench.say(
+    bench.print(
         f"weights, gradients, momentum {state:.1f}; in all: " + ", ".join(f"{k} {v:.0f}" for k, v in total.items())
     )
     return {"model": name, "form": form, "batch": batch, "image": side, "state_mib": state, "kept_mib": kept,

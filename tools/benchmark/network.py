@@ -28,7 +28,9 @@ def candidates(backend: str) -> dict[str, dict]:
     return nets | {"attention + stem": {"backend": backend, "stem_backend": backend, "stem": True}}
 
 
-def train_step(name: str, options: dict, form: str, batch: int, side: int, device, dtype) -> Callable:
+def train_step(
+    name: str, options: dict, form: str, batch: int, side: int, device: torch.device, dtype: torch.dtype
+) -> Callable:
     """One step of a network in memory, channels-last as train.py has it: a function that does it again and again."""
     small = form == "CIFAR"
     model = build(name, 10 if small else 1000, small_images=small, **options)
@@ -79,6 +81,7 @@ def largest_batch(fits: Callable[[int], bool], limit: int = LARGEST_BATCH) -> in
 
 
 def fits_on_gpu(*arguments) -> Callable[[int], bool]:
+    """Whether a step with so many images fits, by trying it. Arguments as train_step, without batch."""
     name, options, form, side, device, dtype = arguments
 
     def fits(batch: int) -> bool:
@@ -95,7 +98,15 @@ def fits_on_gpu(*arguments) -> Callable[[int], bool]:
 
 
 def fits_in_memory(available: float, *arguments) -> Callable[[int], bool]:
-    """By the peaks of two small batches, in a straight line: on a CPU a batch that does not fit ends the machine."""
+    """By the peaks of two small batches, in a straight line: on a CPU a batch that does not fit ends the machine.
+
+    Args:
+        available: MiB.
+        arguments: as train_step, without batch.
+
+    Raises:
+        RuntimeError: a step of few images failed.
+    """
     name, options, form, side, device, dtype = arguments
     few, more = (peak_of_step(name, options, form, batch, side, device, dtype) for batch in PROBES)
     if few is None or more is None:
@@ -111,7 +122,11 @@ def free_mib() -> float:
 
 
 def choose_batch(wanted: int | str | None, default: int, *arguments) -> int:
-    """`wanted` images, or by default; "auto": the largest batch that fits. Arguments as train_step, without batch."""
+    """`wanted` images, or by default; "auto": the largest batch that fits. Arguments as train_step, without batch.
+
+    Raises:
+        RuntimeError: not even one image fits.
+    """
     if wanted != "auto":
         return wanted or default
     device = arguments[-2]
@@ -127,10 +142,10 @@ def choose_batch(wanted: int | str | None, default: int, *arguments) -> int:
 
 def network(bench: Bench, names: tuple[str, ...], batch_size: int | str | None = None) -> list[dict]:
     """A row for each network; peaks, which take a process each, only with --network."""
-    bench.say("\nTraining step (SGD): / baseline: to the convolution baseline; / conv stem: to attention")
+    bench.print("\nTraining step (SGD): / baseline: to the convolution baseline; / conv stem: to attention")
     columns = f"{'form':<9} {'network':<34} {'batch':>5} {'images/s':>9} {'/ baseline':>10} {'lowest .. highest':>18}"
     columns += f" {'/ conv stem':>11} {'peak MiB':>9}"
-    bench.say(columns + "\n" + "-" * len(columns))
+    bench.print(columns + "\n" + "-" * len(columns))
     rows, backend = [], (bench.fast or bench.backends)[0]
     if bench.device.type == "cpu":
         memory.keep_freed()  # as train.py does
@@ -158,7 +173,7 @@ def _rows(bench, name: str, form: str, batch: int, side: int, backend: str, batc
         text = f"{form:<9} {label:<34} {batch:>5} {rate:>9.1f} {baseline['median']:>10.3f}"
         text += f" {baseline['low']:>8.3f} ..{baseline['high']:>7.3f} "
         text += f"{stem['median']:>11.3f}" if "stem" in net else " " * 11
-        bench.say(text + ("" if peak is None else f" {peak:>9.1f}"))
+        bench.print(text + ("" if peak is None else f" {peak:>9.1f}"))
         rows.append(
             {"form": form, "batch": batch, "image": side, "model": name, "network": net, "backend": backend,
              "images_per_s": rate, "ratio_to_baseline": baseline, "ratio_to_conv_stem": stem, "peak_mib": peak}

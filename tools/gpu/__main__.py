@@ -16,6 +16,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -46,6 +47,7 @@ ENDED = "the stage as a whole"  # unit that says why its process ended
 
 
 def parse(arguments: list[str] | None) -> tuple[Parser, argparse.Namespace]:
+    """The parser and what it made of the command line."""
     parser = Parser(
         "python -m tools.gpu",
         description="Everything that only a GPU can tell, in stages of at most nine minutes.",
@@ -66,11 +68,13 @@ def parse(arguments: list[str] | None) -> tuple[Parser, argparse.Namespace]:
     return parser, parser.parse_args(arguments)
 
 
-def of_doc(stage) -> str:
+def of_doc(stage: Callable) -> str:
+    """What a stage does: the first line of its docstring."""
     return (stage.__doc__ or "").split("\n")[0].rstrip(".")
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """The command line; -> exit code."""
     parser, args = parse(arguments)
     if not args.dry_run and not torch.cuda.is_available():
         parser.error("torch sees no CUDA device here; --dry-run walks the stages without one")
@@ -116,7 +120,11 @@ def name_of(device: str) -> str:
 
 
 def read(path: Path) -> dict[str, dict]:
-    """Raises OSError for a file that is not of results."""
+    """The results in a file; none where there is no file.
+
+    Raises:
+        OSError: the file cannot be read, or holds something else.
+    """
     if not path.exists():
         return {}
     try:
@@ -132,6 +140,7 @@ def stub_shell(command: list[str], seconds: float) -> subprocess.CompletedProces
 
 
 def make_lab(device: torch.device, is_dry: bool) -> Lab:
+    """What the stages share, on a GPU or on a dry run."""
     if is_dry:
         return Lab(device, "tiled", StubTimer(), stub_shell, dry=True)
     torch.cuda.set_device(device)

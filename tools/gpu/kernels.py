@@ -8,6 +8,7 @@ import io
 import platform
 import shutil
 import sys
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -49,6 +50,7 @@ DRY_FORMS = (Form(8, 6, 3), Form(16, 5, 13))
 
 
 def forms(lab: Lab) -> tuple[Form, ...]:
+    """Those of this walk."""
     return DRY_FORMS if lab.dry else FORMS
 
 
@@ -63,6 +65,11 @@ def machine(lab: Lab, stage: Stage) -> None:
 
 
 def versions(lab: Lab) -> dict:
+    """Of Python, torch and triton, and what the GPU is.
+
+    Raises:
+        RuntimeError: nvidia-smi failed.
+    """
     found = {"python": platform.python_version(), "torch": str(torch.__version__)}
     try:
         import triton
@@ -92,6 +99,7 @@ def versions(lab: Lab) -> dict:
 
 
 def copy_bandwidth(lab: Lab) -> dict:
+    """GB/s read and written by a copy of 1 GiB."""
     count = 2**12 if lab.dry else 2**28
 
     def make():
@@ -102,6 +110,7 @@ def copy_bandwidth(lab: Lab) -> dict:
 
 
 def product_rate(lab: Lab) -> dict:
+    """TFLOP/s of a product of 8192 x 8192 matrices in bf16."""
     side = 64 if lab.dry else 8192
 
     def make():
@@ -145,7 +154,11 @@ def right(lab: Lab, stage: Stage) -> None:
 
 
 def compare(lab: Lab, form: Form, dtype: torch.dtype, limit: float) -> dict:
-    """Raises RuntimeError where a value is off, or repetitions differ."""
+    """The largest error of a form's results and gradients.
+
+    Raises:
+        RuntimeError: a value is off, or repetitions differ.
+    """
     inputs = make_inputs(form, 1 if lab.dry else 4, dtype, lab.device)
     expected = both_ways("tiled", [x.double() for x in inputs])
     got = both_ways(lab.backend, inputs)
@@ -177,6 +190,11 @@ def times(lab: Lab, stage: Stage) -> None:
 
 
 def time_form(lab: Lab, form: Form, about: dict) -> dict:
+    """Times in ms of a form's passes and of cuDNN's convolutions, and instructions a cycle.
+
+    Args:
+        about: what `versions` found.
+    """
     batch, dtype = (1, torch.float32) if lab.dry else (128, torch.bfloat16)
     c, pixels = HEADS * form.width, batch * form.side**2
     bytes_map = pixels * c * dtype.itemsize
@@ -208,7 +226,9 @@ def time_form(lab: Lab, form: Form, about: dict) -> dict:
     return found
 
 
-def convolution(lab: Lab, batch: int, side: int, c: int, channels: int, size: int, dtype, is_backward: int):
+def convolution(
+    lab: Lab, batch: int, side: int, c: int, channels: int, size: int, dtype: torch.dtype, is_backward: int
+) -> Callable[[], object]:
     """A call of cuDNN's convolution of a (batch, c, side, side) map to `channels`, or of its backward."""
     options = {"device": lab.device, "dtype": dtype}
     x = torch.randn(batch, c, side, side, **options).contiguous(memory_format=torch.channels_last)
@@ -248,7 +268,11 @@ def counters(lab: Lab, stage: Stage) -> None:
 
 
 def count_form(lab: Lab, stage: Stage, form: Form) -> dict:
-    """Raises Unmet without ncu or without leave to read the counters."""
+    """A form's counters.
+
+    Raises:
+        Unmet: ncu is missing, or this user may not read the counters.
+    """
     if not lab.dry and shutil.which("ncu") is None:
         raise Unmet("ncu is not installed")
     command = ["ncu", "--csv", "--metrics", ",".join(COUNTERS), sys.executable, "-m", "tools.gpu.probe"]

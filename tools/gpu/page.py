@@ -25,7 +25,7 @@ def render(results: dict[str, dict], is_dry: bool) -> str:
     if is_dry:
         lines += ["**A dry run: every time on this page is a stub's.**", ""]
     lines += ["Written by `python -m tools.gpu --write`.", "", "## Predictions", ""]
-    lines += table(
+    lines += markdown_table(
         ["stage", "what", "figure", "predicted", "measured", "within"],
         [
             [row["stage"], row["unit"], row["key"], f"{row['low']:g} to {row['high']:g}", shown(row["measured"]),
@@ -43,17 +43,19 @@ def units_table(units: dict[str, dict]) -> list[str]:
     whole = {name: unit for name, unit in units.items() if not unit.keys() & set(STATES)}
     keys = list(dict.fromkeys(key for unit in whole.values() for key in unit if key != "seconds"))
     rows = [[name, *(shown(unit.get(key)) for key in keys)] for name, unit in whole.items()]
-    lines = table(["", *keys], rows) if rows else []
+    lines = markdown_table(["", *keys], rows) if rows else []
     others = [f"- {escape(name)}: {escape(line_of(unit))}" for name, unit in units.items() if name not in whole]
     return [*lines, *([""] if lines and others else []), *others]
 
 
-def table(head: list[str], rows: list[list[str]]) -> list[str]:
+def markdown_table(head: list[str], rows: list[list[str]]) -> list[str]:
+    """The lines of a Markdown table."""
     lines = [head, ["---"] * len(head), *rows]
     return ["| " + " | ".join(escape(cell) for cell in line) + " |" for line in lines]
 
 
-def shown(value) -> str:
+def shown(value: object) -> str:
+    """A figure in a cell; nothing for None."""
     return "" if value is None else number(value)
 
 

@@ -96,16 +96,25 @@ def line_of(result: dict[str, Any]) -> str:
 
 
 def number(value: Any) -> str:
+    """A figure with four digits; anything else as it is."""
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def run_command(command: list[str], seconds: float) -> subprocess.CompletedProcess:
-    """Raises subprocess.TimeoutExpired after `seconds`."""
+    """Runs a command and keeps what it prints.
+
+    Raises:
+        subprocess.TimeoutExpired: it took more than `seconds`.
+    """
     return subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=max(seconds, 1))
 
 
 def checked(done: subprocess.CompletedProcess) -> str:
-    """The output of a command. Raises RuntimeError with the end of what it printed where it failed."""
+    """The output of a command.
+
+    Raises:
+        RuntimeError: it failed; with the end of what it printed.
+    """
     if done.returncode:
         tail = one_line((done.stdout + "\n" + done.stderr)[-OUTPUT_TAIL:])
         raise RuntimeError(f"exit code {done.returncode}: {tail}")

@@ -71,9 +71,11 @@ class StubTimer:
     SECONDS = 1e-3
 
     def seconds(self, make: Callable[[], Callable[[], object]], bytes_each: int) -> float:
+        """As `CudaTimer.seconds`."""
         make()()
         return self.SECONDS
 
     def steps(self, step: Callable[[], object], count: int) -> list[float]:
+        """As `CudaTimer.steps`."""
         step()
         return [self.SECONDS] * count

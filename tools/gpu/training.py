@@ -41,6 +41,7 @@ def tests(lab: Lab, stage: Stage) -> None:
 
 
 def last_line(text: str) -> str:
+    """The last line that is not empty."""
     return next((line for line in reversed(text.splitlines()) if line.strip()), "")
 
 
@@ -169,17 +170,27 @@ def runs(lab: Lab, stage: Stage) -> None:
 
 
 def train_command(lab: Lab, folder: Path, name: str, flags: list[str], max_steps: int = CRASH_STEPS) -> list[str]:
+    """train.py with its arguments, for a run in `folder`."""
     where = ["--device", "cpu" if lab.dry else "cuda", "--output-dir", str(folder), "--name", name]
     return [str(ROOT / "train.py"), *COMMON, *where, "--max-steps", str(max_steps), *flags]
 
 
 def short_run(lab: Lab, stage: Stage, folder: Path, name: str, flags: list[str]) -> dict:
+    """The last line of a run of twenty steps.
+
+    Raises:
+        RuntimeError: it failed.
+    """
     command = train_command(lab, folder, name.replace(", ", "-").replace(" ", "-"), flags)
     return {"result": last_line(checked(lab.shell([sys.executable, *command], stage.left)))}
 
 
 def resumed_run(lab: Lab, stage: Stage, folder: Path) -> dict:
-    """Raises RuntimeError where a run in two halves ends with other weights than one in one piece."""
+    """A run in two halves and one in one piece.
+
+    Raises:
+        RuntimeError: a run failed, or they end with different weights.
+    """
     for name, parts in (("straight", [[]]), ("halves", [None, ["--resume"]])):
         shutil.rmtree(folder / name, ignore_errors=True)
         for flags in parts:
@@ -196,7 +207,12 @@ def resumed_run(lab: Lab, stage: Stage, folder: Path) -> dict:
 
 
 def two_ranks(lab: Lab, stage: Stage, folder: Path) -> dict:
-    """Raises Unmet with one GPU."""
+    """A run on two GPUs.
+
+    Raises:
+        Unmet: there is one GPU.
+        RuntimeError: the run failed.
+    """
     if not lab.dry and torch.cuda.device_count() < 2:
         raise Unmet("needs two GPUs, there is one")
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
