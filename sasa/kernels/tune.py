@@ -14,6 +14,7 @@ A whole table takes one `count` with each version of triton, then `choose`:
     python -m sasa.kernels.tune choose
     python -m sasa.kernels.tune count --chosen --capability 80 100 120
     python -m sasa.kernels.tune show
+    python -m sasa.kernels.tune coverage
     python -m sasa.kernels.tune roofline
 """
 
@@ -175,13 +176,47 @@ def show(kernel_size: int = 7) -> str:
     return "\n".join(lines)
 
 
+def coverage() -> str:
+    """What the chosen tiles need with each version and compute capability as a Markdown table."""
+    table = read()
+    chosen = {
+        (key, stage): entry["builds"][name(entry["tile"])]
+        for (key, _), stage in itertools.product(table_rows(), tiles.STAGES)
+        for entry in (table[key][stage],)
+    }
+    columns = sorted({tuple(column.split()) for built in chosen.values() for column in built}, key=_column_order)
+    versions, capabilities = (list(dict.fromkeys(part)) for part in zip(*columns, strict=True))
+    capabilities.sort(key=int)
+    lines = [
+        f"| triton | {' | '.join(f'{int(c) / 10}' for c in capabilities)} |",
+        "|---" * (len(capabilities) + 1) + "|",
+    ]
+    for version in versions:
+        cells = []
+        for capability in capabilities:
+            found = [built.get(f"{version} {capability}", ()) for built in chosen.values()]
+            counted = [figures for figures in found if figures]
+            failed = sum(figures is None for figures in found)
+            above = [figures[2] for figures in counted if figures[2] > MAX_STACK]
+            text = f"{len(counted)} of {len(chosen)}" + f", {failed} do not compile" * (failed > 0)
+            text += f"; {max(figures[1] for figures in counted)} r" if counted else ""
+            cells.append(text + (f"; {len(above)} above {MAX_STACK} B, at most {max(above)} B" if above else ""))
+        lines.append(f"| {version} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _column_order(column: tuple[str, str]) -> tuple[tuple[int, ...], int]:
+    version, capability = column
+    return tuple(map(int, version.split("."))), int(capability)
+
+
 # Command line --------------------------------------------------------------------------------------------------------
 
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; -> exit code."""
     parser = console.Parser(prog="python -m sasa.kernels.tune", description=__doc__.splitlines()[0])
-    parser.add_argument("command", choices=("count", "choose", "show", "roofline"))
+    parser.add_argument("command", choices=("count", "choose", "show", "coverage", "roofline"))
     parser.add_argument(
         "--capability", type=int, nargs="+", default=[CHOOSING], help="count: compute capabilities, times ten"
     )
@@ -202,6 +237,8 @@ def main(argv: list[str] | None = None) -> int:
             found = {tile: x for tile, x in table[key][stage]["builds"].items() if tile in wanted}
             table[key][stage]["tile"] = choose(found)
         write(table)
+    elif args.command == "coverage":
+        print(coverage())
     elif args.command == "roofline":
         print(triton_roofline.markdown())
     else:

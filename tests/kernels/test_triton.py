@@ -279,7 +279,7 @@ def test_triton_is_imported_by_the_first_call_only():
 
 # ---- mutants -------------------------------------------------------------------------------------------------------
 
-LARGE, WHOLE = case(1, 8, 3, 7, 7), case(1, 8, 7, 5, 5)  # larger than the patch, in one patch
+LARGE, WHOLE = case(1, 8, 3, 9, 5), case(1, 8, 7, 5, 5)  # higher than the patch, in one patch
 MUTANTS = {
     "no patch clamp": ("first = tl.maximum(first, 0)", "first = first", WHOLE),
     "patch clamped to the first rows": (
