@@ -447,7 +447,7 @@ def test_a_signal_ends_the_compiler_and_then_the_process(slow_compiler, tmp_path
         try:
             await_file(tmp_path / "child")
             process.send_signal(number)
-            printed, errors = process.communicate(timeout=10)
+            printed, errors = process.communicate(timeout=30)
         finally:
             process.kill()
     child = int((tmp_path / "child").read_text())
@@ -510,7 +510,7 @@ def test_a_run_that_is_stopped_while_it_builds_ends_in_one_line(slow_compiler, t
         try:
             await_file(tmp_path / "child")
             process.send_signal(signal.SIGTERM)
-            _, errors = process.communicate(timeout=10)
+            _, errors = process.communicate(timeout=30)
         finally:
             process.kill()
     assert process.returncode == 75, errors
