@@ -155,8 +155,6 @@ def test_the_layers_speed_is_the_benchmarks():
         ["`cpu`, layer with its projections", f"{means['layer cpu / conv']:.2f}", ""],
         ["`tiled`, attention alone", f"{means['core tiled / conv']:.2f}", f"{means['unfold / core tiled']:.0f}"],
     ]
-    line = f"attention alone {means['core cpu / conv']:.2f} of its time, the layer with its projections "
-    assert f"{line}{means['layer cpu / conv']:.2f}, a training step" in " ".join(README.split())
     candidates = [row["candidates"] for row in found["layers"]]
     assert "over 11 shapes" in OURS and len(candidates) == 11
     assert all(c["core cpu"]["peak_mib"] < c["conv"]["peak_mib"] for c in candidates)
@@ -180,9 +178,8 @@ def test_the_networks_speed_is_the_benchmarks():
                 f"{stem['ratio_to_conv_stem']['median']:.2f}", f"{baseline['peak_mib']:.0f}, {ours['peak_mib']:.0f}",
             ])  # fmt: skip
     assert table("form, batch | network") == wanted
-    cifar, imagenet = (of[f, "ResNet26", "attention"]["ratio_to_baseline"]["median"] for f in ("CIFAR", "ImageNet"))
-    line = f"of ResNet26 {cifar:.2f} (CIFAR form) and {imagenet:.2f} (ImageNet form) of its convolution baseline's"
-    assert line in " ".join(README.split())
+    cifar = of["CIFAR", "ResNet26", "attention"]["ratio_to_baseline"]["median"]
+    assert f"step of ResNet26 takes {cifar:.2f} of its convolution baseline's time on 2 CPU threads" in README
     assert found["rounds"] == 5 and "range of 5 rounds on 2 threads" in OURS and found["machine"]["threads"] == 2
 
 
