@@ -1,8 +1,8 @@
 """Every setting of a detection run, and the recipes. Read without torch; what it shares with config.py is taken there.
 
-The paper's text on detection, as far as it was at hand, gives the architecture and how the heads' value weights start,
-not the schedule, the optimizer, the augmentation or the losses. COCO's recipe is therefore the RetinaNet family's, with
-what the counts of Table 2 imply (640 pixels, two scales of anchors): docs/detection.md.
+The part of the paper's text that we had gives the architecture and how the heads' value weights start, not the schedule,
+the optimizer, the augmentation or the losses. COCO's recipe is therefore the RetinaNet family's, with what the counts of
+Table 2 imply (640 pixels, two scales of anchors): docs/detection.md.
 """
 
 import dataclasses
@@ -174,7 +174,11 @@ IN_RECIPE = tuple(name for name, f in FIELDS_HERE.items() if f.metadata["in_reci
 
 
 def check_together(config: DetectionConfig) -> None:
-    """Values that do not go together. Raises ConfigError."""
+    """Refuses values that do not go together.
+
+    Raises:
+        ConfigError: names the flag, its value and what is allowed.
+    """
     if config.position in ("none", "absolute") and not config.content:
         raise ConfigError(
             f"--no-content leaves no logits with --position {config.position}: allowed is --position relative"
@@ -190,7 +194,7 @@ def check_together(config: DetectionConfig) -> None:
         raise ConfigError("--save-every 0 and --save-minutes 0 would never save: one must be above 0")
 
 
-# Of each data set, complete. DIGITS was found by trials (docs/detection.md). COCO: 36 epochs, rate 0.01 for 16 images,
+# Of each data set, complete. DIGITS was chosen by trials (docs/detection.md). COCO: 36 epochs, rate 0.01 for 16 images,
 # decay 1e-4 and momentum 0.9 are the RetinaNet family's; jitter, clipping and the width of the warm-up are ours.
 _BASE = {"step_epochs": 30, "step_factor": 0.1, "adam_beta1": 0.9, "adam_beta2": 0.999, "adam_eps": 1e-8}
 RECIPES: dict[str, dict[str, Any]] = {

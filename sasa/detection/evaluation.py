@@ -21,16 +21,20 @@ FIGURES = ("map", "map_50", "map_75", "map_small", "map_medium", "map_large",
 
 
 class MissingEvaluator(ConfigError):
-    """pycocotools is not there."""
+    """pycocotools is not installed."""
 
 
 def require_pycocotools() -> None:
-    """Raises MissingEvaluator, in one line that says what to install."""
+    """Checks that COCO's evaluator can be imported.
+
+    Raises:
+        MissingEvaluator: it cannot; one line that names the package to install.
+    """
     try:
         import pycocotools.cocoeval  # noqa: F401
     except ImportError as error:
         raise MissingEvaluator(
-            f"detections are scored by COCO's own evaluator, which is not there ({error}): pip install pycocotools"
+            f"detections are scored by COCO's own evaluator, which cannot be imported ({error}): pip install pycocotools"
         ) from error
 
 

@@ -1,6 +1,7 @@
 """A detection run that is ready to train: data, network and optimizer of a plan, on the machinery of sasa/training."""
 
 import dataclasses
+import math
 import os
 import re
 from collections.abc import Callable
@@ -27,7 +28,7 @@ from sasa.training.cli import Command
 from sasa.training.device import AMP_NAMES
 from sasa.training.lock import FolderLock
 from sasa.training.resume import Plan, make_plan
-from sasa.training.run import Run, assemble, prepare_machine, seeded
+from sasa.training.run import Run, assemble, check_last_map, prepare_machine, seeded
 
 BACKBONE = "backbone.body."  # where the weights of a classification network are in a detector's
 # Mean and standard deviation of the training images in [0, 1]: of the digits' canvases by `digits`, rounded to 3 places
@@ -99,7 +100,9 @@ def set_up(plan: Plan, is_stopped: Callable[[], bool] = lambda: False) -> Detect
     device, amp = prepare_machine(plan.config)
     config = dataclasses.replace(plan.config, amp=AMP_NAMES[amp], name=plan.folder.name)
     data = load_data(config, device, is_stopped)
-    distributed.on_all_ranks(partial(check_batch, config, len(data.train)))
+    if config.batch_norm != "frozen":
+        side = math.ceil(config.img_size / 32)  # of the backbone's last map
+        distributed.on_all_ranks(partial(check_last_map, config, len(data.train), side))
     nominal = config.batch_size * config.accumulate * distributed.world_size()
     if plan.state is not None:
         nominal = plan.state["progress"]["global_batch"]
@@ -109,24 +112,13 @@ def set_up(plan: Plan, is_stopped: Callable[[], bool] = lambda: False) -> Detect
     )  # fmt: skip
 
 
-def check_batch(config: DetectionConfig, images: int) -> None:
-    """Raises ConfigError where batch norm would meet one value a channel: one image whose last map is one pixel."""
-    ranks = distributed.world_size()
-    smallest = min(config.batch_size, images // (config.accumulate * ranks)) * (ranks if config.sync_bn else 1)
-    if smallest == 1 and config.img_size <= 32 and config.batch_norm != "frozen":
-        raise ConfigError(
-            f"--batch-size {config.batch_size}: batch norm needs 2 images at a time where the last map is one pixel, "
-            f"as of {config.img_size} pixels; allowed is a larger batch or a larger --img-size"
-        )
-
-
 def load_data(
     config: DetectionConfig, device: torch.device, is_stopped: Callable[[], bool] = lambda: False
 ) -> DetectionData:
     """The data set of a configuration, on the main rank first, which draws the digits.
 
     Args:
-        is_stopped: whether the run was asked to stop: then nothing waits for a silent worker.
+        is_stopped: whether the run has to stop: then nothing waits for a silent worker.
 
     Raises:
         SharedError: what is wrong with it.

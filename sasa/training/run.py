@@ -261,13 +261,22 @@ def load_data(config: Config, device: torch.device | str, is_stopped: Callable[[
 
 
 def _check_batch(config: Config, data: Data) -> None:
-    """Raises ConfigError where batch norm would meet one value a channel: one image whose last map is one pixel."""
+    check_last_map(config, len(data.train), math.ceil(data.info.image_size / (8 if config.form == "small" else 32)))
+
+
+def check_last_map(config: Settings, images: int, side: int) -> None:
+    """Refuses a batch in which batch norm would see one value a channel: one image whose last map is one pixel.
+
+    Args:
+        images: of the training set.
+        side: of the network's last map, pixels.
+
+    Raises:
+        ConfigError: there is one image at a time, and one pixel.
+    """
     ranks = distributed.world_size()
-    images = min(config.batch_size, len(data.train) // (config.accumulate * ranks))
-    if config.sync_bn:
-        images *= ranks
-    side = math.ceil(data.info.image_size / (8 if config.form == "small" else 32))
-    if images == 1 and side == 1:
+    together = min(config.batch_size, images // (config.accumulate * ranks)) * (ranks if config.sync_bn else 1)
+    if together == 1 and side == 1:
         raise ConfigError(
             f"--batch-size {config.batch_size}: batch norm needs 2 images at a time where the last map is one pixel, "
             f"as of {config.img_size}x{config.img_size} images; allowed is a larger batch or a larger --img-size"
