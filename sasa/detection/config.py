@@ -1,8 +1,8 @@
 """Every setting of a detection run, and the recipes. Read without torch; what it shares with config.py is taken there.
 
-The part of the paper's text that we had gives the architecture and how the heads' value weights start, not the schedule,
-the optimizer, the augmentation or the losses. COCO's recipe is therefore the RetinaNet family's, with what the counts of
-Table 2 imply (640 pixels, two scales of anchors): docs/detection.md.
+The part of the paper's text that we had gives the architecture and how the heads' value weights start, but no schedule,
+optimizer, augmentation or losses. COCO's recipe is therefore the RetinaNet family's, with what the counts of Table 2
+imply (640 pixels, two scales of anchors): docs/detection.md.
 """
 
 import dataclasses

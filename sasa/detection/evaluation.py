@@ -34,7 +34,7 @@ def require_pycocotools() -> None:
         import pycocotools.cocoeval  # noqa: F401
     except ImportError as error:
         raise MissingEvaluator(
-            f"detections are scored by COCO's own evaluator, which cannot be imported ({error}): pip install pycocotools"
+            f"COCO's own evaluator scores detections and cannot be imported ({error}): pip install pycocotools"
         ) from error
 
 
