@@ -1,12 +1,16 @@
 """The detector: shapes of the pyramid, what the switches replace, the paper's counts, and that it learns an image."""
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
-from torchvision.ops import FrozenBatchNorm2d
+from torchvision.models.detection.image_list import ImageList
+from torchvision.ops import FrozenBatchNorm2d, box_convert, box_iou
 
 from attention import LocalAttention2d
+from preprocess import load
 from sasa.analysis.flops import count_parameters
+from sasa.detection import digits
 from sasa.detection.flops import detector_flops
 from sasa.detection.retinanet import anchors, dense, retinanet
 
@@ -95,6 +99,21 @@ def test_anchors_are_two_sizes_by_three_ratios_and_double_by_level():
         assert sorted((width * height).sqrt().tolist()) == pytest.approx(
             sorted(3 * [32 * 2**level, 32 * 2 ** (level + 0.5)]), rel=0.03
         )
+
+
+def test_anchors_from_24_pixels_fit_the_digits():
+    """What docs/detection.md gives: a digit is matched by 9.0 anchors of 24 pixels upwards, by 4.6 of 16 upwards."""
+    _, source, _, _ = load(dataset="DIGITS")
+    random = np.random.default_rng(0)
+    boxes = [torch.tensor(digits.draw_canvas(source.images, source.labels, random).boxes) for _ in range(60)]
+    mean = {}
+    for smallest in (16.0, 24.0):
+        detector = meta(**SMALL, anchor_size=smallest)
+        maps = [torch.zeros(1, 1, side, side) for side in (16, 8, 4, 2, 1)]
+        (places,) = detector.anchor_generator(ImageList(torch.zeros(1, 3, 128, 128), [(128, 128)]), maps)
+        matched = [detector.proposal_matcher(box_iou(box_convert(b.float(), "xywh", "xyxy"), places)) for b in boxes]
+        mean[smallest] = sum((m >= 0).sum().item() for m in matched) / sum(map(len, boxes))
+    assert mean == pytest.approx({16.0: 4.6, 24.0: 9.0}, rel=0.1)
 
 
 def test_heads_start_with_the_paper_s_values_and_the_prior_s_scores():
