@@ -78,8 +78,8 @@ def load(
         index_dir: folder of the shards' indexes; None is beside them, or the user's cache.
         worker_timeout: seconds after which decoding processes that are alive but hand nothing over end the run by a
             WorkerError; 0 waits without end.
-        is_stopped: whether the run was asked to stop; then it waits no longer for a silent process.
-        report: is given each line that a person should see, such as the files of a tree that are left out.
+        is_stopped: whether a signal stopped the run; then it waits no longer for a silent process.
+        report: called with each line that a person should see, such as the files of a tree that are left out.
 
     Raises:
         ValueError: an unknown data set or interpolation, a crop that is not above 0 and at most 1.

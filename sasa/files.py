@@ -51,6 +51,24 @@ def write_text(path: Path, content: str) -> None:
         file.write(content)
 
 
+def read_regular(path: Path, limit: int = 2**31 - 1) -> bytes:
+    """The content of a regular file, through links; a pipe or a device, which might never answer, is refused.
+
+    Args:
+        limit: bytes that such a file may have.
+
+    Raises:
+        OSError: the file cannot be read, is longer, or something else than a file has that name.
+    """
+    with os.fdopen(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)), "rb") as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise OSError(errno.EINVAL, "not a regular file", str(path))
+        content = file.read(limit + 1)
+    if len(content) > limit:
+        raise OSError(errno.EFBIG, f"more than {limit:,} bytes", str(path))
+    return content
+
+
 def open_regular(path: Path, flags: int) -> int:
     """A descriptor of the regular file at `path`: no link is followed, no pipe or device is opened, nothing is cut.
 

@@ -2,11 +2,12 @@
 
 import errno
 import os
+from pathlib import Path
 
 import pytest
 
 from sasa import files
-from sasa.files import json_text, open_regular, replacing, sync_folder, write_text
+from sasa.files import json_text, open_regular, read_regular, replacing, sync_folder, write_text
 
 
 def test_the_new_content_takes_the_old_ones_place(tmp_path):
@@ -80,3 +81,16 @@ def test_json_never_holds_what_it_does_not_know():
     assert json_text({"a": [float("nan"), 1.5], "b": (float("inf"), -0.0), "c": True}) == (
         '{"a": [null, 1.5], "b": [null, -0.0], "c": true}'
     )
+
+
+def test_only_regular_files_of_a_bounded_size_are_read(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(b"12345")
+    (tmp_path / "link").symlink_to(path)
+    os.mkfifo(tmp_path / "pipe")  # opened to read, it would wait for ever
+    assert read_regular(path) == read_regular(tmp_path / "link", 5) == b"12345"
+    with pytest.raises(OSError, match="more than 4 bytes"):
+        read_regular(path, 4)
+    for other in (tmp_path / "pipe", tmp_path, Path("/dev/zero")):
+        with pytest.raises(OSError):
+            read_regular(other)

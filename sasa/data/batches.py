@@ -174,6 +174,6 @@ def denormalise(images: Tensor, info: DataInfo) -> Tensor:
 @lru_cache
 def _statistics(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> tuple[Tensor, ...]:
     """(3, 1, 1) each on the device, copied there once: mean, std, and the scale and shift that normalise [0, 255]."""
-    with torch.inference_mode(False):  # whoever is first to ask
+    with torch.inference_mode(False):  # the tensors are kept for training too
         mean, std = (torch.tensor(values, device=device).view(-1, 1, 1) for values in (mean, std))
         return mean, std, 1 / (255 * std), -mean / std

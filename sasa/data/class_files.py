@@ -5,10 +5,12 @@ ends a line, not U+2028 or a form feed; a carriage return before it belongs to t
 """
 
 import json
+import os
 from pathlib import Path
 
 from sasa.console import one_line, printable
 from sasa.data.errors import DataError
+from sasa.files import read_regular
 
 TEXT, JSON = "classes.txt", "classes.json"
 _LARGEST = 2**26  # bytes
@@ -20,7 +22,7 @@ def read_classes(folder: Path) -> tuple[list[str] | None, Path]:
     Raises:
         DataError: a file that cannot be used, or two that differ.
     """
-    found = [(_read(folder / name), folder / name) for name in (JSON, TEXT) if (folder / name).exists()]
+    found = [(_read(folder / name), folder / name) for name in (JSON, TEXT) if os.path.lexists(folder / name)]
     if len(found) == 2 and found[0][0] != found[1][0]:
         raise DataError(f"{printable(folder)}: {JSON} and {TEXT} differ: remove the one that is wrong")
     return found[0] if found else (None, folder / TEXT)
@@ -29,14 +31,14 @@ def read_classes(folder: Path) -> tuple[list[str] | None, Path]:
 def _read(path: Path) -> list[str]:
     shown = printable(path)
     try:
-        if not path.is_file() or path.stat().st_size > _LARGEST:
-            raise ValueError("not a file of class names")
-        content = path.read_bytes()
+        content = read_regular(path, _LARGEST)
         names = json.loads(content) if path.name == JSON else _lines(content)
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise ValueError("must be a list of names")
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{shown}: {one_line(error)}") from error
+    if any("\0" in name for name in names):  # which an array of names would lose at a name's end
+        raise DataError(f"{shown}: a name holds a zero byte")
     if "" in names:
         raise DataError(
             f"{shown}: line {names.index('') + 1} is empty; it must hold the name of class {names.index('')}"

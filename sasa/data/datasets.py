@@ -6,6 +6,7 @@ that is wrong with its files is a DataError.
 
 import gzip
 import math
+import os
 import struct
 import zlib
 from collections.abc import Callable
@@ -24,7 +25,7 @@ from sasa.data.errors import DataError
 _DIGITS_FILE = Path(__file__).with_name("digits.csv.gz")
 _DIGITS_TRAIN = 1437  # the first of 1,797, 80%
 _IDX_FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
-# The first training labels as they are published: files without torchvision's checksums are told apart by them.
+# The first training labels as they are published: which set the files are of that lack torchvision's checksums.
 _FIRST_LABELS = {"MNIST": [5, 0, 4, 1, 9, 2, 1, 3, 1, 4], "FashionMNIST": [9, 0, 0, 3, 0, 2, 7, 2, 5, 5]}
 _IDX_BYTES = 2**28  # of one file unpacked; MNIST's largest has 47 million
 
@@ -54,7 +55,7 @@ def _read_cifar(name: str) -> Callable[[Path], SmallSet]:
         kind = getattr(datasets, name)
         folder = data_dir / kind.base_folder
         files = [*kind.train_list, *kind.test_list, (kind.meta["filename"], kind.meta["md5"])]
-        if not all((folder / file).is_file() for file, _ in files):
+        if not all(os.path.isfile(folder / file) for file, _ in files):
             download(kind, data_dir)
         try:
             splits = [kind(str(data_dir), train=part) for part in (True, False)]
@@ -109,7 +110,7 @@ def _find_idx(raw: Path, data_dir: Path, kind: type, other: type) -> list[Path] 
     """
     for folder in (raw, data_dir):
         found = [[folder / (name + suffix) for suffix in (".gz", "")] for name in _IDX_FILES]
-        paths = [next((path for path in both if path.is_file()), None) for both in found]
+        paths = [next((path for path in both if os.path.isfile(path)), None) for both in found]
         if None not in paths and not any(map(_is_of(other), paths)):
             return paths
     return None

@@ -20,7 +20,8 @@ _UPRIGHT = {
     5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }  # fmt: skip
-_TIFF_BITS, _TIFF_PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0
+_TIFF_BITS, _TIFF_PHOTOMETRIC, _TIFF_SAMPLE_FORMAT = 258, 262, 339
+_WHITE_IS_ZERO, _UNSIGNED = 0, 1
 
 
 class UnsupportedImageError(Exception):
@@ -47,7 +48,10 @@ def decode(file: BinaryIO) -> Image.Image:
     try:
         opened = Image.open(file, formats=readable_formats())
     except UnidentifiedImageError:
-        raise UnsupportedImageError(f"no image of a kind that is read: {', '.join(readable_formats())}") from None
+        kinds = ", ".join(readable_formats())
+        raise UnsupportedImageError(
+            f"no image of a kind that is read ({kinds}), or of pixels that Pillow does not read: save it as 8-bit PNG"
+        ) from None
     with opened as image:
         image.load()
         turn = _UPRIGHT.get(_orientation(image))
@@ -63,6 +67,9 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
+    formats = getattr(image, "tag_v2", {}).get(_TIFF_SAMPLE_FORMAT, (_UNSIGNED,))
+    if image.mode == "L" and tuple(formats) != (_UNSIGNED,):  # Pillow reads 8 signed bits as unsigned
+        raise UnsupportedImageError("signed 8-bit pixels have no agreed range: save it with 8 or 16 unsigned bits")
     if image.mode in _GRAY_16 or (image.mode == "I" and image.format in ("PNG", "PPM")):
         return _from_16_bits(image)
     if image.mode.startswith(("I", "F")):

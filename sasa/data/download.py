@@ -1,6 +1,7 @@
 """Data sets from the network: fetched and checked by torchvision, bounded in time by us."""
 
 import http.client
+import os
 import queue
 import socket
 import tarfile
@@ -22,7 +23,7 @@ _DEBIAN_FASHION = "/usr/share/datasets/fashion-mnist"
 def resolve_auto(data_dir: str | Path, has_gpu: bool) -> tuple[str, str]:
     """What `--dataset auto` stands for here, and why: (name, reason). Downloads CIFAR10 where there is a GPU."""
     shown = printable(data_dir)
-    if any((Path(data_dir) / name).exists() for name in ("cifar-10-batches-py", "cifar-10-python.tar.gz")):
+    if any(os.path.exists(Path(data_dir, name)) for name in ("cifar-10-batches-py", "cifar-10-python.tar.gz")):
         return "CIFAR10", f"CIFAR-10 is in {shown}"
     if not has_gpu:
         return "DIGITS", f"no CIFAR-10 in {shown} and no GPU to train on it: the embedded DIGITS"
@@ -55,8 +56,9 @@ def download(kind: type, data_dir: str | Path, otherwise: str | None = None) -> 
     mirrored = hasattr(kind, "mirrors")
     urls = [mirror + kind.resources[0][0] for mirror in kind.mirrors] if mirrored else [kind.url]
     archive = archive_of(kind, data_dir)
-    if not (archive.is_file() and has_whole_archive(kind, data_dir)) and (problem := _unreachable(urls)) is not None:
-        damaged = f"; {printable(archive)} is not the whole archive" if archive.is_file() else ""
+    lies_there = os.path.isfile(archive)
+    if not (lies_there and has_whole_archive(kind, data_dir)) and (problem := _unreachable(urls)) is not None:
+        damaged = f"; {printable(archive)} is not the whole archive" if lies_there else ""
         raise DataError(f"{where} and cannot be downloaded ({problem}){damaged}: {otherwise}")
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(NETWORK_WAIT_S)  # torchvision sets none, and a line that falls silent would hang the run

@@ -18,7 +18,7 @@ from sasa.data.decode import decode
 from sasa.data.specs import TREE_EVAL_CROP
 
 _STATS_AT_ONCE, _STAT_THREADS = 4096, 16
-_LONGEST = 16  # short sides that evaluation looks at, of a longer picture
+_LONGEST = 16  # short sides of a picture that evaluation resizes: of a longer one its middle
 
 
 class Source(Protocol):

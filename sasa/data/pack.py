@@ -34,9 +34,7 @@ def pack(tree: Path, folder: Path, images_a_shard: int = IMAGES_A_SHARD) -> list
     shown = printable(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        held = [name for name in os.listdir(folder) if name in (TEXT, JSON) or _is_of_a_set(name)]
-        if held:
-            raise DataError(f"{shown}: already holds {printable(min(held))}; remove the old set or name another folder")
+        _refuse_a_set(folder)
         with _emptied_afterwards(folder) as made:
             for split, (images, labels) in (("train", train), ("val", val)):
                 for number, first in enumerate(range(0, len(labels), images_a_shard)):
@@ -45,6 +43,7 @@ def pack(tree: Path, folder: Path, images_a_shard: int = IMAGES_A_SHARD) -> list
             name, content = classes_file(classes)
             (made / name).write_bytes(content)
             names = sorted(path.name for path in made.iterdir())
+            _refuse_a_set(folder)  # that came while this one was packed
             for name in names:
                 os.rename(made / name, folder / name)
         shards = [
@@ -54,6 +53,15 @@ def pack(tree: Path, folder: Path, images_a_shard: int = IMAGES_A_SHARD) -> list
         where = printable(error.filename) if error.filename else shown
         raise DataError(f"{where}: {one_line(error.strerror or error)}") from error
     return notes + write_indexes(shards, folder)
+
+
+def _refuse_a_set(folder: Path) -> None:
+    """Raises DataError where the folder holds shards, an index or names of classes."""
+    held = [name for name in os.listdir(folder) if name in (TEXT, JSON) or _is_of_a_set(name)]
+    if held:
+        raise DataError(
+            f"{printable(folder)}: already holds {printable(min(held))}; remove the old set or name another folder"
+        )
 
 
 def _is_of_a_set(name: str) -> bool:

@@ -10,10 +10,7 @@ import itertools
 import os
 import re
 import stat
-import tarfile
 import zipfile
-from collections.abc import Iterator
-from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,16 +18,13 @@ import numpy as np
 
 from sasa.console import one_line, printable
 from sasa.data.class_files import read_classes
-from sasa.data.decode import EXTENSIONS
 from sasa.data.errors import DataError
-from sasa.files import replacing
+from sasa.data.shard_members import FORM, Member, digest, members
+from sasa.files import open_regular, replacing
 
-FORM = "members KEY.jpg and KEY.cls side by side, not compressed"
 MAX_SHARDS = 100_000  # that a pattern names
-MAX_CLASSES = 1_000_000  # labels are below it: the largest sets of this kind have 21,841
-_LABEL_BYTES = 20  # of a .cls: digits and a line break
 _INDEX_BYTES = 2**33  # of an index, far beyond any set
-_MEMBERS_NAMED = 5
+_ZIP = b"PK\3\4"  # how an npz file begins
 _ANEW = "write it anew: python preprocess.py index"
 
 
@@ -41,15 +35,6 @@ class Index(NamedTuple):
     is_numbered: bool  # the classes are the labels' numbers: no list of names was given
     samples: np.ndarray  # (n, 3) int64: shard, first byte and bytes of each image
     labels: np.ndarray  # (n,) int64
-
-
-class Member(NamedTuple):
-    """One sample of a shard."""
-
-    name: str
-    start: int
-    size: int
-    label: int
 
 
 # ---- names of shards and of indexes ---------------------------------------------------------------------------------
@@ -70,7 +55,7 @@ def expand(pattern: str) -> list[str]:
             raise DataError(f"{shown}: names more than {MAX_SHARDS:,} shards")
     shards = ["".join(choice) for choice in itertools.product(*parts)]
     for shard in shards:
-        if not Path(shard).is_file():
+        if not os.path.isfile(shard):
             raise DataError(
                 f"{shown}: no file {printable(shard)}; it must be like 'shards/train-{{000000..000999}}.tar'"
             )
@@ -135,14 +120,14 @@ def read_index(shards: list[str], index_dir: Path | None = None) -> Index:
     Raises:
         DataError: there is none, it is damaged, or the shards are not those that it describes.
     """
-    places = [path for path in index_paths(shards[0], index_dir) if path.exists()]
+    places = [path for path in index_paths(shards[0], index_dir) if os.path.exists(path)]
     if not places:
         path = index_paths(shards[0], index_dir)[0]
         raise DataError(f"{printable(path)}: no such file; write it with: python preprocess.py index PATTERN")
     path = max(places, key=lambda place: place.stat().st_mtime_ns)  # shards that became read-only have a newer one
     stored, shown = _load(path), printable(path)
     known = {name: i for i, name in enumerate(stored["shards"].tolist())}
-    number = np.full(len(known), -1)  # of the stored shards among those that are asked for
+    number = np.full(len(known), -1)  # of each stored shard its place in `shards`; -1: not in it
     for i, shard in enumerate(shards):
         place = known.get(Path(shard).name)
         if place is None:
@@ -175,8 +160,13 @@ def _load(path: Path) -> dict[str, np.ndarray]:
                 raise ValueError("of an older form")
             stored = {name: file[name] for name in file.files}
         shards, samples, labels = stored["shards"], stored["samples"], stored["labels"]
+        lists = ("shards", "bytes", "mtime_ns", "digests", "labels", "classes")
+        if any(stored[key].ndim != 1 for key in lists) or stored["is_numbered"].shape or samples.ndim != 2:
+            raise ValueError("lists of another form")
         if any(stored[key].dtype.kind != "U" for key in ("shards", "digests", "classes")):
             raise ValueError("names that are no text")
+        if "" in stored["classes"].tolist():  # which also shows letters that are none
+            raise ValueError("a class without a name")
         if any(stored[key].dtype != np.int64 for key in ("bytes", "mtime_ns", "samples", "labels")):
             raise ValueError("numbers that are no integers")
         count = len(shards)
@@ -210,10 +200,19 @@ def write_indexes(splits: list[list[str]], index_dir: Path | None = None) -> lis
     Raises:
         DataError: a shard of another form, or labels beyond the classes.
     """
+    taken: set[Path] = set()
     for shards in splits:
         names = [Path(shard).name for shard in shards]
         if len(set(names)) != len(names):
             raise DataError(f"{printable(shards[0])}: two shards of one split have the same name")
+        paths = index_paths(shards[0], index_dir)
+        if paths[0] in taken:
+            raise DataError(
+                f"{printable(paths[0])}: would be the index of two patterns; name the shards of a split in one pattern"
+            )
+        taken.add(paths[0])
+        for path in paths:
+            _refuse_foreign(path)
     found = [[list(members(shard)) for shard in shards] for shards in splits]
     for shards, by_shard in zip(splits, found, strict=True):
         if not any(by_shard):
@@ -225,6 +224,25 @@ def write_indexes(splits: list[list[str]], index_dir: Path | None = None) -> lis
     classes = list(map(str, range(most + 1))) if names is None else names
     return [_write(shards, by_shard, classes, names is None, index_dir) for shards, by_shard in
             zip(splits, found, strict=True)]  # fmt: skip
+
+
+def _refuse_foreign(path: Path) -> None:
+    """An index takes the place of an older one, be it damaged, and of nothing else. Raises DataError."""
+    if os.path.lexists(path) and not _looks_like_an_index(path):
+        raise DataError(f"{printable(path)}: is there already and is no index of shards; remove or rename it")
+
+
+def _looks_like_an_index(path: Path) -> bool:
+    start = b""
+    try:
+        with os.fdopen(open_regular(path, os.O_RDONLY), "rb") as file:
+            start = file.read(len(_ZIP))
+            with zipfile.ZipFile(file) as archive:
+                return {"shards.npy", "samples.npy", "labels.npy"} <= set(archive.namelist())
+    except zipfile.BadZipFile:
+        return start in (b"", _ZIP)  # cut short, or damaged
+    except OSError:  # a link, a folder, a pipe
+        return False
 
 
 def write_index(shards: list[str]) -> str:
@@ -258,42 +276,3 @@ def _write(
             continue
         return f"{printable(path)}: {len(samples)} images of {len(classes)} classes in {len(shards)} shards"
     raise DataError(f"the index cannot be written ({'; '.join(problems)}); name a folder for it with --index-dir")
-
-
-def digest(found: list[Member]) -> str:
-    """Of a shard's members: their names, places, sizes and labels."""
-    text = "".join(f"{len(m.name)} {m.name} {m.start} {m.size} {m.label}\n" for m in found)
-    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
-
-
-def members(shard: str) -> Iterator[Member]:
-    """The samples of a shard, in their order. Raises DataError for a shard of another form."""
-    shown = printable(shard)
-    try:
-        with tarfile.open(shard, "r:") as tar:
-            for key, group in groupby(filter(tarfile.TarInfo.isreg, tar), lambda m: re.sub(r"\.[^/]*$", "", m.name)):
-                both = list(itertools.islice(group, _MEMBERS_NAMED + 1))
-                suffixes = [member.name[len(key) + 1 :] for member in both]
-                labels = [suffix.lower() == "cls" for suffix in suffixes]
-                images = [f".{suffix}".lower().endswith(EXTENSIONS) for suffix in suffixes]
-                if len(both) != 2 or sum(labels) != 1 or sum(images) != 1:
-                    listed = ", ".join(suffixes[:_MEMBERS_NAMED]) + (", ..." if len(both) > _MEMBERS_NAMED else "")
-                    raise DataError(f"{shown}: {printable(key)} has {printable(listed)}; shards have {FORM}")
-                image, cls = both[images.index(True)], both[labels.index(True)]
-                if image.issparse():
-                    raise DataError(f"{shown}: {printable(image.name)} is stored with holes; shards have {FORM}")
-                yield Member(image.name, image.offset_data, image.size, _label(tar, cls, shown))
-    except (tarfile.TarError, OSError, ValueError, OverflowError) as error:
-        raise DataError(f"{shown}: {one_line(error)}; shards have {FORM}") from error
-
-
-def _label(tar: tarfile.TarFile, member: tarfile.TarInfo, shard: str) -> int:
-    where = f"{shard}: {printable(member.name)}"
-    text = tar.extractfile(member).read() if member.size <= _LABEL_BYTES else b"%d bytes" % member.size
-    if re.fullmatch(rb"\s*\d+\s*", text) is None:
-        raise DataError(
-            f"{where} holds {printable(text.decode('latin-1').strip())!r}; a label is a number from 0, in digits"
-        )
-    if int(text) >= MAX_CLASSES:
-        raise DataError(f"{where}: label {int(text)}; labels must be below {MAX_CLASSES:,}")
-    return int(text)

@@ -42,7 +42,7 @@ def read_trees(name: str, data_dir: Path) -> Tree:
         DataError: a folder that is not there or cannot be read, an empty class, classes that differ.
     """
     shown = printable(data_dir)
-    if not data_dir.is_dir():
+    if not os.path.isdir(data_dir):
         raise DataError(f"{shown}: no such folder; --data-dir must hold train/ and val/, each with a folder a class")
     classes, train, note = _read_split(data_dir, "train")
     val_classes, val, val_note = _read_split(data_dir, "val")

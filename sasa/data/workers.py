@@ -56,7 +56,7 @@ class Workers:
             name: the file of a number, for a person.
             device: where the batches go: for CUDA they are put into pinned memory.
             timeout_s: of one batch, of processes that are alive; 0 waits without end.
-            is_stopped: while a batch is waited for: whether the run was asked to stop.
+            is_stopped: whether a signal stopped the run: then no batch is waited for any longer.
         """
         self._name, self._timeout_s, self._is_stopped = name, timeout_s, is_stopped
         self._pass: _Pass | None = None

@@ -10,11 +10,12 @@ from typing import Any
 
 from config import Config, ConfigError
 from sasa.console import one_line
-from sasa.files import write_text
+from sasa.files import read_regular, write_text
 
 LAST, PREVIOUS, BEST = "last.pt", "previous.pt", "best.pt"
 CONFIG, LOG, SUMMARY = "config.json", "log.jsonl", "summary.json"
 RUN_FILES = (LAST, PREVIOUS, BEST, CONFIG, LOG, SUMMARY)
+CONFIG_BYTES = 2**20  # of a config.json: thousands of times as long as one is
 RUN_ID = "run_id"  # of config.json: whose files these are
 EVENTS, PREVIEW = "events.out.tfevents.*", "progress.png"
 OWN_EVENTS = re.compile(r"events\.out\.tfevents\.\d{10}\.")
@@ -50,7 +51,7 @@ def read_config(folder: Path) -> tuple[dict[str, Any], str | None]:
     """
     path = folder / CONFIG
     try:
-        values = dict(json.loads(path.read_text(encoding="utf-8")))
+        values = dict(json.loads(read_regular(path, CONFIG_BYTES)))
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise ConfigError(f"{path}: damaged ({one_line(error, 200)}): --name names another folder") from error
     run_id = values.pop(RUN_ID, None)

@@ -72,6 +72,11 @@ def test_16_bit_colour_and_8_bit_inverted_gray():
     colour = np.stack((RAMP_16, RAMP_16.T, 65535 - RAMP_16), 2)
     assert np.array_equal(pixels(png(16, 2, colour.astype(">u2"))), (colour >> 8).astype(np.uint8))
     assert np.array_equal(pixels(tiff(255 - RAMP, 8, photometric=0)), GRAY)
+    packed = (RAMP[:, ::2] & 0xF0) | (RAMP[:, 1::2] >> 4)  # two pixels of 4 bits a byte
+    wide = io.BytesIO(
+        tiff(packed, 4).getvalue().replace(struct.pack("<HHII", 256, 4, 1, 8), struct.pack("<HHII", 256, 4, 1, 16))
+    )
+    assert np.array_equal(pixels(wide), (GRAY >> 4) * 17)
 
 
 @pytest.mark.parametrize(
@@ -81,12 +86,14 @@ def test_16_bit_colour_and_8_bit_inverted_gray():
         (tiff(RAMP.astype("<i4") << 15, 32, 2), "integer pixels have no agreed range"),
         (tiff(RAMP.astype("<u4") << 24, 32), "integer pixels have no agreed range"),
         (tiff(RAMP_16.astype("<i2"), 16, 2), "integer pixels have no agreed range"),
+        (tiff(RAMP.astype("<i1"), 8, 2), "signed 8-bit pixels have no agreed range"),
+        (tiff((RAMP / 255).astype("<f2"), 16, 3), "pixels that Pillow does not read: save it"),
         (io.BytesIO(b"Pf\n16 16\n-1.0\n" + RAMP.astype("<f4").tobytes()), "float pixels have no agreed range"),
         (png(16, 0, RAMP_16.astype(">u2"), (b"tRNS", b"\0\1")), "transparent value"),
         (png(16, 2, np.dstack([RAMP_16] * 3).astype(">u2"), (b"tRNS", b"\1\0" * 3)), "transparent value"),
         (io.BytesIO(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 40 40\nshowpage\n%%EOF\n"), "no image of a kind"),
     ],
-    ids=["float", "int32", "uint32", "int16", "pfm", "gray-trns", "colour-trns", "eps"],
+    ids=["float", "int32", "uint32", "int16", "int8", "half", "pfm", "gray-trns", "colour-trns", "eps"],
 )  # fmt: skip
 def test_pixels_without_an_agreed_range_and_other_kinds_of_files_are_refused(file, words):
     with pytest.raises(UnsupportedImageError, match=words):

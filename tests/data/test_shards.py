@@ -13,7 +13,7 @@ from PIL import Image
 
 import preprocess
 from preprocess import AugmentConfig, load
-from sasa.data import shard_index, shards
+from sasa.data import pack, shard_index, shards
 from sasa.data.errors import DataError
 from sasa.data.trees import read_trees
 
@@ -204,6 +204,7 @@ def test_wrong_files_of_classes_are_named(tmp_path):
         ("classes.txt", b"a\n\nc\nd\n", "line 2 is empty"),
         ("classes.json", b"{}", "list of names"),
         ("classes.json", b"[" * 100_000, "classes.json"),
+        ("classes.json", b'["a", "b\\u0000"]', "zero byte"),
         ("classes.json", b'["x"]', "differ"),
     ):
         (tmp_path / name).write_bytes(content)
@@ -234,6 +235,11 @@ def test_packing_replaces_nothing_and_leaves_nothing_behind_when_it_fails(tree, 
         patch.setattr(tarfile.TarFile, "addfile", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
         assert "No space left" in message(shards.pack, tree, full)
     assert list(full.iterdir()) == []
+    with monkeypatch.context() as patch:  # another set comes while this one is packed
+        patch.setattr(pack, "classes_file", lambda _: ((full / "val-000000.tar").write_bytes(b"theirs"), ("x", b""))[1])
+        assert "already holds val-000000.tar" in message(shards.pack, tree, full)
+    assert [path.read_bytes() for path in full.iterdir()] == [b"theirs"]
+    (full / "val-000000.tar").unlink()
     shards.pack(tree, full)
     assert len(list(full.glob("*.tar"))) == 2
 
@@ -297,6 +303,43 @@ def test_an_index_elsewhere(tmp_path, monkeypatch, capsys):
     assert not Path("~").exists()
 
 
+def test_an_index_replaces_an_index_and_nothing_else(tmp_path):
+    shard, path = str(foreign(tmp_path, "train")), tmp_path / "train-index.npz"
+    shards.write_index([shard])
+    whole = path.read_bytes()
+    for older in (whole, whole[:100], b""):
+        path.write_bytes(older)
+        shards.write_index([shard])
+        assert path.read_bytes() == whole
+    mine = tmp_path / "mine"
+    mine.write_bytes(b"precious")
+    np.savez(tmp_path / "other.npz", weights=np.zeros(3))
+    for make in (
+        lambda: path.write_bytes(b"precious"),
+        lambda: path.write_bytes((tmp_path / "other.npz").read_bytes()),
+        lambda: path.symlink_to(mine),
+        path.mkdir,
+        lambda: os.mkfifo(path),
+    ):
+        path.rmdir() if path.is_dir() else path.unlink()
+        make()
+        assert "is no index of shards" in message(shards.write_index, [shard])
+    assert mine.read_bytes() == b"precious"
+
+
+def test_two_patterns_do_not_share_an_index(tmp_path):
+    """The second would replace the first, in one folder as by --index-dir."""
+    (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
+    paths = [foreign(tmp_path / name, "train") for name in "ab"]
+    shutil.copy(paths[0], tmp_path / "a/train-1.tar")
+    for splits, index_dir in (
+        ([[str(paths[0])], [str(tmp_path / "a/train-1.tar")]], None),
+        ([[str(path)] for path in paths], tmp_path / "there"),
+    ):
+        assert "in one pattern" in message(shard_index.write_indexes, splits, index_dir)
+    assert not list(tmp_path.rglob("*.npz"))
+
+
 def damage(path: Path, **arrays) -> None:
     with np.load(path) as stored:
         np.savez(path, **(dict(stored.items()) | arrays))
@@ -327,9 +370,17 @@ def test_hostile_indexes_are_refused(tmp_path):
         ({"samples": samples + np.array([0, 2**62, 2**62])}, "beyond its shard"),
         ({"shards": np.array(["train-0.tar", "b"])}, "do not fit together"),
         ({"classes": np.array([object()])}, "damaged"),
+        ({"classes": np.array([list("0123")])}, "of another form"),
+        ({"classes": np.array(["", "b", "c", "d"])}, "without a name"),
+        ({"classes": np.full(4, 0x110000, "<u4").view("<U1")}, "damaged"),  # beyond Unicode
+        ({"is_numbered": np.array([True, False])}, "of another form"),
     ):
         damage(path, **arrays)
         assert words in refused()
+    for missing in ("is_numbered", "mtime_ns", "classes"):
+        with np.load(path) as stored:
+            np.savez(path, **{key: value for key, value in stored.items() if key != missing})
+        assert "damaged" in refused()
     with np.load(path) as stored:
         np.savez(path, **{key: value for key, value in stored.items() if key != "digests"})
     assert "of an older form" in refused()

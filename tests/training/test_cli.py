@@ -271,6 +271,14 @@ def test_a_resume_removes_nothing_before_its_first_save(held, monkeypatch):
     assert [path for path in before if path.suffix == ".pt" and after.get(path) != before[path]] == []
 
 
+def test_a_pipe_for_a_config_json_is_one_line(tmp_path, capsys):
+    """Opened, it would wait for ever."""
+    (tmp_path / "run").mkdir()
+    os.mkfifo(tmp_path / "run/config.json")
+    for flag in ("--resume", "--overwrite"):
+        refused(capsys, tmp_path, flag, "config.json")
+
+
 def test_a_damaged_config_json_is_one_line(held, capsys):
     for name in ("last.pt", "previous.pt", "best.pt"):
         (held / "run" / name).unlink(missing_ok=True)
