@@ -145,9 +145,8 @@ def run_plan(plan: Plan, command: Command, stop: StopRequest, task: Task) -> int
         if command.init_from is not None:
             initialise(run, Path(command.init_from), task.initial_weights)
         if plan.state is not None:
-            changes = distributed.on_main_rank(
-                partial(check_data, plan.state["data"], run.identity.data, command.allow_changed_data)
-            )
+            tolerated = command.allow_changed_data, getattr(run.config, "skip_bad_images", False)
+            changes = distributed.on_main_rank(partial(check_data, plan.state["data"], run.identity.data, *tolerated))
             distributed.on_all_ranks(partial(run.restore, plan.state))
             run.progress.data_changes += changes
             report_changes(plan.state, run.config.sync_bn, changes)
@@ -178,9 +177,8 @@ def train(run: Run, stop: StopRequest, overwrite: bool, task: Task) -> int:
     try:
         try:
             finished = train_epochs(run, monitor, saver, stop, task)
-        except (WorkerError, SharedError) as error:
-            stop_after_worker(error, run, saver, task.prog)
-            return STOPPED
+        except (DataError, WorkerError, SharedError) as error:
+            return stop_after_reading(error, run, saver, task.prog)
         if not finished:
             signals = [name for name in distributed.all_gather_object(stop.received) if name is not None]
             monitor.say(
@@ -198,21 +196,25 @@ def train(run: Run, stop: StopRequest, overwrite: bool, task: Task) -> int:
         monitor.close()
 
 
-def stop_after_worker(error: WorkerError | SharedError, run: Run, saver: Saver, prog: str) -> None:
-    """A decoding process died while the run is sound: save the last step's state, for a restart can help.
+def stop_after_reading(error: DataError | WorkerError | SharedError, run: Run, saver: Saver, prog: str) -> int:
+    """A decoding process died, or an image cannot be read, while the run is sound: save the last step's state.
 
     Where one rank alone has noticed it, the others are in the middle of a step: it ends unsaved, and they with it.
+
+    Returns:
+        The exit code: STOPPED where a restart can help.
     """
     cause = error.error if isinstance(error, SharedError) else error
-    if not isinstance(cause, WorkerError):
+    if not isinstance(cause, DataError | WorkerError):
         raise error
+    code = exit_code_of(cause)
     if isinstance(error, SharedError) or not distributed.is_distributed():
         saver.save_or_end(run)
         if distributed.is_main():
             print_error(prog, f"{cause}; saved at step {run.progress.step}: the same command with --resume goes on")
-        return
+        return code
     print_error(prog, cause)
-    sys.exit(STOPPED)
+    sys.exit(code)
 
 
 def train_epochs(run: Run, monitor: Monitor, saver: Saver, stop: StopRequest, task: Task) -> bool:

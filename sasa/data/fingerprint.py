@@ -40,6 +40,16 @@ def fingerprint(identities: Iterable[bytes], labels: Iterable[int], num_classes:
     }
 
 
+def of_files(names: list[bytes], sizes: list[int], labels: list[int], num_classes: int) -> dict[str, Any]:
+    """The fingerprint of image files by their names and sizes in bytes.
+
+    Returns:
+        `fingerprint`'s, and "names": a hash without the sizes, which stays the same where files were damaged.
+    """
+    whole = (name + b"\0%d" % size for name, size in zip(names, sizes, strict=True))
+    return fingerprint(whole, labels, num_classes) | {"names": fingerprint(names, labels, 0)["hash"]}
+
+
 def of_tensors(images: Tensor, labels: Tensor, num_classes: int) -> dict[str, Any]:
     """The fingerprint of images (n, C, H, W) uint8, by their bytes, and labels (n,) int64."""
     rows = images.cpu().contiguous().flatten(1).numpy()
@@ -63,6 +73,15 @@ def differences(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
     for split in ("train", "holdout", "test"):
         lines += _split_differences(split, saved[split], now[split], names)
     return lines
+
+
+def only_sizes_differ(saved: dict[str, Any], now: dict[str, Any]) -> bool:
+    """Whether two of `preprocess.data_identity` have the same files, some of another size, as damage leaves them."""
+    splits = ("train", "holdout", "test")
+    if any(saved[key] != now[key] for key in now if key not in splits):
+        return False
+    names = [[(split or {}).get("names", split) for split in (saved[key], now[key])] for key in splits]
+    return all(before == after for before, after in names)
 
 
 def class_differences(saved: list[str], now: list[str]) -> list[str]:

@@ -36,7 +36,10 @@ class Source(Protocol):
         """The file, to read. Raises OSError."""
 
     def identities(self) -> list[bytes]:
-        """What makes each file that one: its path in the tree and its size."""
+        """Where each file lies: its path in the tree, or its shard and first byte."""
+
+    def sizes(self) -> list[int]:
+        """Of each file in bytes; -1 where that cannot be found out."""
 
 
 class Files:
@@ -65,14 +68,19 @@ class Files:
         return os.fdopen(descriptor, "rb")
 
     def identities(self) -> list[bytes]:
-        """Of each file its path in the tree and its size in bytes: what `fingerprint` is made of."""
+        """The path of each file in the tree."""
+        root = os.path.join(os.fsencode(self.root), b"") if self.root else b""
+        return [path.removeprefix(root) for path in self.paths.tolist()]
+
+    def sizes(self) -> list[int]:
+        """Of each file in bytes; -1 where that cannot be found out."""
         parts = np.array_split(self.paths, -(-len(self) // _STATS_AT_ONCE) or 1)
         with ThreadPoolExecutor(_STAT_THREADS) as pool:  # on a network's file system each waits for the server
-            return [identity for part in pool.map(self._identities, parts) for identity in part]
+            return [size for part in pool.map(_sizes, parts) for size in part]
 
-    def _identities(self, paths: np.ndarray) -> list[bytes]:
-        root = os.path.join(os.fsencode(self.root), b"") if self.root else b""
-        return [path.removeprefix(root) + b"\0%d" % _size(path) for path in paths.tolist()]
+
+def _sizes(paths: np.ndarray) -> list[int]:
+    return list(map(_size, paths.tolist()))
 
 
 def _size(path: bytes) -> int:

@@ -48,9 +48,13 @@ class ShardFiles:
         return f"{self.shards[shard]} at byte {start}"
 
     def identities(self) -> list[bytes]:
-        """Of each image its shard's name, its place there and its size."""
+        """Of each image its shard's name and its place there."""
         names = [os.fsencode(Path(shard).name) for shard in self.shards]
-        return [names[shard] + b"\0%d\0%d" % (start, size) for shard, start, size in self.samples.tolist()]
+        return [names[shard] + b"\0%d" % start for shard, start, _ in self.samples.tolist()]
+
+    def sizes(self) -> list[int]:
+        """Of each image in bytes."""
+        return self.samples[:, 2].tolist()
 
     def open(self, index: int) -> io.BytesIO:
         """The image's file, whole, in memory. Raises OSError."""

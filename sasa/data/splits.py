@@ -13,7 +13,7 @@ from sasa.data.augment import AugmentConfig
 from sasa.data.batches import DataInfo, Piece, normalise, own_part, plan, transform
 from sasa.data.batches import steps_per_epoch as count_steps
 from sasa.data.errors import DataError
-from sasa.data.fingerprint import fingerprint, of_tensors
+from sasa.data.fingerprint import of_files, of_tensors
 from sasa.data.images import Evaluated, ImageFiles, Key, Source
 from sasa.data.workers import WORKER_TIMEOUT_S, Reader
 
@@ -199,7 +199,8 @@ class FolderData:
         return normalise(image[None].to(self._device), self.info)[0], label
 
     def fingerprint(self) -> dict[str, Any]:
-        return fingerprint(self._files.files.identities(), self._files.labels.tolist(), self.info.num_classes)
+        files, labels = self._files.files, self._files.labels.tolist()
+        return of_files(files.identities(), files.sizes(), labels, self.info.num_classes)
 
     def class_counts(self) -> list[int]:
         return np.bincount(self._files.labels, minlength=self.info.num_classes).tolist()

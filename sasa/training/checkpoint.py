@@ -52,7 +52,7 @@ class Progress:
     figures: dict[str, float] = field(default_factory=dict)  # of the last step, as TensorBoard has them
     best_top1: float | None = None
     best_epoch: int | None = None
-    data_changes: list[str] = field(default_factory=list)  # that --allow-changed-data let pass
+    data_changes: list[str] = field(default_factory=list)  # of the data set, with which a resume went on all the same
     rows: list[dict[str, Any]] = field(default_factory=list)  # of log.jsonl: the file is rebuilt from them on resume
 
     def add(self, loss: float, correct: float, images: int, seconds: float) -> None:

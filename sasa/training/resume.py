@@ -11,6 +11,7 @@ import torch
 import preprocess
 from config import Config, ConfigError, Settings, flag_of, resolve
 from sasa.data.fingerprint import differences as data_differences
+from sasa.data.fingerprint import only_sizes_differ
 from sasa.settings import renamed
 from sasa.training import checkpoint, class_weights, distributed
 from sasa.training.cli import Command
@@ -214,20 +215,25 @@ def recipe_changes(config: Settings, left: dict[str, Any]) -> list[str]:
 # ---- the data and the version that the state was made with ----------------------------------------------------------
 
 
-def check_data(saved: dict[str, Any], now: dict[str, Any], allow: bool) -> list[str]:
+def check_data(saved: dict[str, Any], now: dict[str, Any], allow: bool, skip_bad_images: bool = False) -> list[str]:
     """How the data set (`preprocess.data_identity`) differs from the saved run's, one line each.
+
+    Args:
+        skip_bad_images: files of another size are allowed, as damaged ones are then skipped.
 
     Raises:
         ConfigError: it does, and that is not allowed.
     """
     try:
         lines = data_differences(saved, now)
+        resized = only_sizes_differ(saved, now)
     except (KeyError, TypeError, ValueError, IndexError) as error:
         raise ConfigError("--resume: the checkpoint's description of its data set is damaged") from error
-    if lines and not allow:
+    if lines and not allow and not (skip_bad_images and resized):
+        hint = "; some files are of another size, and --skip-bad-images leaves out damaged ones" if resized else ""
         raise ConfigError(
             f"--resume: the data set has changed since the run was saved: {'; '.join(lines)}. --allow-changed-data "
-            "goes on with it all the same"
+            f"goes on with it all the same{hint}"
         )
     return lines
 
@@ -237,7 +243,7 @@ def report_changes(state: dict[str, Any], sync_bn: bool, data_changes: list[str]
     if not distributed.is_main():
         return
     for line in data_changes:
-        print(f"--allow-changed-data: {line}")
+        print(f"--resume: goes on although the data set has changed: {line}")
     if state["torch"] != str(torch.__version__):
         print(f"--resume: saved by torch {state['torch']}, goes on with {torch.__version__}: no longer bitwise")
     saved, now = len(state["generators"]), distributed.world_size()

@@ -54,6 +54,23 @@ def test_each_difference_is_named(tree):
     assert fp.differences(before, identity(tree))[0] == "class 0 is dog, was cat, class 1 is kitten, was dog"
 
 
+def test_files_of_another_size_under_the_same_names(tree):
+    """As a damaged disk leaves them; not a file more, less, of another name or class."""
+    before = identity(tree, holdout=3)
+    path = tree / "train" / "dog" / "01.jpg"
+    path.write_bytes(path.read_bytes()[:-1])
+    now = identity(tree, holdout=3)
+    assert fp.differences(before, now) and fp.only_sizes_differ(before, now)
+    assert not fp.only_sizes_differ(before, now | {"class_names": ["cat", "wolf"]})
+    assert not fp.only_sizes_differ(before, now | {"holdout": None})
+    older = {key: value for key, value in before["train"].items() if key != "names"}  # a checkpoint without it
+    assert not fp.only_sizes_differ(before | {"train": older}, now)
+    path.rename(path.with_name("x.jpg"))
+    assert not fp.only_sizes_differ(before, identity(tree, holdout=3))
+    digits = data_identity(*load(dataset="DIGITS"))
+    assert not fp.only_sizes_differ(digits, digits | {"train": digits["train"] | {"hash": "0"}})
+
+
 def test_tensor_sets_by_their_bytes():
     sets = [load(dataset="DIGITS", seed=seed, holdout=100, img_size=size) for seed, size in ((1, 8), (1, 16), (2, 8))]
     first, resized, other = (data_identity(*data) for data in sets)

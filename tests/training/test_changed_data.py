@@ -1,0 +1,66 @@
+"""Image files that are damaged while a run trains, or between two of its starts: named, saved, skipped if wanted."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import small_runs
+import train
+from test_train import BASE, make_tree, tiny, tree_flags  # noqa: F401 (a fixture)
+
+
+@pytest.fixture
+def tree(tmp_path):
+    return make_tree(tmp_path / "tree")
+
+
+def run(output: Path, *flags: str) -> int:
+    return small_runs.run(output, *BASE.split(), *" ".join(flags).split())
+
+
+def test_damaged_images_are_skipped_by_a_resume_that_allows_it(tree, tmp_path, tiny, capsys):  # noqa: F811
+    flags = tree_flags(tree, 0)
+    assert run(tmp_path, flags, "--max-steps 8") == 0
+    for image in (tree / "train/bee").iterdir():
+        image.write_bytes(image.read_bytes()[:100])
+    capsys.readouterr()
+    assert run(tmp_path, flags, "--resume") == 2
+    error = capsys.readouterr().err
+    assert "class bee 8 images, not the same ones" in error and "--skip-bad-images leaves out" in error
+    assert run(tmp_path, flags, "--resume --skip-bad-images") == 0
+    out = capsys.readouterr().out
+    assert "although the data set has changed: train: 24 images, not the same ones" in out and "skipped" in out
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    assert summary["bad_images"] and "class bee" in summary["data_changes"][0]
+
+
+def test_another_file_is_not_a_damaged_one(tree, tmp_path, tiny, capsys):  # noqa: F811
+    flags = tree_flags(tree, 0)
+    assert run(tmp_path, flags, "--max-steps 8 --skip-bad-images") == 0
+    (tree / "train/bee/2.jpg").rename(tree / "train/bee/200.jpg")
+    capsys.readouterr()
+    assert run(tmp_path, flags, "--resume --skip-bad-images") == 2
+    error = capsys.readouterr().err
+    assert "class bee 8 images, not the same ones" in error and "leaves out" not in error
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_image_that_cannot_be_read_any_more_costs_no_step(tree, tmp_path, tiny, monkeypatch, capsys, workers):  # noqa: F811
+    """All are damaged after the third step, their sizes and times the same: found only when the next is read."""
+    flags, original, steps = tree_flags(tree, workers), train.train_step, []
+
+    def train_step(*args):
+        steps.append(1)
+        if len(steps) == 3:
+            for path in tree.glob("train/*/*"):
+                path.write_bytes(bytes(path.stat().st_size))
+        return original(*args)
+
+    monkeypatch.setattr(train, "train_step", train_step)
+    assert run(tmp_path, flags) == 2
+    error = capsys.readouterr().err
+    assert "cannot read image" in error and "; saved at step " in error and error.count("\n") == 1
+    done = len(steps) - 1
+    assert torch.load(tmp_path / "run/last.pt", weights_only=True)["progress"]["step"] == done >= 2
