@@ -35,11 +35,13 @@ def readable_formats() -> tuple[str, ...]:
     return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
-def decode(file: BinaryIO) -> Image.Image:
+def decode(file: BinaryIO, upright: bool = True) -> Image.Image:
     """The first picture in a file, in mode RGB.
 
-    16-bit gray becomes 8-bit by its high byte, as Pillow does with 16-bit colour; what is transparent becomes black;
-    EXIF's orientation is applied.
+    16-bit gray becomes 8-bit by its high byte, as Pillow does with 16-bit colour; what is transparent becomes black.
+
+    Args:
+        upright: EXIF's orientation is applied; else the picture is as it is stored (but a TIFF, which Pillow turns).
 
     Raises:
         UnsupportedImageError: a file of another kind; pixels without an agreed range, such as floats.
@@ -54,7 +56,7 @@ def decode(file: BinaryIO) -> Image.Image:
         ) from None
     with opened as image:
         image.load()
-        turn = _UPRIGHT.get(_orientation(image))
+        turn = _UPRIGHT.get(_orientation(image)) if upright else None
         image = _to_rgb(image)
         return image if turn is None else image.transpose(turn)
 

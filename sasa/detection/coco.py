@@ -6,6 +6,7 @@ wrong; boxes that reach out of the image are cut for training; boxes without an 
 objects that nobody can find in evaluation; images without boxes are trained on as background.
 """
 
+import dataclasses
 import json
 import math
 import os
@@ -18,7 +19,8 @@ import numpy as np
 
 from preprocess import DataError
 from sasa.console import one_line, printable
-from sasa.data.fingerprint import fingerprint
+from sasa.data.fingerprint import class_differences, class_order, fingerprint
+from sasa.files import read_regular
 
 LARGEST_SIDE = 30_000  # pixels of an image: beyond, a number is a mistake
 
@@ -62,6 +64,24 @@ class CocoSplit:
         return fingerprint(identities(), [0] * len(self), 0)
 
 
+def relabelled(split: CocoSplit, names: tuple[str, ...]) -> CocoSplit:
+    """The split whose labels are the places of their categories in `names`.
+
+    Raises:
+        DataError: it has other categories.
+    """
+    if split.class_names == names:
+        return split
+    order = class_order(list(names), list(split.class_names))
+    if order is None:
+        raise DataError("; ".join(class_differences(list(names), list(split.class_names))))
+    ids = dict(zip(order, split.category_ids, strict=True))
+    return dataclasses.replace(
+        split, class_names=names, category_ids=tuple(ids[i] for i in range(len(names))),
+        labels=np.array(order, np.int64)[split.labels],
+    )  # fmt: skip
+
+
 def read_split(data_dir: Path, split: str) -> CocoSplit:
     """data_dir/annotations/instances_<split>.json and the images of data_dir/<split>.
 
@@ -92,7 +112,7 @@ def read_split(data_dir: Path, split: str) -> CocoSplit:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        document = json.loads(path.read_bytes())
+        document = json.loads(read_regular(path))
     except OSError as error:
         raise DataError(f"{printable(path)}: {error.strerror}") from error
     except (ValueError, RecursionError) as error:

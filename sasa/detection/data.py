@@ -6,9 +6,11 @@ that its longer side is `size` times a random scale, and cropped or padded to si
 they are, which the detector itself resizes.
 """
 
+import io
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -20,9 +22,11 @@ from torch.utils.data import Dataset
 from sasa.console import one_line, printable
 from sasa.data.augment import stream
 from sasa.data.batches import epoch_order, own_part, steps_per_epoch
+from sasa.data.decode import decode
 from sasa.data.errors import DataError
 from sasa.data.workers import Workers
 from sasa.detection.coco import CocoSplit
+from sasa.files import read_regular
 
 Target = dict[str, Tensor]  # boxes (n, 4) float32: x1, y1, x2, y2 in pixels; labels (n,) int64
 
@@ -96,11 +100,11 @@ class CocoImages(Dataset):
 
     def _read(self, index: int) -> Image.Image:
         path, size = self.name(index), tuple(self.split.sizes[index].tolist())
-        try:
-            with Image.open(path) as file:
-                image = file.convert("RGB")
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            raise DataError(f"cannot read image {printable(path)}: {one_line(error, 200)}") from error
+        try:  # not turned upright: boxes are of the picture as it is stored
+            image = decode(io.BytesIO(read_regular(Path(path))), upright=False)
+        except Exception as error:  # broken files make the decoders raise anything
+            what = getattr(error, "strerror", None) or error
+            raise DataError(f"cannot read image {printable(path)}: {one_line(what, 200)}") from error
         if (image.height, image.width) != size:
             is_, should = f"{image.width}x{image.height}", f"{size[1]}x{size[0]}"
             raise DataError(f"{printable(path)}: {is_} pixels, {should} in the annotations: its boxes would be wrong")

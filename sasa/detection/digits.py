@@ -19,6 +19,7 @@ from PIL import Image
 
 import preprocess
 from preprocess import DataError
+from sasa.files import read_regular
 
 CANVAS = 128  # pixels, both sides
 COUNTS = {"train": 2000, "val": 400}  # canvases
@@ -94,7 +95,7 @@ def make(data_dir: Path) -> Path:
                     raise error from None
             finally:
                 shutil.rmtree(temporary, ignore_errors=True)
-        about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
+        about = json.loads(read_regular(folder / "about.json", 2**20))
     except OSError as error:
         raise DataError(f"{error.filename or folder}: {error.strerror}") from error
     except ValueError as error:

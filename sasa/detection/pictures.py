@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from sasa.console import printable
 from sasa.detection.coco import CocoSplit
 from sasa.detection.data import Target
 
@@ -42,7 +43,9 @@ def training_images(images: list[Tensor], targets: list[Target], names: tuple[st
     drawn = []
     for image, target in zip(images, targets, strict=True):
         large, boxes = enlarged(image.cpu(), target["boxes"].cpu())
-        drawn.append(with_boxes(large, boxes, [names[label] for label in target["labels"].tolist()], TRUE_COLOUR))
+        drawn.append(
+            with_boxes(large, boxes, [printable(names[label]) for label in target["labels"].tolist()], TRUE_COLOUR)
+        )
     return torch.stack(drawn)
 
 
@@ -61,6 +64,6 @@ def detections(
         large = with_boxes(large, boxes, [""] * len(boxes), TRUE_COLOUR)
         shown = [result for result in found[number] if result["score"] >= SHOWN_SCORE]
         corners = torch.tensor([[x, y, x + w, y + h] for x, y, w, h in (r["bbox"] for r in shown)]).reshape(-1, 4)
-        labels = [f"{names[result['category_id']]} {result['score']:.2f}" for result in shown]
+        labels = [f"{printable(names[result['category_id']])} {result['score']:.2f}" for result in shown]
         drawn.append(with_boxes(large, enlarged(image, corners)[1], labels, FOUND_COLOUR))
     return sheet(drawn)

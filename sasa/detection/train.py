@@ -28,8 +28,11 @@ from torchvision.utils import save_image
 
 import train
 from config import ConfigError
+from preprocess import DataError
 from sasa.analysis.flops import count_parameters
+from sasa.console import printable
 from sasa.detection import pictures
+from sasa.detection.coco import CocoSplit, relabelled
 from sasa.detection.data import Target
 from sasa.detection.evaluation import FIGURES, Detections, evaluate, require_pycocotools
 from sasa.detection.flops import detector_flops
@@ -134,15 +137,21 @@ def finish(run: DetectionRun, monitor: Monitor, saver: Saver, stop: StopRequest,
             BEST,
         )
         write_json(run.folder / SUMMARY, summary(run, saver, result, about))
-        shown = pictures.detections(run.data.val.truth, *first_images(run.data.val, result.found), result.found)
-        monitor.picture("detections", shown, progress.step)
-        with replacing(run.folder / PICTURE) as file:
-            save_image(shown, file, format="png")
+        monitor.attempt(PICTURE, partial(draw_detections, run, monitor, result))
     monitor.say(
         f"val {in_words(result.figures)} on {len(run.data.val)} images; {about}; "
         f"trained {progress.seconds:.0f} s; {run.folder / SUMMARY}"
     )
     return True
+
+
+def draw_detections(run: DetectionRun, monitor: Monitor, result: Detections) -> None:
+    """The first validation images with what was found in them: for TensorBoard, and as a file of the run's folder."""
+    val = run.data.val
+    shown = pictures.detections(val.truth, *first_images(val, result.found), result.found)
+    monitor.picture("detections", shown, run.progress.step)
+    with replacing(run.folder / PICTURE) as file:
+        save_image(shown, file, format="png")
 
 
 def first_images(split, found: dict[int, list]) -> tuple[list[int], list[Tensor], list[Target]]:
@@ -203,20 +212,37 @@ def evaluate_checkpoint(command: Command) -> int:
         amp = pick_amp("auto", device)
     data = load_data(config, device)
     try:
+        truth = in_classes_of(state, data.val.truth, config.data_dir, path)
         model = build_detector(config, data.info.num_classes)
         checkpoint.load_weights(model, checkpoint.weights_of(state))
         batch = config.batch_size if "batch_size" in given else EVAL_BATCH
         batches = data.val.eval_batches(batch, distributed.rank(), distributed.world_size())
         autocast = partial(torch.autocast, device.type, dtype=amp, enabled=amp is not None)
-        result = evaluate(model.to(device), data.val.truth, batches, autocast)
+        result = evaluate(model.to(device), truth, batches, autocast)
     finally:
         data.close()
     if distributed.is_main():
-        print(f"{path}: {config.model_name} on val2017 of {config.dataset}, {len(data.val)} images")
+        print(f"{printable(path)}: {config.model_name} on val2017 of {config.dataset}, {len(data.val)} images")
+        if truth is not data.val.truth:
+            print("the annotations have the checkpoint's classes in another order: they are compared by their names")
         for name, value in result.figures.items():
             print(f"  {name:14}{'     -' if value is None else f'{value:6.2f}'}%")
         print(f"val {in_words(result.figures)}")
     return 0
+
+
+def in_classes_of(state: dict[str, Any], truth: CocoSplit, data_dir: str, path: Path) -> CocoSplit:
+    """The validation images with the labels of the checkpoint's classes.
+
+    Raises:
+        DataError: they show other classes.
+    """
+    if state["format"] != checkpoint.FORMAT:  # which holds no names
+        return truth
+    try:
+        return relabelled(truth, tuple(state["data"]["class_names"]))
+    except DataError as error:
+        raise DataError(f"{data_dir}: other classes than those of the checkpoint {path}: {error}") from None
 
 
 DETECTION = train.Task(

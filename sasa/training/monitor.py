@@ -68,6 +68,10 @@ class Monitor:
             if what == EVENT_FILES and isinstance(error, OSError):
                 self._drop_board()
 
+    def attempt(self, what: str, action: Callable[[], Any]) -> None:
+        """Draw or write an output of its own; where that fails, a line says so and the run goes on."""
+        self._guard(what, action)
+
     def _drop_board(self) -> None:
         board, self._board = self._board, None
         with contextlib.suppress(Exception):  # its buffer cannot be written either

@@ -78,6 +78,25 @@ def test_images_that_cannot_be_read_or_differ_in_size_are_refused(tmp_path):
     (tmp_path / "val" / "1.png").write_bytes(b"no image")
     with pytest.raises(DataError, match=r"cannot read image .*1\.png"):
         images[Key(1, None)]
+    eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 40 30\nshowpage\n%%EOF\n"  # Pillow would run Ghostscript
+    (tmp_path / "val" / "1.png").write_bytes(eps)
+    with pytest.raises(DataError, match="no image of a kind that is read"):
+        images[Key(1, None)]
+    (tmp_path / "val" / "1.png").unlink()
+    os.mkfifo(tmp_path / "val" / "1.png")  # opened, it would wait for ever
+    with pytest.raises(DataError, match=r"1\.png: not a regular file"):
+        images[Key(1, None)]
+
+
+def test_pixels_are_decoded_as_in_classification_but_not_turned(tmp_path):
+    """16-bit gray by its high byte, not cut at white; boxes are of the picture as it is stored."""
+    images = CocoImages(read(tmp_path, [box(1)]), 32, (0, 0, 0), Jitter())
+    Image.fromarray(np.full((30, 40), 0x1234, np.uint16)).save(tmp_path / "val" / "0.png")
+    assert images[Key(0, None)][0].unique().tolist() == [0x12]
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a quarter turn
+    Image.new("RGB", (40, 30)).save(tmp_path / "val" / "0.png", exif=exif)
+    assert images[Key(0, None)][0].shape == (3, 30, 40)
 
 
 def test_a_worker_that_dies_ends_the_pass_in_one_line(tmp_path, monkeypatch):

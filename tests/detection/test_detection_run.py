@@ -128,6 +128,34 @@ def test_evaluate_prints_the_summary_s_figures(tmp_path, capsys):
             assert f"{key:14}{value:6.2f}%" in " ".join(printed.split("\n  ")), key
 
 
+def test_evaluate_compares_categories_by_their_names(tmp_path, capsys):
+    """The validation set's categories are renumbered: the same score; another name: refused."""
+    assert started(tmp_path / "a", "--max-steps", "2") == 0
+    path = tmp_path / "data" / digits.FOLDER / "annotations" / "instances_{}2017.json"
+    for split in ("train", "val"):
+        file = Path(str(path).format(split))
+        document = json.loads(file.read_text())
+        for record in (*document["categories"], *document["annotations"]):
+            key = "id" if "name" in record else "category_id"
+            record[key] = 11 - record[key]  # 1..10: in reverse
+        file.write_text(json.dumps(document))
+    arguments = f"--data-dir {tmp_path / 'data'} --num-workers 0 --device cpu --evaluate {tmp_path / 'a/run/best.pt'}"
+    command = parse_command_line(arguments.split(), DetectionConfig, PROG, ABOUT)
+    summary = json.loads((tmp_path / "a" / "run" / "summary.json").read_text())
+    capsys.readouterr()
+    assert train.main(command, task=detection.DETECTION) == 0
+    printed = capsys.readouterr().out
+    assert "compared by their names" in printed and summary["val_recall_100_pct"] > 0
+    assert f"recall_100    {summary['val_recall_100_pct']:6.2f}%" in printed
+    for split in ("train", "val"):
+        file = Path(str(path).format(split))
+        file.write_text(file.read_text().replace('"name": "3"', '"name": "three"'))
+    with pytest.raises(SystemExit) as ended:
+        train.main(command, task=detection.DETECTION)
+    error = capsys.readouterr().err
+    assert ended.value.code == 2 and "other classes" in error and error.count("\n") == 1
+
+
 def classification_checkpoint(path: Path, network):
     from config import resolve as resolve_classification
 
