@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from preprocess import DataError
-from sasa.detection.coco import read_split
+from sasa.detection.coco import read_split, relabelled
 
 # 4 images of 40 x 30, categories 3, 7 and 90, boxes in rising order of images.
 CATEGORIES = [{"id": 90, "name": "c"}, {"id": 3, "name": "a"}, {"id": 7, "name": "b"}]
@@ -53,6 +53,19 @@ def test_boxes_become_corners_and_categories_labels_without_gaps(tmp_path):
     assert boxes.tolist() == [[1, 2, 11, 22], [2.5, 1, 6.5, 5]] and labels.tolist() == [2, 1]
     assert split.targets(0)[0].tolist() == [[0, 0, 5, 6]] and split.targets(0)[1].tolist() == [0]
     assert boxes.dtype == np.float32 and labels.dtype == np.int64
+
+
+def test_labels_in_the_order_of_other_names(tmp_path):
+    """Each box keeps its category, by label as by id."""
+    split = read(tmp_path, [box(1, 2, 90), box(2, 1, 3), box(3, 2, 7)])
+    other = relabelled(split, ("c", "a", "b"))
+    assert other.class_names == ("c", "a", "b") and other.category_ids == (90, 3, 7)
+    for part in (split, other):
+        assert [part.class_names[label] for label in part.labels] == ["a", "c", "b"]
+        assert [part.category_ids[label] for label in part.labels] == [3, 90, 7]
+    assert relabelled(split, split.class_names) is split
+    with pytest.raises(DataError, match="class 2 is c, was d"):
+        relabelled(split, ("a", "b", "d"))
 
 
 def test_images_without_boxes_stay(tmp_path):

@@ -145,7 +145,7 @@ def test_evaluate_compares_categories_by_their_names(tmp_path, capsys):
     capsys.readouterr()
     assert train.main(command, task=detection.DETECTION) == 0
     printed = capsys.readouterr().out
-    assert "compared by their names" in printed and summary["val_recall_100_pct"] > 0
+    assert "compared by their names" in printed
     assert f"recall_100    {summary['val_recall_100_pct']:6.2f}%" in printed
     for split in ("train", "val"):
         file = Path(str(path).format(split))
