@@ -232,7 +232,7 @@ class Config(Settings):
     # Files
     output_dir: str = option("runs", "write the runs below this folder", free=True)
     name: str | None = option(
-        None, "name this run's folder", otherwise="by model, stem, data set, recipe, seed", free=True
+        None, "name this run's folder", otherwise="by model, stem, data set, recipe, seed", free=True, is_name=True
     )
     save_every: int = option(
         1, "save whenever this many epochs are done, a minute apart at least; 0: not by epochs", low=0, free=True

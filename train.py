@@ -161,7 +161,7 @@ def run_plan(plan: Plan, command: Command, stop: StopRequest, task: Task) -> int
 def train(run: Run, stop: StopRequest, overwrite: bool, task: Task) -> int:
     """All epochs that are left, then the summary; returns the exit code."""
     config, progress = run.config, run.progress
-    fresh = progress.step == 0
+    fresh, begun = progress.step == 0, progress.step
     first = distributed.on_all_ranks(lambda: next(run.batches())) if fresh else None  # wrong data: no file changed
     distributed.on_main_rank(partial(claim_folder, run.folder, config, run.identity.run_id, overwrite))
     if distributed.is_main():
@@ -178,7 +178,7 @@ def train(run: Run, stop: StopRequest, overwrite: bool, task: Task) -> int:
         try:
             finished = train_epochs(run, monitor, saver, stop, task)
         except (DataError, WorkerError, SharedError) as error:
-            return stop_after_reading(error, run, saver, task.prog)
+            return stop_after_reading(error, run, saver, task.prog, progress.step > begun)
         if not finished:
             signals = [name for name in distributed.all_gather_object(stop.received) if name is not None]
             monitor.say(
@@ -196,16 +196,21 @@ def train(run: Run, stop: StopRequest, overwrite: bool, task: Task) -> int:
         monitor.close()
 
 
-def stop_after_reading(error: DataError | WorkerError | SharedError, run: Run, saver: Saver, prog: str) -> int:
+def stop_after_reading(
+    error: DataError | WorkerError | SharedError, run: Run, saver: Saver, prog: str, trained: bool
+) -> int:
     """A decoding process died, or an image cannot be read, while the run is sound: save the last step's state.
 
     Where one rank alone has noticed it, the others are in the middle of a step: it ends unsaved, and they with it.
+
+    Args:
+        trained: steps were done since the start; before, wrong data changes no file.
 
     Returns:
         The exit code: STOPPED where a restart can help.
     """
     cause = error.error if isinstance(error, SharedError) else error
-    if not isinstance(cause, DataError | WorkerError):
+    if not isinstance(cause, DataError | WorkerError) or (isinstance(cause, DataError) and not trained):
         raise error
     code = exit_code_of(cause)
     if isinstance(error, SharedError) or not distributed.is_distributed():

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import os
 import sys
 import unicodedata
 from typing import NoReturn
@@ -43,6 +44,15 @@ def show_every_character() -> None:
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError, ValueError):  # None, closed, or not a stream of text
             stream.reconfigure(errors="backslashreplace")
+
+
+def show(text: str) -> None:
+    """Print on stdout; a reader that has gone (`| head`) is no error, now or at the exit."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def print_error(prog: str, message: object) -> None:

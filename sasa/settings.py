@@ -6,6 +6,7 @@ place where a value is checked, wherever it comes from: a command line, a file, 
 
 import dataclasses
 import math
+import os
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -57,9 +58,9 @@ def option(
         kind: the type of a value, where the default does not show it.
         free: a resumed run may change it, since it cannot change the result.
         in_recipe: the value without the flag is the recipe's.
-        rule: what is allowed, `choices`, `low`, `high` (inclusive), `above` or `below` (exclusive); `alias` maps an old
-            spelling of a choice to the present one; `switches` maps flags without a value to a choice; `nargs` and
-            `metavar` are argparse's.
+        rule: what is allowed, `choices`, `low`, `high` (inclusive), `above` or `below` (exclusive), `is_name` (of one
+            folder, not a path); `alias` maps an old spelling of a choice to the present one; `switches` maps flags
+            without a value to a choice; `nargs` and `metavar` are argparse's.
     """
     kind = kind or (str if default is None else type(default))
     about = {"help": text, "otherwise": otherwise, "kind": kind, "free": free, "in_recipe": in_recipe, "rule": rule}
@@ -163,6 +164,8 @@ def _check_rule(f: dataclasses.Field, value: Any) -> None:
     rule, given = f.metadata["rule"], f"{flag_of(f.name)} {str(value)[:60]}"
     if isinstance(value, str) and "\0" in value:
         raise ConfigError(f"{given!r}: must not hold a zero byte")
+    if rule.get("is_name") and (value in (".", "..") or any(sep in value for sep in (os.sep, os.altsep) if sep)):
+        raise ConfigError(f"{given!r}: must be the name of one folder, without {os.sep} and not . or ..")
     if isinstance(value, float) and not math.isfinite(value):
         raise ConfigError(f"{given}: must be finite")
     if f.metadata["kind"] is int and abs(value) > MAX_INT:

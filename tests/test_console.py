@@ -63,3 +63,12 @@ def test_a_command_on_an_ascii_terminal_loses_no_line():
 def test_does_not_import_torch(module):
     program = f"import sys, {module}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], cwd=ROOT, timeout=120).returncode == 0
+
+
+def test_a_reader_that_has_gone_is_no_error():
+    code = "import sys; sys.path.insert(0, sys.argv[1]); from sasa.console import show; show('x' * 10**6); show('y')"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(ROOT)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    process.stdout.close()
+    assert process.stderr.read() == "" and process.wait(60) == 0

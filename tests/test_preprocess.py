@@ -1,5 +1,9 @@
 """preprocess.py: sets by their names, their sizes, parts and held-out images."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +12,8 @@ import torch.nn.functional as F
 import preprocess
 from data_sets import batches
 from preprocess import DataError, load
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -71,3 +77,22 @@ def test_train_images_is_a_seeded_part_of_train_that_the_holdout_is_taken_from(d
     assert len(load(dataset="DIGITS", train_images=1437)[1]) == 1437
     with pytest.raises(DataError, match="--train-images 1438: the training set has 1437"):
         load(dataset="DIGITS", train_images=1438)
+
+
+@pytest.mark.parametrize("flags", [[], ["-OO"]])
+def test_the_command_packs_and_indexes(tree, tmp_path, flags):
+    """Without docstrings (-OO) too; its errors are one line."""
+
+    def run(*arguments):
+        command = [sys.executable, *flags, str(ROOT / "preprocess.py"), *map(str, arguments)]
+        return subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+
+    packed = run("pack", tree, tmp_path / "shards")
+    assert packed.returncode == 0 and "22 images of 2 classes in 1 shards" in packed.stdout and packed.stderr == ""
+    if flags:
+        (tmp_path / "shards/train-index.npz").unlink()
+        indexed = run("index", tmp_path / "shards/train-000000.tar")
+        assert indexed.returncode == 0 and "22 images" in indexed.stdout
+    else:
+        wrong = run("pack", tree, tmp_path / "shards")
+        assert wrong.returncode == 2 and "already holds" in wrong.stderr and wrong.stderr.count("\n") == 1

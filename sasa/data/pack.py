@@ -42,17 +42,15 @@ def pack(tree: Path, folder: Path, images_a_shard: int = IMAGES_A_SHARD) -> list
                     _write_shard(made / f"{split}-{number:06d}.tar", images, labels, numbers)
             name, content = classes_file(classes)
             (made / name).write_bytes(content)
-            names = sorted(path.name for path in made.iterdir())
+            shards = [sorted(map(str, made.glob(f"{split}-*.tar"))) for split in ("train", "val")]
+            lines = [line.replace(printable(made), shown, 1) for line in write_indexes(shards, made)]
             _refuse_a_set(folder)  # that came while this one was packed
-            for name in names:
+            for name in sorted(path.name for path in made.iterdir()):
                 os.rename(made / name, folder / name)
-        shards = [
-            sorted(str(folder / name) for name in names if name.startswith(f"{split}-")) for split in ("train", "val")
-        ]
     except OSError as error:
         where = printable(error.filename) if error.filename else shown
         raise DataError(f"{where}: {one_line(error.strerror or error)}") from error
-    return notes + write_indexes(shards, folder)
+    return notes + lines
 
 
 def _refuse_a_set(folder: Path) -> None:

@@ -11,16 +11,19 @@ tree, bitwise: nothing depends on how samples fell into shards. The price: shard
 http:, no pipe:), read at random places, about one image's bytes at a time.
 """
 
+import contextlib
 import io
 import os
 import re
+import signal
+from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from sasa.console import Parser, fail, printable, show_every_character
+from sasa.console import Parser, fail, print_error, printable, show, show_every_character
 from sasa.data.errors import DataError
 from sasa.data.pack import IMAGES_A_SHARD, pack
 from sasa.data.shard_index import expand, read_index, write_index, write_indexes
@@ -145,12 +148,30 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if args.command == "pack" and args.images < 1:
             raise DataError(f"--images {args.images}: must be at least 1")
-        if args.command == "pack":
-            lines = pack(args.tree, args.folder, args.images)
-        else:
-            lines = write_indexes([expand(pattern) for pattern in args.patterns], args.index_dir)
+        with _signals_interrupt():
+            if args.command == "pack":
+                lines = pack(args.tree, args.folder, args.images)
+            else:
+                lines = write_indexes([expand(pattern) for pattern in args.patterns], args.index_dir)
     except DataError as error:
         fail("preprocess.py", error)
-    for line in lines:
-        print(line)
+    except KeyboardInterrupt:
+        print_error("preprocess.py", "stopped by a signal, nothing new is left behind")
+        return 1
+    show("\n".join(lines))
     return 0
+
+
+@contextlib.contextmanager
+def _signals_interrupt() -> Iterator[None]:
+    """SIGTERM and SIGHUP end the block like SIGINT, by KeyboardInterrupt, so that what was half made is removed."""
+    names = [name for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]  # not all on Windows
+    before = {getattr(signal, name): signal.getsignal(getattr(signal, name)) for name in names}
+    taken = {number: handler for number, handler in before.items() if handler is not signal.SIG_IGN}  # nohup
+    for number in taken:
+        signal.signal(number, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        for number, handler in taken.items():
+            signal.signal(number, handler)

@@ -128,7 +128,9 @@ class DetectionConfig(Settings):
 
     # Files
     output_dir: str = same("output_dir")
-    name: str | None = option(None, "name this run's folder", otherwise="by network, data set and seed", free=True)
+    name: str | None = option(
+        None, "name this run's folder", otherwise="by network, data set and seed", free=True, is_name=True
+    )
     save_every: int = same("save_every")
     save_minutes: float = same("save_minutes")
     progress: bool = same("progress")

@@ -124,6 +124,17 @@ def _check_progress(progress: Any) -> None:
     for key in ("loss_sum", "correct", "seconds", "epoch_seconds"):
         value = progress.get(key)
         _want(isinstance(value, int | float) and math.isfinite(value), f"progress ({key})")
+    is_open = progress["batch"] > 0  # then its figures are divided by images and seconds
+    _want(not is_open or (progress["images"] > 0 and progress["epoch_seconds"] > 0), "progress (open epoch)")
+    for key in ("best_top1", "last_loss"):
+        value = progress.get(key)
+        _want(value is None or (isinstance(value, int | float) and math.isfinite(value)), f"progress ({key})")
+    value = progress.get("best_epoch")
+    _want(value is None or type(value) is int, "progress (best_epoch)")
+    changes = progress.get("data_changes", [])
+    _want(isinstance(changes, list) and all(isinstance(line, str) for line in changes), "progress (data_changes)")
+    figures = progress.get("figures", {})
+    _want(isinstance(figures, dict) and all(isinstance(v, int | float) for v in figures.values()), "progress (figures)")
     rows = progress.get("rows")
     _want(isinstance(rows, list) and all(isinstance(row, dict) for row in rows), "progress (rows)")
 

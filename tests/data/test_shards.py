@@ -3,6 +3,7 @@
 import io
 import os
 import shutil
+import signal
 import tarfile
 from pathlib import Path
 
@@ -242,6 +243,24 @@ def test_packing_replaces_nothing_and_leaves_nothing_behind_when_it_fails(tree, 
     (full / "val-000000.tar").unlink()
     shards.pack(tree, full)
     assert len(list(full.glob("*.tar"))) == 2
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_packing_that_a_signal_ends_leaves_nothing_behind(tree, tmp_path, monkeypatch, capsys, number):
+    before = signal.getsignal(number)
+    monkeypatch.setattr(pack, "classes_file", lambda _: os.kill(os.getpid(), number))
+    assert shards.main(["pack", str(tree), str(tmp_path / "made")]) == 1
+    assert "stopped by a signal" in capsys.readouterr().err and list((tmp_path / "made").iterdir()) == []
+    assert signal.getsignal(number) is before
+
+
+def test_packing_without_place_for_the_index_leaves_nothing_behind(tree, tmp_path, monkeypatch):
+    def full(path):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(shard_index, "replacing", full)
+    assert "No space left" in message(shards.pack, tree, tmp_path / "made")
+    assert list((tmp_path / "made").iterdir()) == []
 
 
 def test_a_rewritten_shard_is_noticed_and_a_touched_one_is_not_refused(tmp_path):

@@ -271,6 +271,13 @@ def test_a_resume_removes_nothing_before_its_first_save(held, monkeypatch):
     assert [path for path in before if path.suffix == ".pt" and after.get(path) != before[path]] == []
 
 
+@pytest.mark.parametrize("name", ["..", ".", "a/b", "../run", "/tmp/run"])
+def test_a_name_that_is_a_path_is_refused(tmp_path, tiny, capsys, name):  # noqa: F811
+    """It would lead out of --output-dir, where --overwrite deletes."""
+    refused(capsys, tmp_path / "runs", f"--name {name} --overwrite", "--name", "one folder")
+    assert not (tmp_path / "run").exists() and not (tmp_path / "config.json").exists()
+
+
 def test_a_pipe_for_a_config_json_is_one_line(tmp_path, capsys):
     """Opened, it would wait for ever."""
     (tmp_path / "run").mkdir()
