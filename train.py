@@ -32,11 +32,11 @@ from config import ConfigError
 from preprocess import DataError, WorkerError
 from sasa.analysis.attention_maps import attention_layers, lattice, record_attention
 from sasa.analysis.flops import count_flops, count_parameters
-from sasa.console import USAGE_ERROR, print_error
+from sasa.console import USAGE_ERROR, one_line, print_error
 from sasa.kernels.stop_signals import BuildStopped
 from sasa.training import checkpoint, distributed
 from sasa.training.checkpoint import CheckpointError, Progress
-from sasa.training.device import peak_memory_mib
+from sasa.training.device import is_out_of_memory, peak_memory_mib
 from sasa.training.distributed import SharedError
 from sasa.training.evaluation import EVAL_BATCH, Evaluation, evaluate
 from sasa.training.files import BEST, SUMMARY, claim_folder, write_json
@@ -106,12 +106,12 @@ def run_command(command: Command, stop: StopRequest, task: Task) -> int:
         if code is None:
             raise shared.error from None
         if distributed.is_main():
-            print_error(task.prog, shared.error)
+            print_error(task.prog, with_advice(shared.error))
     except Exception as error:  # of this rank alone: the others do not know
         code = exit_code_of(error)
         if code is None:
             raise
-        print_error(task.prog, error)
+        print_error(task.prog, with_advice(error))
         sys.exit(code)
     distributed.stop()
     return code
@@ -123,7 +123,14 @@ def exit_code_of(error: Exception) -> int | None:
         return USAGE_ERROR
     if isinstance(error, WorkerError | BuildStopped):  # nothing was trained yet: a restart can help
         return STOPPED
-    return None
+    return 1 if is_out_of_memory(error) else None
+
+
+def with_advice(error: Exception) -> str:
+    """The text of an error that one line explains."""
+    if not is_out_of_memory(error):
+        return str(error)
+    return f"out of memory: {one_line(error, 200)}; a smaller --batch-size, --img-size or --eval-size needs less"
 
 
 def run_to_end(command: Command, stop: StopRequest, task: Task) -> int:

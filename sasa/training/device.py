@@ -55,6 +55,13 @@ def pick_amp(name: str, device: torch.device) -> torch.dtype | None:
     return next(dtype for dtype, amp_name in AMP_NAMES.items() if amp_name == name)
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the device's memory, or the machine's, is too small for what was computed."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)  # torch has no class for it
+
+
 def keep_freed() -> None:
     """Freed memory stays with the process for the next step, where the C library is glibc.
 

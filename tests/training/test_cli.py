@@ -271,6 +271,21 @@ def test_a_resume_removes_nothing_before_its_first_save(held, monkeypatch):
     assert [path for path in before if path.suffix == ".pt" and after.get(path) != before[path]] == []
 
 
+@pytest.mark.parametrize("when", ["training", "evaluation", "loading"])
+def test_out_of_memory_is_one_line(tmp_path, tiny, monkeypatch, capsys, when):  # noqa: F811
+    """The error is the allocator's own, of a terabyte more than any machine has."""
+    import train
+
+    def allocate(*_args, **_options):
+        return torch.empty(2**60, dtype=torch.uint8)
+
+    where = {"training": (train, "train_step"), "evaluation": (train, "evaluate"), "loading": (preprocess, "load")}
+    monkeypatch.setattr(*where[when], allocate)
+    assert small_runs.run(tmp_path, *BASE.split()) == 1
+    error = capsys.readouterr().err
+    assert "out of memory: " in error and "a smaller --batch-size" in error and error.count("\n") == 1
+
+
 @pytest.mark.parametrize("name", ["..", ".", "a/b", "../run", "/tmp/run"])
 def test_a_name_that_is_a_path_is_refused(tmp_path, tiny, capsys, name):  # noqa: F811
     """It would lead out of --output-dir, where --overwrite deletes."""
