@@ -244,6 +244,14 @@ class Config(Settings):
     attention_every: int = option(
         5, "draw TensorBoard's attention panels whenever this many epochs are done, 0: never", low=0, free=True
     )
+    digest: bool = option(
+        True, "write SHA-256 of weights, buffers, optimizer, moving average and generators into each row of log.jsonl",
+        free=True,
+    )  # fmt: skip
+    keep_states: int = option(
+        0, "keep the state at the start and whenever this many epochs are done, for tools.verify; 0: none", low=0,
+        free=True,
+    )  # fmt: skip
     preview: bool = option(False, "write progress.png, curves and wrong predictions, at each validation", free=True)
     max_steps: int | None = option(None, "end the run at this global step", kind=int, low=1, free=True)
 

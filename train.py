@@ -34,7 +34,7 @@ from sasa.analysis.attention_maps import attention_layers, lattice, record_atten
 from sasa.analysis.flops import count_flops, count_parameters
 from sasa.console import USAGE_ERROR, one_line, print_error
 from sasa.kernels.stop_signals import BuildStopped
-from sasa.training import checkpoint, distributed
+from sasa.training import checkpoint, distributed, environment
 from sasa.training.checkpoint import CheckpointError, Progress
 from sasa.training.device import is_out_of_memory, peak_memory_mib
 from sasa.training.distributed import SharedError
@@ -178,6 +178,7 @@ def train(run: Run, stop: StopRequest, overwrite: bool, task: Task) -> int:
     saver = Saver(config, monitor)
     stop.has_state = True
     if first is not None:
+        saver.keep(run)
         monitor.start(0, config, str(run.model), task.preview(run, *first))
     else:
         monitor.say(f"resumed   at step {progress.step}, epoch {progress.epoch + 1}, batch {progress.batch}")
@@ -430,6 +431,8 @@ def finish_epoch(run: Run, monitor: Monitor, saver: Saver, stop: StopRequest) ->
         "epoch_s": progress.epoch_seconds,
         "peak_mem_mib": peak_memory_mib(run.device),
     }
+    if config.digest:
+        row |= {"digests": run.digests(), "environment": environment.digest(run.environment())}
     monitor.epoch(progress.step, row, config.epochs)
     if config.preview and distributed.is_main():
         monitor.preview(result, pictures_of(result, info), info.class_names)
@@ -441,6 +444,7 @@ def finish_epoch(run: Run, monitor: Monitor, saver: Saver, stop: StopRequest) ->
     if complete:
         progress.rows.append(row)
         progress.open_epoch()
+        saver.keep(run)
     return result
 
 
@@ -543,6 +547,8 @@ def summary(run: Run, saver: Saver, result: Evaluation, about: str, skipped: int
         "data_changes": run.progress.data_changes,
         "device": str(run.device),
         "torch": str(torch.__version__),
+        "environment": run.environment(),
+        "environment_digest": environment.digest(run.environment()),
     }
 
 

@@ -20,6 +20,7 @@ ADDED = {
     "rand_rounds": 2, "rand_magnitude": 9, "crop_area": 0.08, "crop_aspect": 4 / 3,
     "auto_augment": "none", "random_erase": 0.0, "repeats": 1, "drop_path": 0.0, "loss": "ce", "bce_threshold": 0.2,
     "class_weights": "none", "min_lr": 0.0, "layer_decay": 1.0,
+    "digest": True, "keep_states": 0,
 }  # fmt: skip
 # Fields that had another name: what the old field's value is in the new one.
 RENAMED = {"randaugment": ("auto_augment", {False: "none", True: "rand"})}

@@ -136,6 +136,17 @@ def read_json(path: Path) -> dict[str, Any] | None:
     return values if isinstance(values, dict) else None
 
 
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The lines of a run's log. Raises RunsError where one is no dictionary, or the file cannot be read."""
+    try:
+        rows = [json.loads(line) for line in read_bytes(path).splitlines()]
+    except (OSError, ValueError, RecursionError):
+        rows = [None]
+    if not all(isinstance(row, dict) for row in rows):
+        raise RunsError(f"{printable(path)}: not a log, whose lines are JSON")
+    return rows
+
+
 # ---- figures of rows ------------------------------------------------------------------------------------------------
 
 

@@ -19,7 +19,8 @@ CONFIG_BYTES = 2**20  # of a config.json: thousands of times as long as one is
 RUN_ID = "run_id"  # of config.json: whose files these are
 EVENTS, PREVIEW = "events.out.tfevents.*", "progress.png"
 OWN_EVENTS = re.compile(r"events\.out\.tfevents\.\d{10}\.")
-UNFINISHED = re.compile(r"\.(last|best)\.pt\.[0-9a-f]{16}\.tmp")  # `sasa.files.replacing`
+KEPT = re.compile(r"state-(\d{4,})\.pt")  # the state after that many epochs: --keep-states
+UNFINISHED = re.compile(r"\.(last|best|state-\d{4,})\.pt\.[0-9a-f]{16}\.tmp")  # `sasa.files.replacing`
 
 
 def to_json(values: Any, indent: int | None = None) -> str:
@@ -74,9 +75,23 @@ def held_files(folder: Path) -> list[Path]:
         ConfigError: the folder cannot be read.
     """
     try:
-        return [folder / name for name in RUN_FILES if os.path.lexists(folder / name)]
+        files = [folder / name for name in RUN_FILES if os.path.lexists(folder / name)]
+        return files + list(kept_states(folder).values())
     except OSError as error:
         raise _not_writable(folder, error) from error
+
+
+def kept_name(epochs: int) -> str:
+    """The file of the state after so many epochs."""
+    return f"state-{epochs:04d}.pt"
+
+
+def kept_states(folder: Path) -> dict[int, Path]:
+    """The states that --keep-states has left in a folder, by the epochs that they are after. Raises OSError."""
+    if not folder.is_dir():
+        return {}
+    found = ((KEPT.fullmatch(path.name), path) for path in folder.iterdir())
+    return {int(match[1]): path for match, path in sorted(found, key=lambda pair: pair[1]) if match}
 
 
 def refuse_other_run(folder: Path) -> None:

@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import preprocess
-from attention import LocalAttention2d
+from attention import AttentionStem, LocalAttention2d
 from config import Config, ConfigError, Settings, nominal_batch, rate_factor
 from preprocess import AugmentConfig, DataError, DataInfo
 from sasa.analysis.flops import count_flops, count_parameters
 from sasa.data.batches import own_pieces
 from sasa.data.fingerprint import differences
-from sasa.training import checkpoint, class_weights, distributed, drop_path
+from sasa.training import checkpoint, class_weights, digests, distributed, drop_path, environment
 from sasa.training.checkpoint import Identity, Progress
 from sasa.training.device import AMP_NAMES, keep_freed, pick_amp, pick_device
 from sasa.training.distributed import SharedError
@@ -137,6 +137,16 @@ class Run:
         """Everything that the run needs to go on exactly. Called on every rank, as each has its own generators."""
         parts = (self.model, self.optimizer, self.scaler, self.ema, self.best, self.progress)
         return checkpoint.run_state(self.config, self.identity, self.recipe, *parts)
+
+    def digests(self) -> dict[str, str]:
+        """The digests of the run as it stands (sasa/training/digests.py). Called on every rank."""
+        generators = distributed.all_gather_object(checkpoint.generator_states())
+        return digests.of_run(self.model, self.optimizer, self.scaler, self.ema, generators)
+
+    def environment(self) -> dict[str, Any]:
+        """What the run's bits depend on beside its state: sasa/training/environment.py."""
+        attends = any(isinstance(module, LocalAttention2d | AttentionStem) for module in self.model.modules())
+        return environment.describe(self.device, self.config.backend if attends else None)
 
     def restore(self, state: dict[str, Any]) -> None:
         """Put a run's state back. Raises CheckpointError where it is of another network."""

@@ -4,6 +4,7 @@ import time
 
 from config import Config
 from sasa.training import checkpoint, distributed
+from sasa.training.files import LAST, kept_name
 from sasa.training.monitor import Monitor
 from sasa.training.run import Run
 
@@ -65,16 +66,27 @@ class Saver:
             raise TrainingError(f"{SAVE_FAILURES} saves failed in a row: stopping at step {run.progress.step}")
         return False
 
+    def keep(self, run: Run) -> None:
+        """The state after the epochs that are done, where --keep-states wants it; a failure is survived, and said."""
+        every = self._config.keep_states
+        if not every or run.progress.batch or run.progress.epoch % every:
+            return
+        started, state = time.monotonic(), run.state()
+        problem = distributed.on_main_rank(lambda: _attempt_save(state, run, kept_name(run.progress.epoch)))
+        self.seconds += time.monotonic() - started
+        if problem is not None:
+            self._monitor.say(f"a state to keep was not written: {problem}; the run goes on without it")
+
     def save_or_end(self, run: Run) -> None:
         """A save that the run cannot go on without. Raises TrainingError."""
         if not self.save(run):
             raise TrainingError("the state could not be saved")
 
 
-def _attempt_save(state: dict, run: Run) -> str | None:
+def _attempt_save(state: dict, run: Run, name: str = LAST) -> str | None:
     """What was wrong, or None."""
     try:
-        checkpoint.save(state, run.folder)
+        checkpoint.save(state, run.folder, name)
     except OSError as error:
         return str(error)
     return None

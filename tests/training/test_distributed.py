@@ -59,6 +59,8 @@ def assert_same_training(one: Path, other: Path, number: int) -> None:
     rows, wanted_rows = small_runs.log_rows(other / "run"), small_runs.log_rows(one / "run")
     assert len(rows) == len(wanted_rows) == 2
     for row, wanted_row in zip(rows, wanted_rows, strict=True):
+        for key in ("digests", "environment"):  # of another number of ranks
+            del row[key], wanted_row[key]
         assert row == pytest.approx(wanted_row, abs=1e-3)
 
 
