@@ -104,6 +104,10 @@ class Config(Settings):
     holdout: float = option(
         0.0, "hold this part of train out to select best.pt by: a fraction below 1, or a number of images", low=0
     )
+    val_every: int = option(1, "validate whenever this many epochs are done, and after the last", low=1)
+    early_stop: int = option(
+        0, "end the run when top-1 on the images of --holdout has not risen for this many epochs; 0: never", low=0
+    )
     skip_bad_images: bool = option(False, "skip unreadable images of a tree, counted, instead of ending", free=True)
     num_workers: int = option(4, "decode a tree's images by this many processes", low=0, high=1024, free=True)
     worker_timeout: float = option(
@@ -252,6 +256,7 @@ class Config(Settings):
         0, "keep the state at the start and whenever this many epochs are done, for tools.verify; 0: none", low=0,
         free=True,
     )  # fmt: skip
+    log_csv: bool = option(False, "write log.csv beside log.jsonl, a table for spreadsheets", free=True)
     preview: bool = option(False, "write progress.png, curves and wrong predictions, at each validation", free=True)
     max_steps: int | None = option(None, "end the run at this global step", kind=int, low=1, free=True)
 
@@ -301,6 +306,8 @@ def _check_together(config: Config) -> None:
         raise ConfigError(f"--warmup-epochs {config.warmup_epochs:g}: must be below --epochs {config.epochs}")
     if config.holdout >= 1 and config.holdout != int(config.holdout):
         raise ConfigError(f"--holdout {config.holdout:g}: must be a fraction below 1 or a whole number of images")
+    if config.early_stop and not config.holdout:
+        raise ConfigError(f"--early-stop {config.early_stop}: needs --holdout, whose images it goes by")
     if config.save_every == 0 and config.save_minutes == 0:
         raise ConfigError("--save-every 0 and --save-minutes 0 would never save: one must be above 0")
     if None not in (config.min_lr, config.lr) and config.min_lr > config.lr:

@@ -172,7 +172,8 @@ def train(run: Run, stop: StopRequest, overwrite: bool, task: Task) -> int:
     first = distributed.on_all_ranks(lambda: next(run.batches())) if fresh else None  # wrong data: no file changed
     distributed.on_main_rank(partial(claim_folder, run.folder, config, run.identity.run_id, overwrite))
     if distributed.is_main():
-        monitor = Monitor(run.folder, progress, run.steps_per_epoch, config.progress and sys.stderr.isatty())
+        monitor = Monitor(run.folder, progress, run.steps_per_epoch, config.progress and sys.stderr.isatty(),
+                          config.log_csv)  # fmt: skip
     else:
         monitor = Silent()
     saver = Saver(config, monitor)
@@ -235,7 +236,7 @@ def train_epochs(run: Run, monitor: Monitor, saver: Saver, stop: StopRequest, ta
     progress, result, reported = run.progress, None, set()
     last_step = min(run.config.epochs * run.steps_per_epoch, run.config.max_steps or math.inf)
     with monitor.whole_run(last_step, progress.step) as whole:
-        while progress.epoch < run.config.epochs and (progress.batch or not at_max_steps(run)):
+        while not is_over(run):
             if not train_epoch(run, monitor, saver, stop, whole, task):
                 return False
             result = task.finish_epoch(run, monitor, saver, stop)
@@ -244,7 +245,24 @@ def train_epochs(run: Run, monitor: Monitor, saver: Saver, stop: StopRequest, ta
             reported = report_bad_images(run, monitor, reported)
             if at_max_steps(run):
                 break
+            if has_stopped_rising(run):
+                monitor.say(f"ended early: no better top-1 on the held-out images since epoch {progress.best_epoch}")
     return task.finish(run, monitor, saver, stop, result)
+
+
+def is_over(run: Run) -> bool:
+    """Whether no epoch is to be trained any more; one that --max-steps has cut is finished by a resume."""
+    done = run.progress.epoch >= run.config.epochs or has_stopped_rising(run)
+    return done or (at_max_steps(run) and not run.progress.batch)
+
+
+def has_stopped_rising(run: Run) -> bool:
+    """Whether --early-stop ends the run after the last whole epoch: a function of what a checkpoint holds."""
+    progress, patience = run.progress, run.config.early_stop
+    if not patience or progress.batch or progress.best_epoch is None or not progress.rows:
+        return False
+    is_scored = progress.rows[-1]["val_top1_pct"] is not None
+    return is_scored and progress.epoch - progress.best_epoch >= patience
 
 
 def at_max_steps(run: Run) -> bool:
@@ -412,9 +430,12 @@ def finish_epoch(run: Run, monitor: Monitor, saver: Saver, stop: StopRequest) ->
     distributed.broadcast(run.batch_norm_buffers())
     last = progress.epoch + 1 == config.epochs or at_max_steps(run)
     keep_wrong = WRONG_SHOWN if config.preview or (last and run.data.holdout is None) else 0
-    result = evaluate(
-        run.eval_model, run.data.val, info.num_classes, EVAL_BATCH, run.autocast, keep_wrong=keep_wrong, stop=stop
-    )
+    is_scored = last or not complete or (progress.epoch + 1) % config.val_every == 0
+    result = Evaluation.none()
+    if is_scored:
+        result = evaluate(
+            run.eval_model, run.data.val, info.num_classes, EVAL_BATCH, run.autocast, keep_wrong=keep_wrong, stop=stop
+        )
     if result is None:
         saver.save_or_end(run)
         return None
@@ -423,9 +444,9 @@ def finish_epoch(run: Run, monitor: Monitor, saver: Saver, stop: StopRequest) ->
         "step": progress.step,
         "train_loss": progress.loss_sum / progress.images,
         "train_top1_pct": 100 * progress.correct / progress.images,
-        "val_loss": result.loss,
-        "val_top1_pct": result.top1_pct,
-        "val_top5_pct": result.top5_pct,
+        "val_loss": result.loss if is_scored else None,
+        "val_top1_pct": result.top1_pct if is_scored else None,
+        "val_top5_pct": result.top5_pct if is_scored else None,
         "lr": learning_rate(config, progress.step - 1, run.steps_per_epoch),
         "images_per_s": progress.images / progress.epoch_seconds,
         "epoch_s": progress.epoch_seconds,
@@ -434,11 +455,15 @@ def finish_epoch(run: Run, monitor: Monitor, saver: Saver, stop: StopRequest) ->
     if config.digest:
         row |= {"digests": run.digests(), "environment": environment.digest(run.environment())}
     monitor.epoch(progress.step, row, config.epochs)
-    if config.preview and distributed.is_main():
+    if config.preview and is_scored and distributed.is_main():
         monitor.preview(result, pictures_of(result, info), info.class_names)
     if complete and config.attention_every and (progress.epoch + 1) % config.attention_every == 0:
         show_attention(run, monitor)
-    if run.data.holdout is not None and (progress.best_top1 is None or result.top1_pct > progress.best_top1):
+    if (
+        run.data.holdout is not None
+        and is_scored
+        and (progress.best_top1 is None or result.top1_pct > progress.best_top1)
+    ):
         progress.best_top1, progress.best_epoch = result.top1_pct, progress.epoch + 1
         run.best = {name: value.detach().cpu().clone() for name, value in run.eval_model.state_dict().items()}
     if complete:

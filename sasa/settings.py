@@ -20,7 +20,7 @@ ADDED = {
     "rand_rounds": 2, "rand_magnitude": 9, "crop_area": 0.08, "crop_aspect": 4 / 3,
     "auto_augment": "none", "random_erase": 0.0, "repeats": 1, "drop_path": 0.0, "loss": "ce", "bce_threshold": 0.2,
     "class_weights": "none", "min_lr": 0.0, "layer_decay": 1.0,
-    "digest": True, "keep_states": 0,
+    "digest": True, "keep_states": 0, "val_every": 1, "early_stop": 0, "log_csv": False,
 }  # fmt: skip
 # Fields that had another name: what the old field's value is in the new one.
 RENAMED = {"randaugment": ("auto_augment", {False: "none", True: "rand"})}
@@ -81,7 +81,7 @@ class Settings:
         ConfigError: a value of another type or out of its bounds.
     """
 
-    min_lr, layer_decay = 0.0, 1.0  # of the kinds of runs that have no such flags
+    min_lr, layer_decay, early_stop, log_csv = 0.0, 1.0, 0, False  # of the kinds of runs that have no such flags
 
     def __post_init__(self) -> None:
         for f in fields(self):

@@ -42,13 +42,14 @@ TYPED = {
     "crop_aspect": ("2", 2.0), "attention_every": ("3", 3), "max_steps": ("10", 10),
     "auto_augment": ("Trivial", "trivial"), "random_erase": (".25", 0.25), "repeats": ("3", 3), "loss": ("BCE", "bce"),
     "drop_path": ("0.1", 0.1), "bce_threshold": ("0", 0.0), "class_weights": ("some/File", "some/File"),
-    "min_lr": ("1e-5", 1e-5), "keep_states": ("4", 4), "layer_decay": ("0.75", 0.75),
+    "min_lr": ("1e-5", 1e-5), "keep_states": ("4", 4),
+    "val_every": ("2", 2), "early_stop": ("5", 5), "layer_decay": ("0.75", 0.75),
 }  # fmt: skip
 SWITCHES = {
     "stem": True, "content": False, "grouped": True, "share_embeddings": True, "zero_init_residual": True,
     "skip_bad_images": True, "compile": True, "channels_last": False, "deterministic": True,
     "progress": False, "sync_bn": True, "flip": True, "reflect": True, "nesterov": False,
-    "preview": True, "digest": False,
+    "preview": True, "digest": False, "log_csv": True,
 }  # fmt: skip
 
 
@@ -96,6 +97,7 @@ def test_randaugment_is_an_alias(capsys):
     ("--min-lr 0.5 --lr 0.1", "--min-lr 0.5: must be at most --lr 0.1"),
     ("--repeats 5 --batch-size 8", "--repeats 5: must be at most half of --batch-size 8"),
     ("--bce-threshold 0.1", "--bce-threshold 0.1: needs --loss bce"),
+    ("--early-stop 3", "--early-stop 3: needs --holdout"),
 ])  # fmt: skip
 def test_regularisation_that_does_not_go_together_is_refused(flags, words):
     with pytest.raises(ConfigError, match=words):

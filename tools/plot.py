@@ -66,7 +66,8 @@ def errors(folder: Folder, row: Row) -> list[tuple[int, list[float]]]:
     for seed in seeds_of(folder, row):
         text = (folder.path / run_name(row, seed) / "log.jsonl").read_text(encoding="utf-8")
         logs.append([json.loads(line) for line in text.splitlines()])
-    return [(at[0]["epoch"], [100 - line["val_top1_pct"] for line in at]) for at in zip(*logs, strict=False)]
+    scored = [[line for line in log if line["val_top1_pct"] is not None] for log in logs]  # --val-every
+    return [(at[0]["epoch"], [100 - line["val_top1_pct"] for line in at]) for at in zip(*scored, strict=False)]
 
 
 def curves_figure(folder: Folder) -> Figure:

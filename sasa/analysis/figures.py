@@ -351,12 +351,14 @@ def progress_figure(rows: Sequence[dict], mistakes: Sequence[tuple[Tensor, str, 
 
     figure = new_figure(1000, 560 if mistakes else 400, layout="constrained")
     grid = figure.add_gridspec(2 if mistakes else 1, PROGRESS_MISTAKES, height_ratios=(3, 1) if mistakes else (1,))
-    half, epochs = PROGRESS_MISTAKES // 2, [row["epoch"] for row in rows]
+    half = PROGRESS_MISTAKES // 2
     for columns, key, title in ((slice(half), "loss", "loss"), (slice(half, None), "top1_pct", "top-1, %")):
         ax = figure.add_subplot(grid[0, columns])
         plain_axes(ax)
         for part, name, colour in (("train", "training", "#0072b2"), ("val", "validation", "#d55e00")):
-            values = [row[f"{part}_{key}"] for row in rows]
+            found = [(row["epoch"], row[f"{part}_{key}"]) for row in rows]
+            found = [(epoch, value) for epoch, value in found if value is not None]  # --val-every
+            epochs, values = [epoch for epoch, _ in found], [value for _, value in found]
             label = f"{name}, {values[-1]:.4g}" if values else name
             ax.plot(epochs, values, marker="o", markersize=3, color=colour, label=label)
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))

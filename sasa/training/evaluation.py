@@ -3,6 +3,7 @@
 Several ranks score their own part of the split each, and all get the whole score. Shapes: B images of a batch.
 """
 
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -31,6 +32,11 @@ class Evaluation:
     right: Tensor  # (classes,) int64, those of them that were predicted
     confusion: Tensor | None = None  # (classes, classes) int64: row the label, column the prediction
     wrong: list[tuple[Tensor, int, int]] = field(default_factory=list)  # (3, H, W) as fed, label, prediction
+
+    @classmethod
+    def none(cls) -> "Evaluation":
+        """Of an epoch that is not validated: no image was scored."""
+        return cls(0, math.nan, math.nan, math.nan, torch.zeros(0), torch.zeros(0))
 
     def per_class_pct(self) -> list[float | None]:
         """Accuracy of each class in percent; None for a class without images."""

@@ -13,8 +13,8 @@ from sasa.console import one_line
 from sasa.files import read_regular, write_text
 
 LAST, PREVIOUS, BEST = "last.pt", "previous.pt", "best.pt"
-CONFIG, LOG, SUMMARY = "config.json", "log.jsonl", "summary.json"
-RUN_FILES = (LAST, PREVIOUS, BEST, CONFIG, LOG, SUMMARY)
+CONFIG, LOG, LOG_CSV, SUMMARY = "config.json", "log.jsonl", "log.csv", "summary.json"
+RUN_FILES = (LAST, PREVIOUS, BEST, CONFIG, LOG, LOG_CSV, SUMMARY)
 CONFIG_BYTES = 2**20  # of a config.json: thousands of times as long as one is
 RUN_ID = "run_id"  # of config.json: whose files these are
 EVENTS, PREVIEW = "events.out.tfevents.*", "progress.png"

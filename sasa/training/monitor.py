@@ -1,6 +1,8 @@
 """What a person sees of a run: lines on the terminal, bars, log.jsonl, TensorBoard, and progress.png."""
 
 import contextlib
+import csv
+import io
 import os
 import sys
 from collections.abc import Callable
@@ -19,7 +21,7 @@ from sasa.files import write_text
 from sasa.training.board import Board
 from sasa.training.checkpoint import Progress
 from sasa.training.evaluation import Evaluation
-from sasa.training.files import LOG, PREVIEW, to_json
+from sasa.training.files import LOG, LOG_CSV, PREVIEW, to_json
 
 SCALAR_EVERY = 10  # steps between points of the training curves
 EVENT_FILES = "TensorBoard's event file"
@@ -34,9 +36,11 @@ class Monitor:
     works again: none may cost the run its state.
     """
 
-    def __init__(self, folder: Path, progress: Progress, steps_per_epoch: int, bars: bool) -> None:
+    def __init__(
+        self, folder: Path, progress: Progress, steps_per_epoch: int, bars: bool, log_csv: bool = False
+    ) -> None:
         self.folder, self.bars, self.rows = folder, bars, list(progress.rows)
-        self._log_is_whole = False
+        self._log_is_whole, self._has_csv = False, log_csv
         self._failing: set[str] = set()
         self._board: Board | None = None
         # Steps done are the x axis: what was logged at this one stays, what comes after it is written again; and of an
@@ -44,6 +48,8 @@ class Monitor:
         ended = progress.batch >= steps_per_epoch
         self._purge_step = progress.step + (not ended)
         self._guard(LOG, self._write_log)
+        if self._has_csv:
+            self._guard(LOG_CSV, self._write_csv)
         self._guard(EVENT_FILES, lambda: self.board)
         if ended:
             self.step(progress.step, progress.figures)
@@ -89,6 +95,9 @@ class Monitor:
             write_text(path, "".join(to_json(row) + "\n" for row in self.rows))
         self._log_is_whole = True
 
+    def _write_csv(self) -> None:
+        write_text(self.folder / LOG_CSV, csv_text(self.rows))
+
     def whole_run(self, total: int, done: int) -> tqdm:
         """The bar of the run's steps, whose estimate of the time left counts what validation and saves take."""
         return tqdm(
@@ -113,12 +122,15 @@ class Monitor:
 
     def epoch(self, step: int, row: dict[str, Any], epochs: int) -> None:
         """`row` of a classification run."""
+        scored = ""
+        if row["val_top1_pct"] is not None:
+            top = f"top-1 {row['val_top1_pct']:6.2f}% top-5 {row['val_top5_pct']:6.2f}%"
+            scored = f"val loss {row['val_loss']:.4f} {top}  "
         self.row(
             step,
             row,
             f"epoch {row['epoch']:3d}/{epochs}  "
-            f"train loss {row['train_loss']:.4f} top-1 {row['train_top1_pct']:6.2f}%  "
-            f"val loss {row['val_loss']:.4f} top-1 {row['val_top1_pct']:6.2f}% top-5 {row['val_top5_pct']:6.2f}%  "
+            f"train loss {row['train_loss']:.4f} top-1 {row['train_top1_pct']:6.2f}%  {scored}"
             f"lr {row['lr']:.2e}  {row['images_per_s']:.0f} images/s  {row['epoch_s']:.1f} s",
         )
 
@@ -127,6 +139,8 @@ class Monitor:
         self.rows.append(row)
         self._purge_step = step + 1  # of a new event file, should this one fail
         self._guard(LOG, self._write_log)
+        if self._has_csv:
+            self._guard(LOG_CSV, self._write_csv)
         self._guard(EVENT_FILES, lambda: self.board.epoch(step, row))
         self.say(line)
 
@@ -165,6 +179,19 @@ class Monitor:
         if self._board is not None:
             self._guard(EVENT_FILES, lambda: self.board.flush())
         self._drop_board()
+
+
+def csv_text(rows: list[dict[str, Any]]) -> str:
+    """Rows of log.jsonl as a table: a line of names, a line a row, nothing for a value that is not there.
+
+    Values that hold several, such as digests, are left out.
+    """
+    names = list(dict.fromkeys(name for row in rows for name, value in row.items() if not isinstance(value, dict)))
+    out = io.StringIO()
+    table = csv.DictWriter(out, names, extrasaction="ignore", lineterminator="\n")
+    table.writeheader()
+    table.writerows(rows)
+    return out.getvalue() if names else ""
 
 
 class Silent:
