@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass, fields
 from typing import Any
 
-from sasa.data.specs import DATASETS, SIDES, TREE_EVAL_CROP
+from sasa.data.specs import DATASETS, SIDES
 from sasa.recipes import RECIPES
 from sasa.settings import ConfigError, Settings, flag_of, from_recipe, option
 
@@ -90,10 +90,11 @@ class Config(Settings):
     eval_crop: float | None = option(
         None,
         "evaluate this share of the resized image's side, its centre",
-        otherwise="0.875 for trees and shards, else 1",
+        otherwise="the recipe's",
         kind=float,
         above=0,
         high=1,
+        in_recipe=True,
     )
     eval_interpolation: str = option(
         "bilinear", "resize images for evaluation by this interpolation, antialiased", choices=("bilinear", "bicubic")
@@ -153,7 +154,7 @@ class Config(Settings):
     # Training
     recipe: str = option(
         "default", "take the values of the flags that name the recipe from this one, by data set",
-        choices=("default", "port", "paper"),
+        choices=("default", "port", "paper", "rsb", "rsb-a3", "strong"),
         alias={"seed": "port"},
     )  # fmt: skip
     epochs: int | None = from_recipe("train for this many epochs", int, low=1)
@@ -346,7 +347,7 @@ def resolve(given: dict[str, Any], dataset: str, world_size: int = 1) -> Config:
     if "lr" in given and not given.keys().isdisjoint(("lr_scaling", "lr_batch")):
         raise ConfigError(f"--lr {given['lr']:g}: is taken as it is; it does not go with --lr-scaling or --lr-batch")
     own = recipe(given.get("recipe", "default"), dataset, given.get("img_size"))
-    values = own | {"eval_crop": TREE_EVAL_CROP if SIDES[dataset] is None else 1.0} | given | {"dataset": dataset}
+    values = own | given | {"dataset": dataset}
     if "warmup_epochs" not in given:  # a recipe's own warm-up fits a short run; only an explicit one is checked
         values["warmup_epochs"] = min(values["warmup_epochs"], values["epochs"] / 4)
     if "ema" not in given and values["ema"]:

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from sasa.data.specs import DATASETS, SPECS
+from sasa.data.specs import DATASETS, SPECS, TREE_EVAL_CROP
 
 # What most recipes share: no regularisation, no augmentation, the rate as it stands. RandAugment's numbers are
 # torchvision's defaults, the resized crop's the ImageNet family's, Adam's torch's.
@@ -31,6 +31,22 @@ _PORT = _BASE | {
     "optimizer": "sgd", "epochs": 100, "batch_size": 25, "lr": 0.1, "lr_scaling": "none", "lr_batch": 25,
     "warmup_epochs": 0.0, "weight_decay": 1e-4, "schedule": "step", "nesterov": False,
 }  # fmt: skip
+# Procedure A2 of ResNet strikes back (Wightman et al., 2021, table 2), and what A3 does otherwise; value by value in
+# docs/recipes.md. RandAugment's 7 and 6 of 10 are 21 and 18 of torchvision's 30.
+_RSB = _BASE | {
+    "optimizer": "lamb", "epochs": 300, "batch_size": 256, "lr": 5e-3, "lr_scaling": "sqrt", "lr_batch": 2048,
+    "min_lr": 1e-6, "warmup_epochs": 5.0, "weight_decay": 0.02, "adam_eps": 1e-6, "clip_grad": 1.0, "loss": "bce",
+    "auto_augment": "rand", "rand_magnitude": 21, "repeats": 3, "mixup": 0.1, "cutmix": 1.0, "drop_path": 0.05,
+    "zero_init_residual": True,
+}  # fmt: skip
+_RSB_A3 = _RSB | {"epochs": 100, "lr": 8e-3, "rand_magnitude": 18, "repeats": 1, "drop_path": 0.0}
+# For small images on a GPU, where there is time for 500 epochs: the CIFAR recipe of Compact Convolutional Transformers
+# (Hassani et al., 2021), with our clipping, average and start of the residual branches.
+_STRONG = _ADAMW | {
+    "epochs": 500, "batch_size": 128, "lr": 5.5e-4, "lr_batch": 128, "min_lr": 1e-5, "warmup_epochs": 10.0,
+    "weight_decay": 0.06, "auto_augment": "rand", "rand_magnitude": 27, "random_erase": 0.25, "mixup": 0.8,
+    "cutmix": 1.0, "drop_path": 0.1, "ema": 0.999,
+}  # fmt: skip
 
 
 def _digits(epochs: int, batch: int, **more) -> dict[str, Any]:
@@ -48,7 +64,7 @@ def _everywhere(values: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 # Every recipe of every data set, each complete. The default of DIGITS was found by trials (docs/recipes.md); the others
 # follow it, or their family's practice.
-RECIPES: dict[str, dict[str, dict[str, Any]]] = {
+_BY_DATA_SET: dict[str, dict[str, dict[str, Any]]] = {
     "default": {
         "DIGITS": _digits(12, 32, ema=0.98, **_DIGITS),
         "MNIST": _digits(20, 64, **_DIGITS),
@@ -61,4 +77,20 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
     },
     "port": _everywhere(_PORT),
     "paper": _everywhere(_PAPER),
+    "rsb": _everywhere(_RSB),
+    "rsb-a3": _everywhere(_RSB_A3),
+    "strong": _everywhere(_STRONG),
+}
+
+
+def _eval_crop(recipe: str, dataset: str) -> float:
+    """The share of an image that evaluation feeds: small images whole; trees as their family, or as rsb does."""
+    if SPECS[dataset].side is not None:
+        return 1.0
+    return 0.95 if recipe.startswith("rsb") else TREE_EVAL_CROP
+
+
+RECIPES = {
+    recipe: {dataset: values | {"eval_crop": _eval_crop(recipe, dataset)} for dataset, values in by_set.items()}
+    for recipe, by_set in _BY_DATA_SET.items()
 }

@@ -143,7 +143,8 @@ def test_docs_list_what_each_recipe_sets():
     default, named = config.RECIPES["default"], ("DIGITS", "MNIST", "FashionMNIST", "CIFAR10", "IMAGENET", "FOLDER")
     assert default["CIFAR100"] == default["CIFAR10"] and default["WEBDATASET"] == default["IMAGENET"]
     columns = [default[name] for name in named]
-    columns += [config.RECIPES["port"]["CIFAR10"], config.RECIPES["paper"]["IMAGENET"]]
+    columns += [config.RECIPES[name][of] for name, of in (("port", "CIFAR10"), ("paper", "IMAGENET"),
+                ("rsb", "IMAGENET"), ("rsb-a3", "IMAGENET"), ("strong", "CIFAR10"))]  # fmt: skip
 
     def shown(value) -> str:
         return ("off", "on")[value] if isinstance(value, bool) else value if isinstance(value, str) else f"{value:g}"

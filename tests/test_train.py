@@ -23,10 +23,10 @@ from sasa.training.lamb import Lamb
 
 BASE = "--dataset DIGITS --epochs 2 --batch-size 4 --name run --no-progress --device cpu --ema 0"
 LOG_KEYS = {"epoch", "step", "train_loss", "train_top1_pct", "val_loss", "val_top1_pct", "val_top5_pct", "lr",
-            "images_per_s", "epoch_s", "peak_mem_mib"}  # fmt: skip
+            "images_per_s", "epoch_s", "peak_mem_mib", "digests", "environment"}  # fmt: skip
 SUMMARY_KEYS = {"test_top1_pct", "test_top5_pct", "test_loss", "test_images", "parameters", "flops_per_image", "epochs",
                 "steps", "seconds", "save_seconds", "selected", "bad_images", "data_changes", "device",
-                "torch"}  # fmt: skip
+                "torch", "environment", "environment_digest"}  # fmt: skip
 
 
 class Tiny(nn.Sequential):
