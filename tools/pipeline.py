@@ -14,11 +14,10 @@ import time
 
 import torch
 
-from config import DATASETS, MODELS, Config, ConfigError, resolve
+from config import DATASETS, FIELDS, MODELS, Config, ConfigError, resolve
 from preprocess import TensorData, info_without_files
 from sasa.console import Parser, fail
 from sasa.data.specs import SIDES
-from sasa.recipes import RECIPES
 from sasa.training.losses import mean_loss
 from sasa.training.network import build_network
 from sasa.training.optim import build_optimizer
@@ -34,7 +33,10 @@ def parse(arguments: list[str] | None) -> tuple[Parser, argparse.Namespace]:
     small = [name for name in DATASETS if SIDES[name] is not None]
     parser = Parser("python -m tools.pipeline", description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--recipe", choices=sorted(RECIPES), default="strong", help="whose augmentation (default: strong)"
+        "--recipe",
+        choices=FIELDS["recipe"].metadata["rule"]["choices"],
+        default="strong",
+        help="whose augmentation (default: strong)",
     )
     parser.add_argument("--dataset", choices=small, default="CIFAR10", help="whose shape (default: CIFAR10)")
     parser.add_argument("--model-name", choices=MODELS, default="ResNet26", help="the network (default: ResNet26)")
