@@ -15,7 +15,6 @@ import argparse
 import contextlib
 import dataclasses
 import fcntl
-import json
 import os
 import shlex
 import signal
@@ -183,7 +182,10 @@ def finish(work: Work, trial: Trial, code: int) -> None:
     """Say what became of a run whose train.py has ended with `code`."""
     folder = work.folder / trial.name
     if code == 0:
-        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+        summary = read_json(folder / "summary.json")
+        if summary is None:
+            work.fail(trial, "ended well, but its summary.json cannot be read")
+            return
         work.say(trial, f"test top-1 {summary['test_top1_pct']:.2f}%, trained {summary['seconds']:.0f} s")
         if not work.keep_weights:
             for name in WEIGHTS:

@@ -9,7 +9,6 @@ Reads log.jsonl and the summaries only.
 
 from __future__ import annotations
 
-import json
 import sys
 from itertools import cycle
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from sasa.analysis import figures
 from sasa.console import USAGE_ERROR, Parser, print_error, printable
 from tools.paper import CONVOLUTION, Row, rows_for
-from tools.runs import Folder, RunsError, read, record, seeds_of
+from tools.runs import Folder, RunsError, read, read_rows, record, seeds_of
 from tools.trials import TABLES, run_name
 
 if TYPE_CHECKING:
@@ -62,12 +61,12 @@ def add_legend(ax: Axes) -> None:
 
 def errors(folder: Folder, row: Row) -> list[tuple[int, list[float]]]:
     """(epoch, error in % of each seed) of a row, up to the epoch that all of its runs have reached."""
-    logs = []
-    for seed in seeds_of(folder, row):
-        text = (folder.path / run_name(row, seed) / "log.jsonl").read_text(encoding="utf-8")
-        logs.append([json.loads(line) for line in text.splitlines()])
-    scored = [[line for line in log if line["val_top1_pct"] is not None] for log in logs]  # --val-every
-    return [(at[0]["epoch"], [100 - line["val_top1_pct"] for line in at]) for at in zip(*scored, strict=False)]
+    logs = [read_rows(folder.path / run_name(row, seed) / "log.jsonl") for seed in seeds_of(folder, row)]
+    try:
+        scored = [[line for line in log if line["val_top1_pct"] is not None] for log in logs]  # --val-every
+        return [(at[0]["epoch"], [100 - line["val_top1_pct"] for line in at]) for at in zip(*scored, strict=False)]
+    except (KeyError, TypeError) as error:
+        raise RunsError(f"{printable(folder.path)}: logs of {row.model} without an accuracy ({error})") from error
 
 
 def curves_figure(folder: Folder) -> Figure:

@@ -10,7 +10,6 @@ results/notes.md at its head.
 
 import csv
 import io
-import json
 import os
 import re
 import shlex
@@ -20,7 +19,7 @@ from urllib.parse import quote
 
 from sasa.console import USAGE_ERROR, Parser, print_error, printable
 from sasa.files import json_text, write_text
-from tools.runs import ABOUT, Folder, RunsError, read, read_bytes, records, remember
+from tools.runs import ABOUT, Folder, RunsError, read, read_rows, records, remember
 from tools.trials import TABLES, Budget
 
 PROG = "tools.report"
@@ -179,13 +178,7 @@ def add(source: Path, results: Path) -> Path:
 
 def log_of(path: Path) -> str:
     """A run's log, line by line. Raises RunsError where a line is no dictionary."""
-    try:
-        lines = [json.loads(line) for line in read_bytes(path).splitlines()]
-    except (ValueError, RecursionError):
-        lines = [None]
-    if not all(isinstance(line, dict) for line in lines):
-        raise RunsError(f"{printable(path)}: not a log, whose lines are JSON")
-    return "".join(json_text(line) + "\n" for line in lines)
+    return "".join(json_text(line) + "\n" for line in read_rows(path))
 
 
 def generated(results: Path, path: Path) -> dict[Path, str]:

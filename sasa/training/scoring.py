@@ -1,6 +1,7 @@
 """`train.py --evaluate`: the score of a checkpoint on its own test split, or on another folder of the same kind."""
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -10,10 +11,10 @@ from torch import Tensor
 
 from config import ConfigError
 from preprocess import DataError, DataInfo
-from sasa.console import printable
+from sasa.console import print_error, printable
 from sasa.data.fingerprint import class_differences, class_order
 from sasa.training import checkpoint, distributed
-from sasa.training.cli import Command
+from sasa.training.cli import PROG, Command
 from sasa.training.device import pick_amp, pick_device
 from sasa.training.evaluation import EVAL_BATCH, evaluate
 from sasa.training.network import network_of
@@ -57,7 +58,7 @@ def evaluate_checkpoint(command: Command) -> int:
         data.close()
     skipped = distributed.all_gather_object(data.test.bad_images)
     if not distributed.is_main():
-        return 0
+        return 0 if math.isfinite(result.loss) else 1
     print(f"{printable(path)}: {config.model_name} on the test split of {config.dataset}, {result.images} images")
     names = trained.info.class_names
     if state["format"] != checkpoint.FORMAT:
@@ -73,6 +74,9 @@ def evaluate_checkpoint(command: Command) -> int:
         shown = "     -" if accuracy is None else f"{accuracy:6.2f}"
         print(f"  {name:{width}}  {shown}%  of {count}")
     print(f"test top-1 {result.top1_pct:.3f}%, top-5 {result.top5_pct:.3f}%, loss {result.loss:.4f}")
+    if not math.isfinite(result.loss):
+        print_error(PROG, f"{printable(path)}: the loss is {result.loss}: the network has no result")
+        return 1
     return 0
 
 

@@ -1,6 +1,7 @@
 """plot.py: what its pictures show of a folder of runs, and what it refuses."""
 
 import json
+import os
 import shutil
 
 import pytest
@@ -87,3 +88,13 @@ def test_wrong_usage_ends_with_one_line(flags, capsys):
         plot.main(flags)
     error = capsys.readouterr().err
     assert end.value.code == 2 and error.startswith("tools.plot: error: ") and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("content", ["{", "[1]", "{}", None])
+def test_a_damaged_log_or_a_pipe_is_one_line(made, capsys, content):
+    for path in made.glob("*/log.jsonl"):
+        path.unlink()
+        os.mkfifo(path) if content is None else path.write_text(content)  # opened, a pipe would wait for ever
+    assert plot.main([str(made)]) == 2
+    error = capsys.readouterr().err
+    assert str(made) in error and error.count("\n") == 1

@@ -107,3 +107,12 @@ def test_the_state_itself_goes_on(tmp_path, state):
     torch.save(state, tmp_path / "other" / "last.pt")
     assert small_runs.run(tmp_path, "--evaluate", str(tmp_path / "other" / "last.pt"), "--device", "cpu") == 0
     assert small_runs.run(tmp_path / "new", "--resume", str(tmp_path / "other" / "last.pt"), "--no-progress") == 0
+
+
+def test_weights_that_are_no_numbers_have_no_score(tmp_path, state, capsys):
+    state["model"]["fc.weight"] *= NAN
+    torch.save(state, tmp_path / "nan.pt")
+    capsys.readouterr()
+    assert small_runs.run(tmp_path, "--evaluate", str(tmp_path / "nan.pt"), "--device", "cpu") == 1
+    error = capsys.readouterr().err
+    assert "the loss is nan: the network has no result" in error and error.count("\n") == 1

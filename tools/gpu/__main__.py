@@ -128,7 +128,7 @@ def read(path: Path) -> dict[str, dict]:
     if not path.exists():
         return {}
     try:
-        results = json.loads(path.read_text(encoding="utf-8"))
+        results = json.loads(files.read_regular(path))
         return {name: {"units": dict(results[name]["units"]), "seconds": results[name]["seconds"]} for name in results}
     except (ValueError, TypeError, KeyError) as error:
         raise OSError(f"{path} holds no results of this command ({error}); name another with --results") from error
