@@ -8,6 +8,9 @@ import torch
 
 import small_runs
 import train
+from sasa.training import distributed
+from sasa.training.distributed import SharedError
+from sasa.training.run import check_ranks_agree
 from test_train import BASE, make_tree, tiny, tree_flags  # noqa: F401 (a fixture)
 
 
@@ -64,3 +67,15 @@ def test_an_image_that_cannot_be_read_any_more_costs_no_step(tree, tmp_path, tin
     assert "cannot read image" in error and "; saved at step " in error and error.count("\n") == 1
     done = len(steps) - 1
     assert torch.load(tmp_path / "run/last.pt", weights_only=True)["progress"]["step"] == done >= 2
+
+
+def test_ranks_with_other_data_are_refused(monkeypatch):
+    """Each rank reads its own machine's folder: labels would contradict each other."""
+    main = small_runs.identity("FOLDER", 3).data
+    other = main | {"class_names": ["class 0", "class 2", "class 1"]}
+    monkeypatch.setattr(distributed, "all_gather_object", lambda own: [main, main])
+    check_ranks_agree(main)
+    monkeypatch.setattr(distributed, "all_gather_object", lambda own: [main, main, other])
+    with pytest.raises(SharedError) as error:
+        check_ranks_agree(main)
+    assert "rank 2 has other data than rank 0: class 1 is class 2, was class 1" in str(error.value.error)

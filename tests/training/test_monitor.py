@@ -1,5 +1,6 @@
 """What a person sees of a run: lines, bars on a terminal, progress.png; and a network that watching leaves alone."""
 
+import json
 import re
 import sys
 from contextlib import nullcontext
@@ -153,3 +154,27 @@ def test_fewer_than_five_classes_and_a_lost_image():
     split.bad_images = ("x",)
     with pytest.raises(RuntimeError, match="evaluated 3 images of a split of 2"):
         evaluate(torch.nn.Identity(), split, 3, 2, nullcontext)
+
+
+def test_an_output_that_fails_is_reported_once_and_costs_nothing(tmp_path, monkeypatch, capsys):
+    """log.jsonl on a disk that is full for a while; TensorBoard and a picture that cannot be drawn."""
+    outputs = Monitor(tmp_path, Progress(), 4, bars=False)
+    row = {"epoch": 1, "step": 4, "train_loss": 1.0, "train_top1_pct": 1.0, "val_loss": 1.0, "val_top1_pct": 1.0,
+           "val_top5_pct": 1.0, "lr": 0.1, "images_per_s": 1.0, "epoch_s": 1.0}  # fmt: skip
+
+    def full(*_args, **_options):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(monitor, "write_text", full)
+        patch.setattr(monitor.os, "open", full)
+        patch.setattr(monitor.Board, "epoch", full)
+        for epoch in (1, 2):
+            outputs.epoch(4 * epoch, row | {"epoch": epoch}, 3)
+            outputs.attempt("picture.png", full)
+    errors = capsys.readouterr().err.splitlines()
+    assert sorted(line.split()[1] for line in errors) == ["TensorBoard's", "log.jsonl", "picture.png"], errors
+    outputs.epoch(12, row | {"epoch": 3}, 3)
+    outputs.close()
+    assert [json.loads(line)["epoch"] for line in (tmp_path / "log.jsonl").read_text().splitlines()] == [1, 2, 3]
+    assert capsys.readouterr().err == ""

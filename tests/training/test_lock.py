@@ -1,0 +1,87 @@
+"""lock.py: one run in a folder, freed by the kernel, and a warning where there are no locks."""
+
+import errno
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from config import ConfigError
+from sasa.training import lock
+from sasa.training.lock import FolderLock
+
+ROOT = Path(__file__).resolve().parents[2]
+HOLD = """
+import sys, time
+sys.path.insert(0, sys.argv[1])
+from pathlib import Path
+from sasa.training.lock import FolderLock
+FolderLock().acquire(Path(sys.argv[2]))
+print("held", flush=True)
+time.sleep(100)
+"""
+
+
+@pytest.fixture
+def holder(tmp_path):
+    """Another process that has the folder."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(ROOT), str(tmp_path)], stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "held\n"
+    yield process
+    process.kill()
+    process.wait()
+    process.stdout.close()
+
+
+def test_the_second_run_is_refused_and_names_the_first(tmp_path, holder, monkeypatch):
+    monkeypatch.setattr(lock, "WAIT_SECONDS", 0.3)
+    with pytest.raises(ConfigError) as error:
+        FolderLock().acquire(tmp_path)
+    text = str(error.value)
+    assert f"process {holder.pid} on {socket.gethostname()}, started 20" in text and "\n" not in text
+
+
+def test_a_death_frees_the_folder_and_the_next_run_waits_for_it(tmp_path, holder, monkeypatch):
+    waits = []
+    monkeypatch.setattr(lock.time, "sleep", lambda _: waits.append(holder.kill()) or holder.wait())
+    found = FolderLock()
+    found.acquire(tmp_path)
+    assert len(waits) == 1
+    found.release()
+    found.release()  # at the end of a run that was never in a folder too
+
+
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.EOPNOTSUPP])
+def test_without_locks_one_line_warns(tmp_path, monkeypatch, capsys, code):
+    def refuse(*_):
+        raise OSError(code, "no locks")
+
+    monkeypatch.setattr(lock.fcntl, "lockf", refuse)
+    FolderLock().acquire(tmp_path)
+    error = capsys.readouterr().err
+    assert "no locks here" in error and error.count("\n") == 1
+
+
+def test_no_link_is_followed(tmp_path):
+    (tmp_path / "mine").write_text("precious")
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / lock.NAME).symlink_to(tmp_path / "mine")
+    with pytest.raises(OSError):
+        FolderLock().acquire(folder)
+    assert (tmp_path / "mine").read_text() == "precious"
+
+
+def test_a_damaged_note_of_the_holder_is_no_traceback(tmp_path, holder, monkeypatch):
+    monkeypatch.setattr(lock, "WAIT_SECONDS", 0.0)
+    for content in (b"", b"{", b"[1]", b'{"host": "\\u001b]0;x"}'):
+        descriptor = os.open(tmp_path / lock.NAME, os.O_WRONLY | os.O_TRUNC)
+        os.write(descriptor, content)
+        os.close(descriptor)
+        with pytest.raises(ConfigError, match="unknown process"):
+            FolderLock().acquire(tmp_path)
