@@ -81,7 +81,8 @@ class Settings:
         ConfigError: a value of another type or out of its bounds.
     """
 
-    min_lr, layer_decay, early_stop, log_csv = 0.0, 1.0, 0, False  # of the kinds of runs that have no such flags
+    # Of the kinds of runs that have no such flags.
+    min_lr, layer_decay, early_stop, log_csv, keep_states = 0.0, 1.0, 0, False, 0
 
     def __post_init__(self) -> None:
         for f in fields(self):
