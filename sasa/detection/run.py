@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from sasa.detection.data import CocoImages, DetectionSplit, Jitter
 from sasa.detection.evaluation import require_pycocotools
 from sasa.detection.flops import detector_flops
 from sasa.detection.retinanet import IMAGENET_MEAN, IMAGENET_STD, retinanet
-from sasa.kernels import check_backend
+from sasa.kernels.dispatch import named_backend
 from sasa.training import distributed
 from sasa.training.cli import Command
 from sasa.training.device import AMP_NAMES
@@ -153,9 +152,7 @@ def build_detector(config: DetectionConfig, num_classes: int) -> nn.Module:
     if config.sync_bn:  # by the run: torch's own synchronised norm needs a GPU
         options["batch_norm"] = "plain"
     try:
-        check_backend(config.backend)
-        if config.backend == "auto":
-            check_backend(os.environ.get("SASA_BACKEND") or "auto")
+        named_backend(config.backend)  # now, not in the first step
         return retinanet(num_classes=num_classes, mean=mean, std=std, **options)
     except ValueError as error:
         known = {*FIELDS_HERE, "scales", "backbone", "image_size"}

@@ -229,6 +229,13 @@ def test_wrong_usage_is_one_line_and_exit_2(tmp_path, capsys, flags, message):
     assert message in error and error.count("\n") == 1 and "sasa.detection.train: error:" in error
 
 
+def test_a_backend_of_the_environment_that_is_unknown_is_one_line_and_exit_2(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("SASA_BACKEND", "nothing")
+    assert started(tmp_path / "a") == 2
+    error = capsys.readouterr().err
+    assert "SASA_BACKEND" in error and "'nothing'" in error and error.count("\n") == 1
+
+
 def damage_json(folder):
     path = folder / "annotations" / "instances_train2017.json"
     path.write_text(path.read_text()[:-100])

@@ -17,6 +17,7 @@ FLAGS = "--epochs 1 --optimizer sgd --lr 0.01 --warmup-epochs 0 --batch-norm syn
 FLAGS += "--fpn-channels 16 --kernel-size 3 --num-workers 0 --no-progress --save-minutes 0 --name run --device cpu"
 
 
+@pytest.mark.slow
 def test_two_ranks_train_and_score_as_one_does(tmp_path):
     held, summaries = {}, []
     for number, batch in ((1, 4), (2, 2)):
