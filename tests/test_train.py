@@ -18,7 +18,7 @@ import model
 import preprocess
 import small_runs
 import train
-from sasa.training import checkpoint
+from sasa.training import checkpoint, classification
 from sasa.training.lamb import Lamb
 
 BASE = "--dataset DIGITS --epochs 2 --batch-size 4 --name run --no-progress --device cpu --ema 0"
@@ -147,7 +147,7 @@ def test_without_holdout_the_last_epoch_is_kept_and_summary_says_so(tmp_path, ti
 
 def test_with_holdout_the_best_epoch_is_kept_and_the_test_set_is_scored_once(tmp_path, tiny, monkeypatch):
     """Epoch 1 of 3 is made the best; 40 - 8 images, 8 steps an epoch."""
-    original, scores, sizes = train.evaluate, iter([50.0, 40.0, 50.0]), []
+    original, scores, sizes = classification.evaluate, iter([50.0, 40.0, 50.0]), []
 
     def evaluate(model, split, *args, **options):
         result = original(model, split, *args, **options)
@@ -156,13 +156,13 @@ def test_with_holdout_the_best_epoch_is_kept_and_the_test_set_is_scored_once(tmp
             result.top1_pct = next(scores)
         return result
 
-    monkeypatch.setattr(train, "evaluate", evaluate)
+    monkeypatch.setattr(classification, "evaluate", evaluate)
     folder = go(tmp_path, "--holdout 8 --epochs 3")
     assert sizes == [8, 8, 8, 12]
     assert "50.00%" in read(folder)["selected"] and "epoch 1" in read(folder)["selected"]
     best = torch.load(folder / "best.pt", weights_only=True)
     assert (best["epoch"], best["selected"]) == (1, read(folder)["selected"])
-    monkeypatch.setattr(train, "evaluate", original)
+    monkeypatch.setattr(classification, "evaluate", original)
     after_one = go(tmp_path / "one", "--holdout 8 --epochs 3 --max-steps 8")
     assert small_runs.differences(best["model"], model_of(after_one)) == []
     assert small_runs.differences(best["model"], model_of(folder)) != []
@@ -274,9 +274,9 @@ def test_the_warm_up_and_rate_of_each_step_reach_the_optimizer(tmp_path, tiny, m
     rates = []
     original = train.check_finite
 
-    def check_finite(run, loss, norm, rate):
-        rates.append((rate, *{group["lr"] for group in run.optimizer.param_groups}))
-        original(run, loss, norm, rate)
+    def check_finite(run, step):
+        rates.append((step.lr, *{group["lr"] for group in run.optimizer.param_groups}))
+        return original(run, step)
 
     monkeypatch.setattr(train, "check_finite", check_finite)
     folder = go(tmp_path, "--lr 0.5 --warmup-epochs 1 --max-steps 11")

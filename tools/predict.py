@@ -34,8 +34,8 @@ from sasa.data.specs import SPECS
 from sasa.settings import parse_value
 from sasa.training import checkpoint
 from sasa.training.checkpoint import CheckpointError
+from sasa.training.device import amp_of_checkpoint, pick_device
 from sasa.training.network import network_of
-from sasa.training.run import pick_amp, pick_device
 from tools.arguments import positive
 
 PROG = "tools.predict"
@@ -97,7 +97,7 @@ def main(arguments: list[str] | None = None) -> int:
         }
         network, config, info = network_of(checkpoint.load(args.checkpoint), backend="auto")
         device = pick_device(args.device)
-        amp = choose_amp(args.amp, config, device)
+        amp = amp_of_checkpoint(config.amp, device, args.amp and parse_value(FIELDS["amp"], args.amp))
         fed = evaluated(config, info, given)
         paths, skipped = find_images(args.paths)
         workers = WORKERS if len(paths) >= WORKERS_FROM else 0
@@ -153,16 +153,6 @@ def check_output(path: Path, mark: bytes) -> None:
         start = file.read(len(mark))
     if start not in (mark, b""):
         raise ConfigError(f"--output {path}: is there already, and not written by this command; name another")
-
-
-def choose_amp(given: str | None, config: Config, device: torch.device) -> torch.dtype | None:
-    """The run's own precision, with which its scores come out again, where the device has it."""
-    if given is not None:
-        return pick_amp(parse_value(FIELDS["amp"], given), device)
-    try:
-        return pick_amp(config.amp, device)
-    except ConfigError:
-        return pick_amp("auto", device)
 
 
 def evaluated(config: Config, info: DataInfo, given: dict[str, Any]) -> Evaluated:

@@ -33,7 +33,7 @@ from sasa.training.distributed import SharedError
 from sasa.training.files import LAST, LOG, SUMMARY, kept_states, read_config
 from sasa.training.monitor import Silent
 from sasa.training.network import build_network
-from sasa.training.resume import Plan, changed_keys
+from sasa.training.resume import RunSpec, changed_keys
 from sasa.training.run import Run, set_up
 from sasa.training.saving import Saver
 from sasa.training.signals import StopRequest
@@ -173,7 +173,7 @@ def replay(record: Record, segment: Segment, config: Config) -> str | None:
             raise Refused(f"epoch {row['epoch']} was trained in another environment than the run's last")
     path = record.kept.get(segment.start)
     state = None if path is None else checkpoint.load_run(path)
-    run = set_up(Plan(config, record.folder, {}, True, state, record.state["run_id"]))
+    run = set_up(RunSpec(config, record.folder, {}, True, state, record.state["run_id"]))
     try:
         changed = data_differences(record.state["data"], run.identity.data)
         if changed:

@@ -101,6 +101,8 @@ class DetectionConfig(Settings):
     schedule: str | None = same("schedule")
     step_epochs: int | None = same("step_epochs")
     step_factor: float | None = same("step_factor")
+    min_lr: float | None = same("min_lr")
+    layer_decay: float = same("layer_decay")
     warmup_epochs: float | None = from_recipe("warm up linearly for this many epochs", float, low=0)
     momentum: float | None = from_recipe("set SGD's momentum", float, low=0, high=1)
     nesterov: bool | None = from_recipe("use SGD's momentum in Nesterov's form", bool)
@@ -198,7 +200,7 @@ def check_together(config: DetectionConfig) -> None:
 
 # Of each data set, complete. DIGITS was chosen by trials (docs/detection.md). COCO: 36 epochs, rate 0.01 for 16 images,
 # decay 1e-4 and momentum 0.9 are the RetinaNet family's; jitter, clipping and the width of the warm-up are ours.
-_BASE = {"step_epochs": 30, "step_factor": 0.1, "adam_beta1": 0.9, "adam_beta2": 0.999, "adam_eps": 1e-8}
+_BASE = {"step_epochs": 30, "step_factor": 0.1, "min_lr": 0.0, "adam_beta1": 0.9, "adam_beta2": 0.999, "adam_eps": 1e-8}
 RECIPES: dict[str, dict[str, Any]] = {
     "DIGITS": _BASE | {
         "fpn_channels": 64, "anchor_size": 24.0, "head_shortcuts": True, "zero_init_residual": False, "img_size": 128,

@@ -1,4 +1,4 @@
-"""A detection run that is ready to train: data, network and optimizer of a plan, on the machinery of sasa/training."""
+"""A detection run that is ready to train: data, network and optimizer, on the machinery of sasa/training."""
 
 import dataclasses
 import math
@@ -26,7 +26,7 @@ from sasa.training import distributed
 from sasa.training.cli import Command
 from sasa.training.device import AMP_NAMES
 from sasa.training.lock import FolderLock
-from sasa.training.resume import Plan, make_plan
+from sasa.training.resume import RunSpec, specify_run
 from sasa.training.run import Run, assemble, check_last_map, prepare_machine, seeded
 
 BACKBONE = "backbone.body."  # where the weights of a classification network are in a detector's
@@ -79,10 +79,10 @@ class DetectionRun(Run):
         )  # fmt: skip
 
 
-def plan(command: Command, lock: FolderLock) -> Plan:
-    """The plan of a training command. For the main rank: it reads the run's folder."""
+def specify(command: Command, lock: FolderLock) -> RunSpec:
+    """The run that a training command names. For the main rank: it reads the run's folder."""
     require_pycocotools()  # before an hour of training, not after
-    return make_plan(command, lock, DetectionConfig, new_config)
+    return specify_run(command, lock, DetectionConfig, new_config)
 
 
 def new_config(given: dict[str, Any]) -> DetectionConfig:
@@ -90,24 +90,24 @@ def new_config(given: dict[str, Any]) -> DetectionConfig:
     return resolve(given, given.get("dataset", "DIGITS"), distributed.world_size())
 
 
-def set_up(plan: Plan, is_stopped: Callable[[], bool] = lambda: False) -> DetectionRun:
+def set_up(spec: RunSpec, is_stopped: Callable[[], bool] = lambda: False) -> DetectionRun:
     """Device, data, network and optimizer of a run, and its folder; nothing in the folder is changed yet.
 
     Raises:
         SharedError: the configuration, the data or the machine do not allow it.
     """
-    device, amp = prepare_machine(plan.config)
-    config = dataclasses.replace(plan.config, amp=AMP_NAMES[amp], name=plan.folder.name)
+    device, amp = prepare_machine(spec.config)
+    config = dataclasses.replace(spec.config, amp=AMP_NAMES[amp], name=spec.folder.name)
     data = load_data(config, device, is_stopped)
     if config.batch_norm != "frozen":
         side = math.ceil(config.img_size / 32)  # of the backbone's last map
         distributed.on_all_ranks(partial(check_last_map, config, len(data.train), side))
     nominal = config.batch_size * config.accumulate * distributed.world_size()
-    if plan.state is not None:
-        nominal = plan.state["progress"]["global_batch"]
+    if spec.state is not None:
+        nominal = spec.state["progress"]["global_batch"]
     build = partial(seeded, partial(build_detector, config, data.info.num_classes), config, device)
     return assemble(
-        DetectionRun, plan, config, data, distributed.on_all_ranks(build), device, amp, nominal
+        DetectionRun, spec, config, data, distributed.on_all_ranks(build), device, amp, nominal
     )  # fmt: skip
 
 

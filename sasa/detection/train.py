@@ -36,15 +36,16 @@ from sasa.detection.coco import CocoSplit, relabelled
 from sasa.detection.data import Target
 from sasa.detection.evaluation import FIGURES, Detections, evaluate, require_pycocotools
 from sasa.detection.flops import detector_flops
-from sasa.detection.run import DetectionRun, build_detector, describe, initial_weights, load_data, plan, set_up
+from sasa.detection.run import DetectionRun, build_detector, describe, initial_weights, load_data, set_up, specify
 from sasa.files import replacing
 from sasa.training import checkpoint, distributed
-from sasa.training.device import peak_memory_mib, pick_amp, pick_device
+from sasa.training.device import amp_of_checkpoint, peak_memory_mib, pick_device
 from sasa.training.files import BEST, SUMMARY, write_json
 from sasa.training.monitor import Monitor
 from sasa.training.optim import learning_rate
 from sasa.training.resume import changed_keys, settled
 from sasa.training.saving import Saver
+from sasa.training.task import Task, Validation
 
 EVAL_BATCH, SHOWN = 8, 8  # images
 PICTURE = "detections.png"
@@ -58,21 +59,13 @@ def losses(run: DetectionRun, images: list[Tensor], targets: list[Target]) -> tu
     return parts["classification"].float() + boxes, boxes.detach() * len(images)
 
 
-def finish_epoch(run: DetectionRun, monitor: Monitor, saver: Saver, stop: StopRequest) -> Detections | None:
-    """A save where one is due, evaluation, the epoch's row everywhere; None after a signal, with all saved."""
+def validate(run: DetectionRun, monitor: Monitor, stop: StopRequest, is_last: bool) -> Validation | None:
+    """The scores at an epoch's end where they are due, and its row everywhere; None after a signal."""
     config, progress = run.config, run.progress
-    complete = progress.batch >= run.steps_per_epoch
-    if not complete:  # cut by --max-steps: saved as it stands, so that a later resume finishes the epoch exactly
-        saver.save_or_end(run)
-    elif saver.due_by_epoch(progress.epoch + 1):  # before a long evaluation begins; a resume does it again
-        saver.save(run)
-    distributed.broadcast(run.batch_norm_buffers())
-    last = progress.epoch + 1 == config.epochs or train.at_max_steps(run)
     result = Detections({}, {})
-    if last or (progress.epoch + 1) % config.eval_every == 0:
+    if is_last or (progress.epoch + 1) % config.eval_every == 0:
         result = _evaluate(run, run.eval_model, stop)
         if result is None:
-            saver.save_or_end(run)
             return None
     box_loss = progress.correct / progress.images
     row = {
@@ -93,10 +86,7 @@ def finish_epoch(run: DetectionRun, monitor: Monitor, saver: Saver, stop: StopRe
         f"epoch {row['epoch']:3d}/{config.epochs}  train loss {row['train_loss']:.4f} (boxes {box_loss:.4f})  {scored}"
         f"lr {row['lr']:.2e}  {row['images_per_s']:.1f} images/s  {row['epoch_s']:.1f} s",
     )
-    if complete:
-        progress.rows.append(row)
-        progress.open_epoch()
-    return result
+    return Validation(result, row)
 
 
 def _evaluate(run: DetectionRun, model: torch.nn.Module, stop: StopRequest) -> Detections | None:
@@ -112,7 +102,7 @@ def in_words(figures: dict[str, float | None]) -> str:
 
 
 def finish(run: DetectionRun, monitor: Monitor, saver: Saver, stop: StopRequest, result: Detections | None) -> bool:
-    """The end of a run: last.pt, the last weights' score, best.pt, summary.json, then the pictures.
+    """The end of a run: the last weights' score, best.pt, summary.json, then the pictures.
 
     Args:
         result: of the last epoch in this process, None where it trained none.
@@ -121,9 +111,6 @@ def finish(run: DetectionRun, monitor: Monitor, saver: Saver, stop: StopRequest,
         False where a signal ended it before the score was there.
     """
     config, progress = run.config, run.progress
-    distributed.broadcast(run.batch_norm_buffers())
-    if progress.batch == 0:  # else cut by --max-steps, and saved as it was
-        saver.save_or_end(run)
     if result is None or not result.figures:
         result = _evaluate(run, copy.deepcopy(run.eval_model), stop)
         if result is None:
@@ -204,12 +191,7 @@ def evaluate_checkpoint(command: Command) -> int:
     if changed:
         raise ConfigError(f"--evaluate rebuilds the checkpoint's own network and data set: {'; '.join(changed)}")
     device = pick_device(config.device)
-    try:
-        amp = pick_amp(config.amp, device)  # the run's own precision: its summary's figures come out again
-    except ConfigError:
-        if "amp" in given:
-            raise
-        amp = pick_amp("auto", device)
+    amp = amp_of_checkpoint(saved.amp, device, given.get("amp"))
     data = load_data(config, device)
     try:
         truth = in_classes_of(state, data.val.truth, config.data_dir, path)
@@ -245,9 +227,9 @@ def in_classes_of(state: dict[str, Any], truth: CocoSplit, data_dir: str, path: 
         raise DataError(f"{data_dir}: other classes than those of the checkpoint {path}: {error}") from None
 
 
-DETECTION = train.Task(
+DETECTION = Task(
     prog=PROG.removeprefix("python -m "),
-    plan=plan,
+    specify=specify,
     set_up=set_up,
     describe=describe,
     initial_weights=initial_weights,
@@ -261,7 +243,7 @@ DETECTION = train.Task(
         "train/grad_norm": step.grad_norm,
     },
     bar=lambda progress: {"boxes": f"{progress.correct / progress.images:.3f}"},
-    finish_epoch=finish_epoch,
+    validate=validate,
     finish=finish,
     evaluate=evaluate_checkpoint,
 )

@@ -66,6 +66,11 @@ class Progress:
         self.seconds += seconds
         self.epoch_seconds += seconds
 
+    def close_epoch(self, row: dict[str, Any]) -> None:
+        """The open epoch ends, with its row of log.jsonl; the next one begins."""
+        self.rows.append(row)
+        self.open_epoch()
+
     def open_epoch(self) -> None:
         """The next epoch begins."""
         self.epoch += 1

@@ -14,7 +14,7 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h of glibc
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of --device; of several ranks, each takes the GPU of its own number.
+    """The device of --device; on several ranks each takes the GPU of its own number.
 
     Raises:
         ConfigError: there is no such device.
@@ -62,11 +62,26 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)  # torch has no class for it
 
 
+def amp_of_checkpoint(own: str, device: torch.device, given: str | None = None) -> torch.dtype | None:
+    """The precision to evaluate a checkpoint in: --amp where it is `given`; else the run's own, with which its scores
+    come out again; "auto" where the device has not got that.
+
+    Raises:
+        ConfigError: the device has not got the given one.
+    """
+    if given is not None:
+        return pick_amp(given, device)
+    try:
+        return pick_amp(own, device)
+    except ConfigError:
+        return pick_amp("auto", device)
+
+
 def keep_freed() -> None:
     """Freed memory stays with the process for the next step, where the C library is glibc.
 
-    Without it each large map of a step on a CPU is given back and asked for again: the kernel clears its pages each
-    time, which took a fifth of a training step (ResNet26, CIFAR form, 64 images, 2 threads).
+    Without it each large map of a step on a CPU is freed and allocated again: the kernel clears its pages each time,
+    which took a fifth of a training step (ResNet26, CIFAR form, 64 images, 2 threads).
     """
     with contextlib.suppress(OSError, AttributeError):  # another C library
         libc = ctypes.CDLL(None)

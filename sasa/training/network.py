@@ -1,7 +1,6 @@
 """Networks by a run's configuration: new ones, and those that a checkpoint holds."""
 
 import dataclasses
-import os
 import re
 from typing import Any, NamedTuple
 
@@ -10,7 +9,7 @@ from torch import nn
 import model
 from config import FIELDS, Config, ConfigError, flag_of
 from preprocess import DataInfo, info_without_files
-from sasa.kernels import check_backend
+from sasa.kernels.dispatch import named_backend
 from sasa.training import checkpoint
 from sasa.training.checkpoint import CheckpointError
 
@@ -71,9 +70,7 @@ def build_network(config: Config, num_classes: int) -> nn.Module:
         ConfigError: options that do not go together in a layer, or a backend that is not usable here.
     """
     try:
-        check_backend(config.backend)
-        if config.backend == "auto":
-            check_backend(os.environ.get("SASA_BACKEND") or "auto")
+        named_backend(config.backend)
         return model.build(config.model_name, num_classes, config.stem, **config.layer_options())
     except ValueError as error:
         raise ConfigError(as_flags(str(error))) from error

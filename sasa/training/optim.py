@@ -4,8 +4,8 @@ import math
 import re
 
 import torch
-from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 from config import Settings
 from sasa.training.lamb import Lamb
@@ -74,7 +74,11 @@ def _block(name: str) -> tuple[int, int] | None:
 
 
 def build_optimizer(model: nn.Module, config: Settings, device: torch.device) -> torch.optim.Optimizer:
-    """The optimizer on the groups of `parameter_groups`, SGD and AdamW fused; the rate is set before each step."""
+    """The optimizer on the groups of `parameter_groups`, SGD and AdamW fused; the rate is set before each step.
+
+    SGD's momentum begins as zeros, as the first step would make it: the fused kernel leaves memory as it found it where
+    that step is skipped (torch 2.14.1: 1e23 in momentum_buffer).
+    """
     groups = parameter_groups(model, config.weight_decay, config.embedding_weight_decay, config.layer_decay)
     fused = device.type in ("cpu", "cuda")  # one pass over the weights instead of one for each operation
     if config.optimizer in ("adamw", "lamb"):
@@ -83,7 +87,12 @@ def build_optimizer(model: nn.Module, config: Settings, device: torch.device) ->
             Lamb(groups, **options) if config.optimizer == "lamb" else torch.optim.AdamW(groups, fused=fused, **options)
         )
     nesterov = config.nesterov and config.momentum > 0
-    return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=nesterov, fused=fused)
+    optimizer = torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=nesterov, fused=fused)
+    if config.momentum > 0:
+        for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+            if parameter.requires_grad:
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
@@ -105,11 +114,50 @@ def ema_decay(given: float | None, from_recipe: float | None, steps: int) -> flo
     return round(min(from_recipe, max(1 - 5 / steps, 0.0)), 6)
 
 
-def build_ema(model: nn.Module, decay: float) -> AveragedModel | None:
+class MovingAverage(AveragedModel):
+    """An exponential moving average of weights and buffers, in few kernels and without a wait; torch's names.
+
+    The first update copies. Buffers of integers (batch norm's counts) are always copied.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        super().__init__(model, next(model.parameters()).device, use_buffers=True)
+        self.decay = decay
+        self._has_begun = False
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether it has been updated; waits for the device until it has."""
+        self._has_begun = self._has_begun or self.n_averaged.item() > 0
+        return self._has_begun
+
+    @torch.no_grad()
+    def update_parameters(self, model: nn.Module, flag: Tensor | None = None) -> None:
+        """Move towards the model's weights and buffers.
+
+        Args:
+            flag: () on the device; where it is 1 nothing changes, provided the model's integers have not. Not at the
+                first update.
+        """
+        averages, values = ([*m.parameters(), *m.buffers()] for m in (self.module, model))
+        pairs = list(zip(averages, values, strict=True))
+        copied = [pair for pair in pairs if not self.has_begun or not pair[0].is_floating_point()]
+        moved = [pair for pair in pairs if self.has_begun and pair[0].is_floating_point()]
+        if copied:
+            torch._foreach_copy_(*map(list, zip(*copied, strict=True)))
+        if moved and flag is None:
+            torch._foreach_lerp_(*map(list, zip(*moved, strict=True)), 1 - self.decay)
+        elif moved:
+            averages, values = map(list, zip(*moved, strict=True))
+            steps = torch._foreach_sub(values, averages)
+            torch._foreach_mul_(steps, (1 - self.decay) * (1 - flag))
+            torch._foreach_add_(averages, steps)
+        self.n_averaged += 1 if flag is None else (1 - flag).to(self.n_averaged.dtype)
+
+
+def build_ema(model: nn.Module, decay: float) -> MovingAverage | None:
     """The moving average of weights and of batch norm's statistics; None where the decay is 0."""
-    if decay == 0:
-        return None
-    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
+    return None if decay == 0 else MovingAverage(model, decay)
 
 
 def set_batch_norm_momentum(model: nn.Module, momentum: float) -> None:

@@ -1,4 +1,4 @@
-"""From a command to a plan: which configuration, which folder, and the state to go on from."""
+"""From a command to the specification of a run: which configuration, which folder, which state to continue from."""
 
 import dataclasses
 from collections.abc import Callable
@@ -32,8 +32,8 @@ SMALL_FORM_LIMIT = 64  # pixels: images up to this side get the small form of th
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What a command stands for.
+class RunSpec:
+    """The run that a command names, before anything of it is set up.
 
     Attributes:
         config: settled where `started`, else with open values that `set_up` fills in.
@@ -58,13 +58,13 @@ def new_config(given: dict[str, Any]) -> Config:
     return resolve(given, auto_dataset(given) if dataset == "auto" else dataset, distributed.world_size())
 
 
-def make_plan(
+def specify_run(
     command: Command,
     lock: FolderLock,
     settings: type[Settings] = Config,
     new: Callable[[dict[str, Any]], Settings] = new_config,
-) -> Plan:
-    """The plan of a training command, whose folder is made and locked. For the main rank: it reads the folder.
+) -> RunSpec:
+    """The run that a training command names; its folder is made and locked. For the main rank: it reads the folder.
 
     Args:
         settings: the kind of configuration. new: the one of a new run by its flags.
@@ -75,7 +75,7 @@ def make_plan(
     """
     given = command.given
     if command.resume:
-        return _plan_from_file(Path(command.resume), given, lock, settings)
+        return _specify_from_file(Path(command.resume), given, lock, settings)
     config = new(given)
     folder = Path(config.output_dir, config.name or config.default_name())
     make_folder(folder)
@@ -85,26 +85,26 @@ def make_plan(
             refuse_foreign_files(folder)
         else:
             refuse_other_run(folder)
-        return Plan(config, folder, _left_to_recipe(config, given))
+        return RunSpec(config, folder, _left_to_recipe(config, given))
     found = checkpoint.newest(folder)
     if found is None:
         print(f"--resume: no checkpoint was ever written to {folder}: starting at step 0")
         if not (folder / CONFIG).exists():
-            return Plan(config, folder, _left_to_recipe(config, given))
+            return RunSpec(config, folder, _left_to_recipe(config, given))
         saved, run_id = read_config(folder)
         config = resumed_config(saved, given, settings)
-        return Plan(config, folder, _left_to_recipe(config, given), True, run_id=run_id)
+        return RunSpec(config, folder, _left_to_recipe(config, given), True, run_id=run_id)
     state, path, problems = found
     for problem in problems:
         print(f"--resume: {problem}: using {path.name}, the whole one before it")
     _refuse_another_runs(state, folder)
-    plan = _resumed(state, given, folder, settings)
+    spec = _resumed(state, given, folder, settings)
     if path.name == PREVIOUS and (folder / LAST).exists():  # the next save must not put a damaged file in its place
         (folder / LAST).replace(folder / f"damaged-{LAST}")
-    return plan
+    return spec
 
 
-def _plan_from_file(path: Path, given: dict[str, Any], lock: FolderLock, settings: type[Settings]) -> Plan:
+def _specify_from_file(path: Path, given: dict[str, Any], lock: FolderLock, settings: type[Settings]) -> RunSpec:
     """--resume PATH: in the file's own folder, or in another one, which has to be empty."""
     state = checkpoint.load_run(path)
     own = path.absolute().parent
@@ -115,16 +115,16 @@ def _plan_from_file(path: Path, given: dict[str, Any], lock: FolderLock, setting
     if folder.absolute() != own and (not folder.exists() or not folder.samefile(own)):
         if held_files(folder):
             raise ConfigError(f"--resume {path} into {folder}: it already holds a run; allowed is an empty folder")
-        plan = dataclasses.replace(_resumed(state, given, folder, settings), run_id=None)
+        spec = dataclasses.replace(_resumed(state, given, folder, settings), run_id=None)
         make_folder(folder)
         lock.acquire(folder)
         refuse_other_run(folder)
-        return plan
-    plan = _resumed(state, given, folder, settings)
+        return spec
+    spec = _resumed(state, given, folder, settings)
     make_folder(folder)
     lock.acquire(folder)
     _refuse_another_runs(state, folder)
-    return dataclasses.replace(plan, state=checkpoint.load_run(path))  # as a run that was in the folder has left it
+    return dataclasses.replace(spec, state=checkpoint.load_run(path))  # as a run that was in the folder has left it
 
 
 def _refuse_another_runs(state: dict[str, Any], folder: Path) -> None:
@@ -143,7 +143,7 @@ def auto_dataset(given: dict[str, Any]) -> str:
     return name
 
 
-def _resumed(state: dict[str, Any], given: dict[str, Any], folder: Path, settings: type[Settings]) -> Plan:
+def _resumed(state: dict[str, Any], given: dict[str, Any], folder: Path, settings: type[Settings]) -> RunSpec:
     """Raises ConfigError where flags, or an edited recipe, would change the run's result."""
     config = resumed_config(state["config"], given, settings)
     left = {key: value for key, value in renamed(state["recipe"]).items() if key not in given}
@@ -153,7 +153,7 @@ def _resumed(state: dict[str, Any], given: dict[str, Any], folder: Path, setting
             f"--resume: the recipe {config.recipe_name()} has changed since the run was started: "
             f"{'; '.join(changed)}. Give these flags with the run's values to go on with them"
         )
-    return Plan(config, folder, left, True, state, state["run_id"])
+    return RunSpec(config, folder, left, True, state, state["run_id"])
 
 
 def resumed_config(saved: dict[str, Any], given: dict[str, Any], settings: type[Settings] = Config) -> Settings:

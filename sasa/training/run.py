@@ -1,4 +1,4 @@
-"""A run that is ready to train: device, data, network and optimizer of a plan (resume.py)."""
+"""A run that is ready to train: device, data, network and optimizer of a specification (resume.py)."""
 
 import dataclasses
 import math
@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 import preprocess
 from attention import AttentionStem, LocalAttention2d
 from config import Config, ConfigError, Settings, nominal_batch, rate_factor
-from preprocess import AugmentConfig, DataError, DataInfo
+from preprocess import AugmentConfig, DataError, DataInfo, Split
 from sasa.analysis.flops import count_flops, count_parameters
 from sasa.data.batches import own_pieces
 from sasa.data.fingerprint import differences
@@ -29,25 +29,29 @@ from sasa.training.device import AMP_NAMES, keep_freed, pick_amp, pick_device
 from sasa.training.distributed import SharedError
 from sasa.training.drop_path import DropPath
 from sasa.training.files import new_run_id
+from sasa.training.guard import Guard
 from sasa.training.network import build_network
-from sasa.training.optim import build_ema, build_optimizer, ema_decay, set_batch_norm_momentum
-from sasa.training.resume import Plan, form_of
+from sasa.training.optim import MovingAverage, build_ema, build_optimizer, ema_decay, set_batch_norm_momentum
+from sasa.training.resume import RunSpec, form_of
 from sasa.training.sync_batchnorm import sync_batch_norms
 
 
 @dataclass
 class Data:
+    """A data set, in its splits."""
+
     info: DataInfo
-    train: Any
-    holdout: Any  # None without --holdout
-    test: Any
+    train: Split
+    holdout: Split | None  # None without --holdout
+    test: Split
 
     @property
-    def splits(self) -> list:
+    def splits(self) -> list[Split]:
+        """Those that there are."""
         return [split for split in (self.train, self.holdout, self.test) if split is not None]
 
     @property
-    def val(self) -> Any:
+    def val(self) -> Split:
         """What the epochs are watched on: the held-out images, else the test split."""
         return self.test if self.holdout is None else self.holdout
 
@@ -56,22 +60,21 @@ class Data:
         return preprocess.data_identity(self.info, self.train, self.holdout, self.test)
 
     def close(self) -> None:
-        """Ends the workers: an abandoned epoch's cannot be ended once the garbage collector has met it."""
+        """End the workers: an abandoned epoch's cannot be ended once the garbage collector has reached it."""
         for split in self.splits:
-            if isinstance(split, preprocess.FolderData):
-                split.close()
+            split.close()
 
 
 @dataclass
 class Run:
-    """Everything that trains; `network` is `model`, compiled where asked for and wrapped by DDP on several ranks.
+    """Everything that trains; `network` is `model`, compiled under --compile and wrapped by DDP on several ranks.
 
     `progress` and `best` (the weights that the held-out images selected) change while it trains, and the weights.
     """
 
     config: Settings  # of train.py a Config
     identity: Identity
-    recipe: dict[str, Any]  # what the recipe provided of the config: `resume.Plan`
+    recipe: dict[str, Any]  # what the recipe provided of the config: `resume.RunSpec`
     folder: Path
     device: torch.device
     data: Data
@@ -79,7 +82,8 @@ class Run:
     network: nn.Module
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler | None
-    ema: nn.Module | None
+    ema: MovingAverage | None
+    guard: Guard
     autocast: Callable[[], AbstractContextManager]
     progress: Progress
     best: dict[str, Tensor] | None = None
@@ -102,7 +106,7 @@ class Run:
 
     @property
     def micro_batches(self) -> int:
-        """Batches a step of this rank: the run's own, or on fewer ranks as many as keep each within --batch-size."""
+        """This rank's batches in a step: the run's own, or on fewer ranks as many as keep each within --batch-size."""
         return math.ceil(self.progress.global_batch / (self.config.batch_size * distributed.world_size()))
 
     def batches(self):
@@ -114,17 +118,18 @@ class Run:
             world_size=distributed.world_size(), global_batch=progress.global_batch,
         )  # fmt: skip
 
-    def draw_drop_path(self, piece: int) -> None:
-        """The residual branches that the micro-batch number `piece` of the next step leaves out."""
+    def draw_drop_path(self, index: int, piece: int) -> None:
+        """The residual branches that the micro-batch number `piece` of step `index` leaves out."""
         if self.drop_path is None:
             return
         progress, total = self.progress, self.global_batch
-        keep = drop_path.draw(self.config.seed, progress.epoch, progress.batch, total, self.drop_path.rates)
+        batch = progress.batch + index - progress.step
+        keep = drop_path.draw(self.config.seed, progress.epoch, batch, total, self.drop_path.rates)
         own = own_pieces(total, self.micro_batches, distributed.rank(), distributed.world_size())[piece]
         self.drop_path.keep = keep[own.start : own.stop].to(self.device, non_blocking=True)
 
     def batch_norm_buffers(self) -> list[Tensor]:
-        """Of the network and of its moving average."""
+        """The buffers of the network and of its moving average."""
         models = [self.model] if self.ema is None else [self.model, self.ema]  # in the same order on every rank
         return [buffer for model in models for buffer in model.buffers()]
 
@@ -132,6 +137,11 @@ class Run:
         """All weights that a save writes: the network's, the moving average's and the selected ones."""
         states = [self.model.state_dict(), self.best or {}]
         return states if self.ema is None else [*states, self.ema.state_dict()]
+
+    def select(self, top1: float, epoch: int) -> None:
+        """The weights as they are now are those to keep: the best so far by the held-out images."""
+        self.progress.best_top1, self.progress.best_epoch = top1, epoch
+        self.best = {name: value.detach().cpu().clone() for name, value in self.eval_model.state_dict().items()}
 
     def state(self) -> dict[str, Any]:
         """Everything that the run needs to go on exactly. Called on every rank, as each has its own generators."""
@@ -149,38 +159,43 @@ class Run:
         return environment.describe(self.device, self.config.backend if attends else None)
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Put a run's state back. Raises CheckpointError where it is of another network."""
+        """Put a run's state back.
+
+        Raises:
+            CheckpointError: it is of another network.
+        """
         self.progress = checkpoint.restore(state, self.model, self.optimizer, self.scaler, self.ema)
         self.best = state["best"]
 
 
 def augmentation(config: Config) -> AugmentConfig:
+    """The augmentation of the training images."""
     return AugmentConfig(**{f.name: getattr(config, f.name) for f in dataclasses.fields(AugmentConfig)})
 
 
-def set_up(plan: Plan, is_stopped: Callable[[], bool] = lambda: False) -> Run:
+def set_up(spec: RunSpec, is_stopped: Callable[[], bool] = lambda: False) -> Run:
     """Device, data, network and optimizer of a run, and its folder; nothing in the folder is changed yet.
 
     Raises:
         SharedError: the configuration, the data or the machine do not allow it.
     """
-    config = plan.config
+    config = spec.config
     device, amp = prepare_machine(config)
     data = load_data(config, device, is_stopped)
     nominal = nominal_batch(config, distributed.world_size())
-    if plan.state is not None:
-        nominal = plan.state["progress"]["global_batch"]
-    config = settle(config, data, amp, nominal, plan)
+    if spec.state is not None:
+        nominal = spec.state["progress"]["global_batch"]
+    config = settle(config, data, amp, nominal, spec)
     weights = distributed.on_all_ranks(partial(_class_weights, config, data, device))
     model = distributed.on_all_ranks(partial(_make_network, config, data, device))
-    run = assemble(Run, plan, config, data, model, device, amp, nominal, config.compile)
+    run = assemble(Run, spec, config, data, model, device, amp, nominal, config.compile)
     run.class_weights = weights
     run.drop_path = DropPath(model, config.drop_path) if config.drop_path else None
     return run
 
 
 def prepare_machine(config: Settings) -> tuple[torch.device, torch.dtype | None]:
-    """The device, and the dtype of mixed precision (None for none).
+    """The device, and the dtype of mixed precision (None for none); torch is set up for them.
 
     Raises:
         SharedError: the machine has not got them.
@@ -196,7 +211,7 @@ def prepare_machine(config: Settings) -> tuple[torch.device, torch.dtype | None]
 
 def assemble(
     kind: type[Run],
-    plan: Plan,
+    spec: RunSpec,
     config: Settings,
     data: Any,
     model: nn.Module,
@@ -210,14 +225,15 @@ def assemble(
     Args:
         kind: Run, or a class of it for other data. config: settled. nominal: images of a step over all ranks.
     """
-    identity = Identity(distributed.on_main_rank(lambda: plan.run_id or new_run_id()), data.identity())
+    identity = Identity(distributed.on_main_rank(lambda: spec.run_id or new_run_id()), data.identity())
     check_ranks_agree(identity.data)
     return kind(
-        config, identity, plan.recipe, plan.folder, device, data, model,
+        config, identity, spec.recipe, spec.folder, device, data, model,
         network=_parallel(torch.compile(model) if compiled else model, device),
         optimizer=build_optimizer(model, config, device),
         scaler=torch.amp.GradScaler() if amp is torch.float16 else None,
         ema=build_ema(model, config.ema),
+        guard=Guard(model, device),
         autocast=partial(torch.autocast, device.type, dtype=amp, enabled=amp is not None),
         progress=Progress(global_batch=nominal),
     )  # fmt: skip
@@ -235,18 +251,18 @@ def check_ranks_agree(identity: dict[str, Any]) -> None:
             raise SharedError(DataError(f"rank {rank} has other data than rank 0: {differences(main, other)[0]}"))
 
 
-def settle(config: Config, data: Data, amp: torch.dtype | None, nominal: int, plan: Plan) -> Config:
+def settle(config: Config, data: Data, amp: torch.dtype | None, nominal: int, spec: RunSpec) -> Config:
     """The Config with nothing open: what only the data and the machine could tell."""
     info, real = data.info, min(nominal, len(data.train))
     lr = config.lr
-    if not plan.started and "lr" in plan.recipe and real < nominal:  # the recipe's rate, for the batch that there is
+    if not spec.started and "lr" in spec.recipe and real < nominal:  # the recipe's rate, for the batch that there is
         lr *= rate_factor(config, real) / rate_factor(config, nominal)
     return dataclasses.replace(
         config,
         form=form_of(info.image_size) if config.form == "auto" else config.form,
         img_size=info.image_size, eval_size=info.eval_size or info.image_size, amp=AMP_NAMES[amp], lr=lr,
-        ema=ema_decay(config.ema, plan.recipe.get("ema"), config.epochs * data.train.steps_per_epoch(nominal)),
-        name=plan.folder.name,
+        ema=ema_decay(config.ema, spec.recipe.get("ema"), config.epochs * data.train.steps_per_epoch(nominal)),
+        name=spec.folder.name,
     )  # fmt: skip
 
 
@@ -254,7 +270,7 @@ def load_data(config: Config, device: torch.device | str, is_stopped: Callable[[
     """The data set of a Config, on the main rank first, which downloads what is missing.
 
     Args:
-        is_stopped: whether the run was asked to stop: then nothing waits for a silent worker.
+        is_stopped: whether the run is to stop: then nothing waits for a silent worker.
 
     Raises:
         SharedError: what is wrong with it.
@@ -370,3 +386,9 @@ def describe(run: Run) -> None:
     print(f"recipe    {config.recipe}: {config.epochs} epochs of {run.steps_per_epoch} steps of {batch} images")
     print(f"          {config.optimizer}, peak rate {config.lr:g} ({scaling}), seed {config.seed}{average}")
     print(f"folder    {run.folder}; watch it with: tensorboard --logdir {run.folder.parent}", flush=True)
+
+
+def bad_images(run: Run) -> set[str]:
+    """The images that were skipped so far, on any rank: "path: what is wrong"."""
+    own = [line for split in run.data.splits for line in split.bad_images]
+    return {line for lines in distributed.all_gather_object(own) for line in lines}

@@ -15,7 +15,7 @@ from sasa.console import print_error, printable
 from sasa.data.fingerprint import class_differences, class_order
 from sasa.training import checkpoint, distributed
 from sasa.training.cli import PROG, Command
-from sasa.training.device import pick_amp, pick_device
+from sasa.training.device import amp_of_checkpoint, pick_device
 from sasa.training.evaluation import EVAL_BATCH, evaluate
 from sasa.training.network import network_of
 from sasa.training.resume import changed_keys, settled
@@ -40,12 +40,7 @@ def evaluate_checkpoint(command: Command) -> int:
     if changed:
         raise ConfigError(f"--evaluate rebuilds the checkpoint's own network and data set: {'; '.join(changed)}")
     device = pick_device(config.device)
-    try:
-        amp = pick_amp(config.amp, device)  # the run's own precision: its summary's figures come out again
-    except ConfigError:
-        if "amp" in given:
-            raise
-        amp = pick_amp("auto", device)
+    amp = amp_of_checkpoint(trained.config.amp, device, given.get("amp"))
     network, classes = trained.network.to(device), trained.info.num_classes
     autocast = partial(torch.autocast, device.type, dtype=amp, enabled=amp is not None)
     batch_size = config.batch_size if "batch_size" in given else EVAL_BATCH

@@ -29,6 +29,8 @@ def check_archive(path: Path) -> None:
     """
     with zipfile.ZipFile(path) as archive:
         members = archive.infolist()
+        if len({member.filename for member in members}) < len(members):  # of which zipfile verifies the last alone
+            raise Invalid("two members of the same name")
         if any(member.compress_type != zipfile.ZIP_STORED for member in members):
             raise Invalid("a compressed member, which no checkpoint has")
         if sum(member.file_size for member in members) > path.stat().st_size:

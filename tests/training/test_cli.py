@@ -275,11 +275,16 @@ def test_a_resume_removes_nothing_before_its_first_save(held, monkeypatch):
 def test_out_of_memory_is_one_line(tmp_path, tiny, monkeypatch, capsys, when):  # noqa: F811
     """The error is the allocator's own, of a terabyte more than any machine has."""
     import train
+    from sasa.training import classification
 
     def allocate(*_args, **_options):
         return torch.empty(2**60, dtype=torch.uint8)
 
-    where = {"training": (train, "train_step"), "evaluation": (train, "evaluate"), "loading": (preprocess, "load")}
+    where = {
+        "training": (train, "train_step"),
+        "evaluation": (classification, "evaluate"),
+        "loading": (preprocess, "load"),
+    }
     monkeypatch.setattr(*where[when], allocate)
     assert small_runs.run(tmp_path, *BASE.split()) == 1
     error = capsys.readouterr().err
@@ -310,8 +315,7 @@ def test_a_damaged_config_json_is_one_line(held, capsys):
 
 @pytest.mark.parametrize("name", ["best.pt", "summary.json"])
 def test_a_full_disk_at_the_end_is_one_line_and_exit_1(tmp_path, tiny, monkeypatch, capsys, name):  # noqa: F811
-    import train
-    from sasa.training import checkpoint
+    from sasa.training import checkpoint, classification
 
     def full(*_args, **_options):
         raise OSError(28, "No space left on device")
@@ -320,7 +324,7 @@ def test_a_full_disk_at_the_end_is_one_line_and_exit_1(tmp_path, tiny, monkeypat
     if name == "best.pt":
         monkeypatch.setattr(checkpoint, "save", lambda s, f, n="last.pt": full() if n == name else original(s, f, n))
     else:
-        monkeypatch.setattr(train, "write_json", full)
+        monkeypatch.setattr(classification, "write_json", full)
     assert small_runs.run(tmp_path, *BASE.split()) == 1
     error = capsys.readouterr().err
     assert "No space left" in error and error.count("\n") == 1

@@ -13,11 +13,10 @@ from tqdm import tqdm
 
 import preprocess
 import small_runs
-import train
 from model import ResNet26
 from sasa.analysis import figures
 from sasa.analysis.attention_maps import lattice, record_attention
-from sasa.training import monitor
+from sasa.training import classification, monitor
 from sasa.training.checkpoint import Progress
 from sasa.training.evaluation import Evaluation, evaluate
 from sasa.training.monitor import Monitor
@@ -33,12 +32,12 @@ def test_drawing_panels_leaves_the_network_as_it_was():
         eval_model=network, data=SimpleNamespace(val=test), autocast=nullcontext, progress=SimpleNamespace(step=5),
     )  # fmt: skip
     before, generator = {k: v.clone() for k, v in network.state_dict().items()}, torch.get_rng_state()
-    train.show_attention(run, watcher)
+    classification.show_attention(run, watcher)
     assert network.training and all(module.training for module in network.modules())
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
     assert torch.equal(torch.get_rng_state(), generator)
-    with torch.no_grad(), record_attention(network.eval(), pixels=lattice(train.WATCHED_PIXELS)) as wanted:
-        network(next(test.eval_batches(train.WATCHED_IMAGES))[0])
+    with torch.no_grad(), record_attention(network.eval(), pixels=lattice(classification.WATCHED_PIXELS)) as wanted:
+        network(next(test.eval_batches(classification.WATCHED_IMAGES))[0])
     ((step, layers),) = shown
     assert step == 5 and len(layers) == 8
     assert all(torch.equal(a.weights, b.weights) for a, b in zip(layers, wanted, strict=True))

@@ -13,7 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import config
 import small_runs
 import train
-from sasa.training import board, checkpoint
+from sasa.training import board, checkpoint, classification
 from sasa.training.signals import StopRequest
 from small_runs import FLAGS
 
@@ -254,7 +254,7 @@ def test_negative_control_a_state_without_this_part_is_not_the_same_run(tmp_path
 def test_negative_control_best_weights_left_out(tmp_path, monkeypatch):
     """The first epoch is made the best one; without its weights in the state another best.pt comes out."""
     scores = iter([90.0, 10.0, 10.0])
-    original = train.evaluate
+    original = classification.evaluate
 
     def evaluate(model, split, *args, **options):
         result = original(model, split, *args, **options)
@@ -262,7 +262,7 @@ def test_negative_control_best_weights_left_out(tmp_path, monkeypatch):
             result.top1_pct = next(scores)
         return result
 
-    monkeypatch.setattr(train, "evaluate", evaluate)
+    monkeypatch.setattr(classification, "evaluate", evaluate)
     with monkeypatch.context() as patch:
         kill_at_step(patch, 5, lambda: os.kill(os.getpid(), signal.SIGTERM))
         assert small_runs.run(tmp_path, *STRAIGHT) == 75

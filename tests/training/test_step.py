@@ -19,7 +19,7 @@ import train
 from model import build
 from sasa.data import images as sources
 from sasa.data.augment import draw_crops, stream
-from sasa.training.optim import build_ema
+from sasa.training import step
 
 
 class Calls(TorchDispatchMode):
@@ -40,30 +40,25 @@ WAITS = ("aten::_local_scalar_dense", "aten::is_nonzero", "aten::nonzero", "aten
 
 
 def test_a_step_waits_for_the_device_once(tmp_path, monkeypatch):
-    """Batch, forward, backward, clipping and optimizer read no tensor's value; `sum_over_ranks` reads all at once.
+    """Batch, forward, backward, clipping and optimizer read no tensor's value; `QueuedStep.read` reads all at once.
 
-    Counted on the CPU, whose steps take the way of CUDA's but for what kernels do inside. The moving average is left
-    out: it reads its counter, which torch keeps on the CPU whatever the network's device.
+    Counted on the CPU, whose steps are made to take the way of CUDA's, but for what kernels do inside. The first step
+    reads the moving average's count.
     """
     small_runs.few_digits(monkeypatch)
-    original, sum_over_ranks, waits, reads = train.train_step, train.sum_over_ranks, [], []
-
-    def counted(*figures):
-        reads.append(1)
-        return sum_over_ranks(*figures)
+    monkeypatch.setattr(step, "reads_late", lambda run: True)
+    original, waits = train.train_step, []
 
     def train_step(*arguments):
         with Calls() as calls:
-            figures = original(*arguments)
+            queued = original(*arguments)
         waits.append([name for name, _ in calls.seen if name in WAITS])
-        return figures
+        return queued
 
     monkeypatch.setattr(train, "train_step", train_step)
-    monkeypatch.setattr(train, "sum_over_ranks", counted)
-    flags = "--dataset DIGITS --epochs 1 --batch-size 8 --max-steps 3 --ema 0 --mixup 0.2 --clip-grad 1 --name run"
+    flags = "--dataset DIGITS --epochs 1 --batch-size 8 --max-steps 4 --ema 0.9 --mixup 0.2 --clip-grad 1 --name run"
     assert small_runs.run(tmp_path, *flags.split(), "--no-progress", "--device", "cpu") == 0
-    assert waits == [[], [], []] and len(reads) == 3
-    assert build_ema(torch.nn.Linear(2, 2, device="meta"), 0.9).n_averaged.device.type == "cpu"
+    assert len(waits) == 4 and waits[0] and waits[2:] == [[], []]
 
 
 COPIES = ("aten::clone", "aten::copy_", "aten::contiguous", "aten::_to_copy")

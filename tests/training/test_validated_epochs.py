@@ -11,7 +11,7 @@ from test_resume import assert_same_run, kill_at_step
 import model
 import ranks
 import small_runs
-import train
+from sasa.training import classification
 from sasa.training.evaluation import Evaluation
 from sasa.training.monitor import csv_text
 
@@ -26,7 +26,7 @@ def small(monkeypatch):
 
 def scores(monkeypatch, top1: list[float]) -> None:
     """Validation gives these scores, epoch by epoch; the test split another one."""
-    original, left = train.evaluate, iter(top1)
+    original, left = classification.evaluate, iter(top1)
 
     def evaluate(net, split, *arguments, **options) -> Evaluation:
         result = original(net, split, *arguments, **options)
@@ -34,7 +34,7 @@ def scores(monkeypatch, top1: list[float]) -> None:
             result.top1_pct = next(left)
         return result
 
-    monkeypatch.setattr(train, "evaluate", evaluate)
+    monkeypatch.setattr(classification, "evaluate", evaluate)
 
 
 def test_every_second_epoch_and_the_last_are_validated(tmp_path, capsys):
