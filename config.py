@@ -231,6 +231,19 @@ class Config(Settings):
         "auto", "compute in mixed precision; auto: bf16 on GPUs that have it", choices=("auto", "off", "bf16", "fp16")
     )
     compile: bool = option(False, "compile the network with torch.compile")
+    compile_mode: str = option(
+        "default",
+        "compile with torch.compile's mode of this name",
+        choices=("default", "reduce-overhead", "max-autotune"),
+    )
+    matmul_precision: str = option(
+        "highest",
+        "compute fp32 products at this precision; high: TF32 on GPUs that have it",
+        choices=("highest", "high"),
+    )
+    cudnn_benchmark: bool = option(
+        True, "let cuDNN time its convolutions and take the fastest; not under --deterministic"
+    )
     channels_last: bool = option(True, "keep maps in channels-last layout; --no-channels-last: contiguous")
     deterministic: bool = option(False, "refuse operators that are not deterministic")
 

@@ -20,6 +20,7 @@ ADDED = {
     "rand_rounds": 2, "rand_magnitude": 9, "crop_area": 0.08, "crop_aspect": 4 / 3,
     "auto_augment": "none", "random_erase": 0.0, "repeats": 1, "drop_path": 0.0, "loss": "ce", "bce_threshold": 0.2,
     "class_weights": "none", "min_lr": 0.0, "layer_decay": 1.0,
+    "compile_mode": "default", "matmul_precision": "highest", "cudnn_benchmark": False,
     "digest": True, "keep_states": 0, "val_every": 1, "early_stop": 0, "log_csv": False,
 }  # fmt: skip
 # Fields that had another name: what the old field's value is in the new one.
@@ -83,6 +84,7 @@ class Settings:
 
     # Of the kinds of runs that have no such flags.
     min_lr, layer_decay, early_stop, log_csv, keep_states = 0.0, 1.0, 0, False, 0
+    matmul_precision, cudnn_benchmark, compile_mode = "highest", False, "default"
 
     def __post_init__(self) -> None:
         for f in fields(self):

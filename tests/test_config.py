@@ -39,7 +39,8 @@ TYPED = {
     "output_dir": ("out", "out"), "name": ("A", "A"), "save_every": ("0", 0), "save_minutes": ("0.5", 0.5),
     "step_epochs": ("20", 20), "step_factor": (".2", 0.2), "adam_beta1": ("0.8", 0.8), "adam_beta2": ("0.95", 0.95),
     "adam_eps": ("1e-6", 1e-6), "rand_rounds": ("3", 3), "rand_magnitude": ("12", 12), "crop_area": ("0.25", 0.25),
-    "crop_aspect": ("2", 2.0), "attention_every": ("3", 3), "max_steps": ("10", 10),
+    "crop_aspect": ("2", 2.0), "attention_every": ("3", 3),
+    "compile_mode": ("Max-Autotune", "max-autotune"), "matmul_precision": ("HIGH", "high"), "max_steps": ("10", 10),
     "auto_augment": ("Trivial", "trivial"), "random_erase": (".25", 0.25), "repeats": ("3", 3), "loss": ("BCE", "bce"),
     "drop_path": ("0.1", 0.1), "bce_threshold": ("0", 0.0), "class_weights": ("some/File", "some/File"),
     "min_lr": ("1e-5", 1e-5), "keep_states": ("4", 4),
@@ -49,7 +50,7 @@ SWITCHES = {
     "stem": True, "content": False, "grouped": True, "share_embeddings": True, "zero_init_residual": True,
     "skip_bad_images": True, "compile": True, "channels_last": False, "deterministic": True,
     "progress": False, "sync_bn": True, "flip": True, "reflect": True, "nesterov": False,
-    "preview": True, "digest": False, "log_csv": True,
+    "preview": True, "digest": False, "log_csv": True, "cudnn_benchmark": False,
 }  # fmt: skip
 
 

@@ -311,10 +311,21 @@ def test_channels_last_is_used_and_changes_nothing_but_rounding(tmp_path, tiny, 
         torch.testing.assert_close(value, model_of(last)[name], rtol=1e-3, atol=1e-5)
 
 
+def test_precision_of_products_and_cudnns_choice_reach_torch(tmp_path, tiny, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    try:
+        go(tmp_path / "a", "--matmul-precision high --max-steps 1")
+        assert torch.get_float32_matmul_precision() == "high" and torch.backends.cudnn.benchmark
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    go(tmp_path / "b", "--no-cudnn-benchmark --max-steps 1")
+    assert torch.get_float32_matmul_precision() == "highest" and not torch.backends.cudnn.benchmark
+
+
 def test_deterministic_reaches_torch(tmp_path, tiny, seen):
     try:
         go(tmp_path, "--deterministic --max-steps 1")
-        assert torch.are_deterministic_algorithms_enabled()
+        assert torch.are_deterministic_algorithms_enabled() and not torch.backends.cudnn.benchmark
     finally:
         torch.use_deterministic_algorithms(False)
 
@@ -323,16 +334,17 @@ def test_compile_trains_the_compiled_network_and_keeps_plain_names(tmp_path, tin
     steps = []
 
     class Compiled(nn.Module):
-        def __init__(self, inner):
+        def __init__(self, inner, mode):
             super().__init__()
             self._orig_mod = inner
+            assert mode == "reduce-overhead"
 
         def forward(self, x):
             steps.append(1)
             return self._orig_mod(x)
 
     monkeypatch.setattr(torch, "compile", Compiled)
-    folder = go(tmp_path, "--compile --max-steps 3")
+    folder = go(tmp_path, "--compile --compile-mode reduce-overhead --max-steps 3")
     assert len(steps) == 3  # evaluation takes the network itself
     assert model_of(folder).keys() == Tiny(10).state_dict().keys()
     assert small_runs.differences(model_of(folder), model_of(go(tmp_path / "plain", "--max-steps 3"))) == []

@@ -121,11 +121,8 @@ def _score(model, split, num_classes, batch_size, autocast, keep_wrong, stop) ->
             for i in (best[:, 0] != labels).nonzero().flatten().tolist()[: keep_wrong - len(wrong)]:
                 wrong.append((images[i].cpu(), labels[i].item(), best[i, 0].item()))
     sums = _Sums(num_classes, torch.device("cpu")) if sums is None else sums  # a rank without images
-    confusion = None if sums.confusion is None else sums.confusion.cpu().view(num_classes, num_classes)
-    return _Part(
-        seen, sums.loss.item(), int(sums.top5.item()), sums.counts.cpu(), sums.right.cpu(), confusion, wrong,
-        len(split.bad_images),
-    )  # fmt: skip
+    loss, top5, counts, right, confusion = sums.on_the_host()
+    return _Part(seen, loss, top5, counts, right, confusion, wrong, len(split.bad_images))
 
 
 class _Sums:
@@ -139,6 +136,15 @@ class _Sums:
         self.right = torch.zeros_like(self.counts)
         keeps = num_classes <= CONFUSION_CLASSES
         self.confusion = torch.zeros(num_classes**2, dtype=torch.int64, device=device) if keeps else None
+
+    def on_the_host(self) -> tuple[float, int, Tensor, Tensor, Tensor | None]:
+        """Loss, top-5, counts (classes,), right (classes,) and confusion (classes, classes), by one copy."""
+        confusion = [] if self.confusion is None else [self.confusion]
+        parts = [self.loss.view(1), self.top5.view(1), self.counts, self.right, *confusion]
+        whole = torch.cat([part.double() for part in parts]).cpu()  # fp64 holds every count below 2^53 exactly
+        loss, top5, counts, right, *confusion = whole.split([len(part) for part in parts])
+        matrix = confusion[0].long().view(self.num_classes, self.num_classes) if confusion else None
+        return loss.item(), int(top5.item()), counts.long(), right.long(), matrix
 
     def add(self, loss: Tensor, best: Tensor, labels: Tensor) -> None:
         """loss: sum over the batch; best (B, 5) the predicted classes, the first one first; labels (B,)."""

@@ -203,6 +203,8 @@ def prepare_machine(config: Settings) -> tuple[torch.device, torch.dtype | None]
     device, amp = distributed.on_all_ranks(partial(_pick_machine, config))
     if device.type == "cpu":
         keep_freed()
+    torch.set_float32_matmul_precision(config.matmul_precision)
+    torch.backends.cudnn.benchmark = config.cudnn_benchmark and not config.deterministic
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or cuBLAS refuses
         torch.use_deterministic_algorithms(True)
@@ -229,7 +231,7 @@ def assemble(
     check_ranks_agree(identity.data)
     return kind(
         config, identity, spec.recipe, spec.folder, device, data, model,
-        network=_parallel(torch.compile(model) if compiled else model, device),
+        network=_compiled(_parallel(model, device), config) if compiled else _parallel(model, device),
         optimizer=build_optimizer(model, config, device),
         scaler=torch.amp.GradScaler() if amp is torch.float16 else None,
         ema=build_ema(model, config.ema),
@@ -337,6 +339,11 @@ def seeded(build: Callable[[], nn.Module], config: Settings, device: torch.devic
     return model.to(memory_format=torch.channels_last) if config.channels_last else model
 
 
+def _compiled(network: nn.Module, config: Settings) -> nn.Module:
+    """The network compiled with DDP inside, so that torch cuts the graph where gradients are summed over the ranks."""
+    return torch.compile(network, mode=config.compile_mode)
+
+
 def _parallel(network: nn.Module, device: torch.device) -> nn.Module:
     """The network whose gradients are the mean over the ranks.
 
@@ -368,6 +375,9 @@ def describe(run: Run) -> None:
     config, info, cpu = run.config, run.data.info, run.device.type == "cpu"
     device = f"CPU, {torch.get_num_threads()} threads" if cpu else torch.cuda.get_device_name(run.device)
     precision = "fp32" if config.amp == "off" else config.amp
+    if not cpu:
+        precision += f", fp32 products at {config.matmul_precision} precision, "
+        precision += f"cuDNN's {'fastest' if torch.backends.cudnn.benchmark else 'own'} choice of convolutions"
     val = f"{info.holdout_size} held out" if info.holdout_size else "none held out: val figures are the test split's"
     stages = sum(isinstance(module, LocalAttention2d) for module in run.model.modules())
     batch, ranks = run.global_batch, distributed.world_size()
