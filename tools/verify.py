@@ -65,6 +65,7 @@ class Segment(NamedTuple):
     stop: int
 
     def name(self) -> str:
+        """The epochs that are replayed, for a person."""
         first = self.start + 1
         return f"epoch {first}" if first == self.stop else f"epochs {first} to {self.stop}"
 
@@ -73,7 +74,8 @@ class Segment(NamedTuple):
 
 
 def read_record(folder: Path) -> Record:
-    """
+    """The files of a finished run.
+
     Raises:
         Refused: it is no finished run with digests.
         CheckpointError, ConfigError: its last.pt or config.json cannot be read.
@@ -131,6 +133,7 @@ def contradictions(record: Record) -> Iterator[str]:
 
 
 def differing_groups(one: dict[str, str], other: dict[str, str]) -> list[str]:
+    """The names of the groups whose digests are not the same, in the order of `digests.GROUPS`."""
     return [group for group in digests.GROUPS if one.get(group) != other.get(group)]
 
 
