@@ -10,6 +10,7 @@ import functools
 import math
 import multiprocessing
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -135,7 +136,7 @@ class StemCall(ctypes.Structure):
 
 
 @functools.cache
-def _functions(dtype: torch.dtype):
+def _functions(dtype: torch.dtype) -> tuple[Callable[..., int], Callable[..., int]]:
     """The kernels for fp32 or fp64: of local attention and of the stem."""
     loaded = library(dtype)
     attention, stem = loaded.sasa_local_attention, loaded.sasa_stem
@@ -166,7 +167,17 @@ def _strided(kind: type[ctypes.Array], x: Tensor | None) -> ctypes.Array:
     return kind() if x is None else kind(x.data_ptr(), *x.stride())
 
 
-def _attend(query, key, value, rel_row, rel_col, out, lse, options: AttentionOptions, grads=(None,) * 6) -> None:
+def _attend(
+    query: Tensor,
+    key: Tensor | None,
+    value: Tensor,
+    rel_row: Tensor | None,
+    rel_col: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    options: AttentionOptions,
+    grads: tuple[Tensor | None, ...] = (None,) * 6,
+) -> None:
     """Calls the kernel of local attention: backward where `grads` (of out, then of the five inputs) are given."""
     b, n, d, h, w = query.shape
     grad_out, grad_query, grad_key, grad_value, grad_row, grad_col = grads
@@ -228,9 +239,19 @@ def stem_backward(
 
 
 def _attend_stem(
-    weights, x, window: str, border: str, *, out=None, index=None, moments=None, grad_out=None, grad_x=None,
-    grads=(None,) * 3, slopes=None,
-) -> None:  # fmt: skip
+    weights: StemWeights,
+    x: Tensor,
+    window: str,
+    border: str,
+    *,
+    out: Tensor | None = None,
+    index: Tensor | None = None,
+    moments: Tensor | None = None,
+    grad_out: Tensor | None = None,
+    grad_x: Tensor | None = None,
+    grads: tuple[Tensor | None, ...] | list[Tensor] = (None,) * 3,
+    slopes: Tensor | None = None,
+) -> None:
     """Calls the kernel of the stem: backward where `grad_out` is given."""
     forms, mixture, weight = (y.contiguous() for y in weights)
     b, _, h, w = x.shape

@@ -190,7 +190,9 @@ def _backward(ctx, grad_out, grad_index, grad_moments):
     return grad_x if ctx.options[2] else None, *grads, *(None,) * len(ctx.options)
 
 
-def _differentiable_gradients(grad_out, grad_moments, inputs, options) -> list[Tensor | None]:
+def _differentiable_gradients(
+    grad_out: Tensor, grad_moments: Tensor, inputs: list[Tensor], options: tuple
+) -> list[Tensor | None]:
     """Gradients that can be differentiated again: those of PyTorch's own operations."""
     window, border, _, pooled, _ = options
     results, directions = [_composite(*inputs, window, border)], [grad_out]

@@ -173,17 +173,19 @@ def _kernels():
     return triton_kernels
 
 
-def _launch(stage: str, call: tiles.Problem, query: Tensor, arguments: tuple, strides: tuple, numbers: tuple) -> None:
+def _launch(
+    stage: str, problem: tiles.Problem, query: Tensor, arguments: tuple, strides: tuple, numbers: tuple
+) -> None:
     """Runs a kernel over the batch; `arguments` are its tensors, `numbers` what follows the map's sizes.
 
     Raises:
         ValueError: a size is beyond the kernels' limits.
     """
-    tile, batch = tiles.tile_of(stage, call, query.dtype), query.shape[0]
-    tiles_h, tiles_w = -(-call.height // tile[0]), -(-call.width // tile[1])
-    heads = 1 if stage == "query" else tiles.heads_per_program(call.num_heads, batch * tiles_h * tiles_w)
-    constant = tiles.constants(stage, tile, call, query.dtype, heads)
-    reason = tiles.exceeded(constant, call, strides)
+    tile, batch = tiles.tile_of(stage, problem, query.dtype), query.shape[0]
+    tiles_h, tiles_w = -(-problem.height // tile[0]), -(-problem.width // tile[1])
+    heads = 1 if stage == "query" else tiles.heads_per_program(problem.num_heads, batch * tiles_h * tiles_w)
+    constant = tiles.constants(stage, tile, problem, query.dtype, heads)
+    reason = tiles.exceeded(constant, problem, strides)
     if reason is not None:
         raise ValueError(f"backend='triton' does not take this call: {reason}")
     strips = -(-tiles_h // tiles.STRIP)
@@ -193,8 +195,8 @@ def _launch(stage: str, call: tiles.Problem, query: Tensor, arguments: tuple, st
     sizes = (tiles_h, strips) if stage == "query" else ()
     with device(query):
         for first in range(0, batch, tiles.MAX_GRID):
-            grid = (call.num_heads // heads * tiles_w, rows, min(batch - first, tiles.MAX_GRID))
-            kernel[grid](*arguments, *strides, first, call.height, call.width, *sizes, *numbers, **options)
+            grid = (problem.num_heads // heads * tiles_w, rows, min(batch - first, tiles.MAX_GRID))
+            kernel[grid](*arguments, *strides, first, problem.height, problem.width, *sizes, *numbers, **options)
 
 
 def _positive(query: Tensor, scale: float) -> tuple[Tensor, float]:
@@ -202,7 +204,9 @@ def _positive(query: Tensor, scale: float) -> tuple[Tensor, float]:
     return (query, scale) if scale >= SMALLEST_SCALE else (query * scale, 1.0)
 
 
-def _call(query: Tensor, key, rel_row, options: AttentionOptions, fused: bool) -> tiles.Problem:
+def _problem(
+    query: Tensor, key: Tensor | None, rel_row: Tensor | None, options: AttentionOptions, fused: bool
+) -> tiles.Problem:
     _, n, d, h, w = query.shape
     return tiles.Problem(
         n, d, h, w, options.kernel_size, options.border == "mask", key is not None, rel_row is not None, fused
@@ -231,10 +235,10 @@ def forward(
     b, n, _, h, w = query.shape
     out, lse = _empty_inner(query), query.new_empty((b, n, h, w), dtype=torch.float32)
     if out.numel():
-        call = _call(query, key, rel_row, options, _follow(query, key, value))
-        maps = (query, *((None, None) if call.fused else (key, value)))
+        problem = _problem(query, key, rel_row, options, _follow(query, key, value))
+        maps = (query, *((None, None) if problem.fused else (key, value)))
         strides = (*_strides(query), *_strides(out))
-        _launch("forward", call, query, (*maps, rel_row, rel_col, out, lse), strides, (scale,))
+        _launch("forward", problem, query, (*maps, rel_row, rel_col, out, lse), strides, (scale,))
     return out, lse
 
 
@@ -265,21 +269,21 @@ def backward(
     (grad_query,) = _room((query,), targets[:1])
     grad_key, grad_value = _room((key, value), targets[1:])
     delta = torch.empty_like(lse)
-    call = _call(query, key, rel_row, options, _follow(query, key, value))
-    tile_h, tile_w, *_ = tiles.tile_of("query", call, query.dtype)
+    problem = _problem(query, key, rel_row, options, _follow(query, key, value))
+    tile_h, tile_w, *_ = tiles.tile_of("query", problem, query.dtype)
     partial = None
     if rel_row is not None:
         strips = (b, -(-h // (tile_h * tiles.STRIP)), -(-w // tile_w))
         partial = query.new_empty((*strips, n, d, options.kernel_size), dtype=torch.float32)
     if query.numel():
-        maps = (grad_out, query, *((None, None) if call.fused else (key, value)), rel_row, rel_col)
+        maps = (grad_out, query, *((None, None) if problem.fused else (key, value)), rel_row, rel_col)
         read = (*_strides(grad_out), *_strides(query))
         strides = (*read, *_strides(out), *_strides(grad_query))
-        _launch("query", call, query, (*maps, out, lse, delta, grad_query, partial), strides, (scale,))
-        call = call._replace(fused=call.fused and _follow(grad_key, grad_value))
-        maps = (grad_out, query, *((None, None) if call.fused else (key, value)), rel_row, rel_col)
-        grads = (grad_key, None) if call.fused and call.content else (grad_key, grad_value)
-        _launch("key", call, query, (*maps, lse, delta, *grads), (*read, *_strides(grad_value)), (scale,))
+        _launch("query", problem, query, (*maps, out, lse, delta, grad_query, partial), strides, (scale,))
+        problem = problem._replace(fused=problem.fused and _follow(grad_key, grad_value))
+        maps = (grad_out, query, *((None, None) if problem.fused else (key, value)), rel_row, rel_col)
+        grads = (grad_key, None) if problem.fused and problem.content else (grad_key, grad_value)
+        _launch("key", problem, query, (*maps, lse, delta, *grads), (*read, *_strides(grad_value)), (scale,))
     if scale != options.scale:
         grad_query *= options.scale
     grad_row = grad_col = None

@@ -25,10 +25,10 @@ HEADS = 8
 def roofline(stage: str, head_dim: int, side: int, kernel_size: int = 7) -> dict[str, float]:
     """Bytes and instructions a pixel and head of one kernel in bf16, compute capability 9.0, and the least possible."""
     dtype, size = torch.bfloat16, 2
-    call = tiles.Problem(HEADS, head_dim, side, side, kernel_size)
-    tile = tiles.tile_of(stage, call, dtype)
-    build = builds.compile_stage(stage, tile, call, dtype, heads=HEADS)
-    constant = tiles.constants(stage, tile, call, dtype, HEADS)
+    problem = tiles.Problem(HEADS, head_dim, side, side, kernel_size)
+    tile = tiles.tile_of(stage, problem, dtype)
+    build = builds.compile_stage(stage, tile, problem, dtype, heads=HEADS)
+    constant = tiles.constants(stage, tile, problem, dtype, HEADS)
     tiles_of_map = -(-side // tile[0]) * -(-side // tile[1])
     patches = constant["ROWS"] * constant["PW"] * constant["CHUNKS"] * tiles_of_map / side**2  # their pixels a pixel
     ideal_bytes = MAPS_MOVED[stage] * head_dim * size + 4 * SCALARS[stage]

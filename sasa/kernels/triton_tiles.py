@@ -63,9 +63,9 @@ def table_key(kernel_size: int, head_dim: int, side: int, dtype: torch.dtype) ->
     return "K{} d{} map{} {}".format(*sizes, kind)
 
 
-def tile_of(stage: str, call: Problem, dtype: torch.dtype) -> TileConfig:
+def tile_of(stage: str, problem: Problem, dtype: torch.dtype) -> TileConfig:
     """The table's choice."""
-    row = table()[table_key(call.kernel_size, call.head_dim, max(call.height, call.width), dtype)]
+    row = table()[table_key(problem.kernel_size, problem.head_dim, max(problem.height, problem.width), dtype)]
     return tuple(row[stage]["tile"])
 
 
@@ -74,20 +74,21 @@ def power(value: int) -> int:
     return 1 << (value - 1).bit_length()
 
 
-def constants(stage: str, tile: TileConfig, call: Problem, dtype: torch.dtype, heads: int = 1) -> dict[str, int]:
+def constants(stage: str, tile: TileConfig, problem: Problem, dtype: torch.dtype, heads: int = 1) -> dict[str, int]:
     """What a kernel is compiled for; `heads` of N are served by one program (the query kernel always serves one)."""
     tile_h, tile_w, rows, _, unroll = tile
-    span_h, span_w = tile_h + call.kernel_size - 1, tile_w + call.kernel_size - 1
-    if call.mask or stage == "key":  # the patch need not reach over the border
-        span_h, span_w = min(span_h, call.height), min(span_w, call.width)
+    span_h, span_w = tile_h + problem.kernel_size - 1, tile_w + problem.kernel_size - 1
+    if problem.mask or stage == "key":  # the patch need not reach over the border
+        span_h, span_w = min(span_h, problem.height), min(span_w, problem.width)
     rows = min(rows, power(span_h))
     patch_w = max(power(span_w), 16 // rows)  # a product takes 16 pixels at least
     chunks, sums = -(-span_h // rows), dtype != torch.float32
     found = {
-        "N": call.num_heads, "HEADS": heads, "K": call.kernel_size, "WINDOW": 8 if call.kernel_size <= 8 else 16,
-        "D": call.head_dim, "DP": max(power(call.head_dim), 16), "TH": tile_h, "TW": tile_w, "ROWS": rows,
-        "PW": patch_w, "CHUNKS": chunks, "MASK": call.mask, "CONTENT": call.content,
-        "RELATIVE": call.relative, "FUSED": call.fused, "STRIP": STRIP, "SUMS": sums,
+        "N": problem.num_heads, "HEADS": heads,
+        "K": problem.kernel_size, "WINDOW": 8 if problem.kernel_size <= 8 else 16,
+        "D": problem.head_dim, "DP": max(power(problem.head_dim), 16), "TH": tile_h, "TW": tile_w, "ROWS": rows,
+        "PW": patch_w, "CHUNKS": chunks, "MASK": problem.mask, "CONTENT": problem.content,
+        "RELATIVE": problem.relative, "FUSED": problem.fused, "STRIP": STRIP, "SUMS": sums,
         "COLS": max(patch_w, 16) if sums else patch_w, "UNROLL": bool(unroll),
     }  # fmt: skip
     of_query = ("STRIP", "SUMS", "COLS")
@@ -100,18 +101,18 @@ def heads_per_program(num_heads: int, tiles: int) -> int:
     return next(h for h in HEADS if num_heads % h == 0 and (h == 1 or tiles * (num_heads // h) >= ENOUGH))
 
 
-def exceeded(constant: dict[str, int], call: Problem, strides: tuple[int, ...]) -> str | None:
+def exceeded(constant: dict[str, int], problem: Problem, strides: tuple[int, ...]) -> str | None:
     """Which limit the sizes of a call exceed, or None; `strides` of B, H and W, map by map, in elements.
 
     A tile's own address is computed in 64 bits, so only what one patch spans is limited, not the map.
     """
-    rows = min(constant["ROWS"] * constant["CHUNKS"], call.height) - 1
-    cols = min(constant["PW"], call.width) - 1
+    rows = min(constant["ROWS"] * constant["CHUNKS"], problem.height) - 1
+    cols = min(constant["PW"], problem.width) - 1
     for stride_h, stride_w in zip(strides[1::3], strides[2::3], strict=True):
-        span = rows * stride_h + cols * stride_w + call.head_dim
+        span = rows * stride_h + cols * stride_w + problem.head_dim
         if span > LARGEST:
             return f"{rows + 1} rows of a map span {span} elements in memory, it takes up to {LARGEST}"
-    tiles_h = -(-call.height // constant["TH"])
+    tiles_h = -(-problem.height // constant["TH"])
     if tiles_h > MAX_GRID:
-        return f"a map of {call.height} rows, it takes up to {MAX_GRID * constant['TH']}"
+        return f"a map of {problem.height} rows, it takes up to {MAX_GRID * constant['TH']}"
     return None

@@ -76,9 +76,9 @@ def count(tile: tiles.TileConfig, stage: str, row: tuple[int, int, int, str], ca
     """`FIGURES` of a build with the installed version of triton; None where its compiler fails."""
     size, width, bucket, kind = row
     side = MAPS[bucket]
-    call = tiles.Problem(HEADS, width, side, side, size)
+    problem = tiles.Problem(HEADS, width, side, side, size)
     try:
-        build = builds.compile_stage(stage, tile, call, DTYPES[kind], capability=capability, heads=HEADS)
+        build = builds.compile_stage(stage, tile, problem, DTYPES[kind], capability=capability, heads=HEADS)
     except RuntimeError:
         return None
     return [round(builds.per_pixel(build, tile, side), 1), build.registers, build.stack, build.shared]

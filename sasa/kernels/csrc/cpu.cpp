@@ -195,7 +195,7 @@ struct Kernel {
     };
 
     // Packed rows of one vector -> [channel][row] vectors, whose strides the compiler knows.
-    void collect(const T* rows, int count, T* to) const {
+    void copy_to_tile(const T* rows, int count, T* to) const {
         for (int r = 0; r < count; ++r)
             for (i64 c = 0; c < D; ++c) S::store(to + (c * ROWS + r) * L, S::load(rows + (r * D + c) * pitch));
     }
@@ -450,7 +450,7 @@ struct Kernel {
     }
 
     void run_rows(const Scratch& s, i64 b, i64 n, i64 from, i64 until) const {
-        if (has_rel) spread_embeddings(s, n);
+        if (has_rel) copy_embeddings(s, n);
         if (backward && has_rel) std::fill_n(s.grad_embedding, D * K * L, T(0));
         i64 packed = std::max<i64>(0, from - back), gathered = 0;
         for (i64 y0 = from; y0 < until; y0 += ROWS) {
@@ -465,8 +465,8 @@ struct Kernel {
             const bool coarse = backward && prepare_rows(s, b, n, y0, rows);
             for (int v = 0; v < vectors; ++v) {
                 const Tile t = tile_at(s, y0, rows, v, coarse);
-                collect(q + v * L, rows, s.tile_query);
-                if (backward) collect(s.grad + y0 % query_slots * D * pitch + v * L, rows, s.tile_grad);
+                copy_to_tile(q + v * L, rows, s.tile_query);
+                if (backward) copy_to_tile(s.grad + y0 % query_slots * D * pitch + v * L, rows, s.tile_grad);
                 if (backward)
                     backward_tile(s, t, s.rows + v * L);
                 else
@@ -565,7 +565,7 @@ struct Kernel {
 
     // -- embeddings: [channel][i][lane], channels of the first half by row offset, of the second by column offset --------
 
-    void spread_embeddings(const Scratch& s, i64 n) const {
+    void copy_embeddings(const Scratch& s, i64 n) const {
         const i64 half = D / 2;
         for (i64 c = 0; c < D; ++c) {
             const i64* f = c < half ? call.rel_row : call.rel_col;
