@@ -3,10 +3,11 @@
 `count` compiles candidates with the version of triton that is installed and writes what each needs into
 triton_table.json, beside the figures of other versions; `choose` takes the tile of each row and kernel from all of
 them. A candidate fits where it keeps to 255 registers, 64 bytes of stack and 48 KiB of shared memory with every version
-and compute capability that was counted. Of those that fit, the one with the fewest executed instructions a pixel wins
-(compute capability 9.0, the mean over versions of the ratio to the best), and among those within 5% of it the one of
-which most warps fit on a multiprocessor. Where none fits, or one that does not needs 15% fewer instructions, the one
-with the fewest is taken: the instructions that spills cost are among them. Nothing is timed.
+and compute capability that was counted for all candidates of the kernel. Of those that fit, the one with the fewest
+executed instructions a pixel wins (compute capability 9.0, the mean over versions of the ratio to the best), and among
+those within 5% of it the one of which most warps fit on a multiprocessor. Where none fits, or one that does not needs
+15% fewer instructions, the one with the fewest is taken: the instructions that spills cost are among them. Nothing is
+timed.
 
 A whole table takes one `count` with each version of triton, then `choose`:
 
@@ -106,12 +107,13 @@ def choose(found: dict[str, dict[str, list[float] | None]]) -> tiles.TileConfig:
     found = {tile: x for tile, x in found.items() if None not in x.values()}
     if not found:
         raise ValueError("no candidate compiles with every version of triton")
-    versions = set.intersection(*({key for key in x if key.endswith(f" {CHOOSING}")} for x in found.values()))
+    common = set.intersection(*(set(x) for x in found.values()))  # a column of one tile alone must not count against it
+    versions = {key for key in common if key.endswith(f" {CHOOSING}")}
     if not versions:
         raise ValueError(f"no version of triton has counted every candidate for compute capability {CHOOSING / 10}")
     best = {v: min(x[v][0] for x in found.values()) for v in versions}
     cost = {tile: sum(x[v][0] / best[v] for v in versions) / len(versions) for tile, x in found.items()}
-    fitting = {tile: x for tile, x in found.items() if all(fits(figures) for figures in x.values())}
+    fitting = {tile: x for tile, x in found.items() if all(fits(x[key]) for key in common)}
     if not fitting or min(cost.values()) <= WORTH * min(cost[tile] for tile in fitting):
         return tuple(map(int, min(cost, key=cost.get).split()))
     cost = {tile: cost[tile] for tile in fitting}

@@ -451,8 +451,9 @@ def test_the_choice_follows_from_the_counts():
 
 
 def test_the_counts_in_the_docs_are_those_of_the_table():
-    docs = Path(kernels.__file__).parents[2] / "docs" / "kernels.md"
-    assert tune.show(7) in docs.read_text(encoding="utf-8")
+    docs = (Path(kernels.__file__).parents[2] / "docs" / "kernels.md").read_text(encoding="utf-8")
+    assert tune.show(7) in docs
+    assert tune.coverage() in docs
 
 
 def test_every_version_has_counted_the_rows_of_the_paper():
@@ -469,8 +470,14 @@ def test_a_choice_fits_everywhere_or_is_the_cheapest():
     counts[b]["3.9 90"] = [60, 128, 0, 0]
     assert tune.choose(counts) == (2, 8, 8, 1, 0)
     counts[a]["3.8 80"] = [50, 255, 65, 0]  # spills with one version on one architecture
+    assert tune.choose(counts) == (2, 8, 8, 1, 0)  # on which the other was not counted
+    counts[b]["3.8 80"] = [60, 128, 0, 0]
     assert tune.choose(counts) == (2, 8, 4, 1, 0)
-    counts[c] = {"3.8 90": [62, 64, 0, 0], "3.9 90": [62, 64, 0, 0]}  # within 5%, and twice the warps
+    counts[c] = {
+        "3.8 90": [62, 64, 0, 0],
+        "3.9 90": [62, 64, 0, 0],
+        "3.8 80": [62, 64, 0, 0],
+    }  # within 5%, and twice the warps
     assert tune.choose(counts) == (2, 8, 2, 1, 0)
     much_cheaper = counts | {a: {v: [50, *figures[1:]] for v, figures in counts[a].items()}}
     assert tune.choose(much_cheaper) == (2, 8, 8, 1, 0)
