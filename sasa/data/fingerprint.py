@@ -134,7 +134,7 @@ def _numbers(values: list[float]) -> str:
 
 
 def show_apart(name: str, others: Iterable[str]) -> str:
-    """`name` for a message, such that it looks unlike the `others`: composed and decomposed letters show alike."""
+    """`name` for a message, apart from the `others`: as an escape where composed and decomposed letters show alike."""
     looks = unicodedata.normalize("NFC", name)
     alike = any(other != name and unicodedata.normalize("NFC", other) == looks for other in others)
     return ascii(name) if alike else printable(name)

@@ -17,8 +17,7 @@ import os, signal, sys
 sys.path.insert(0, sys.argv[1])
 from sasa.training.signals import StopRequest
 number = getattr(signal, sys.argv[2])
-if sys.argv[3] == "nohup":
-    signal.signal(number, signal.SIG_IGN)
+signal.signal(number, signal.SIG_IGN if sys.argv[3] == "nohup" else signal.SIG_DFL)  # whatever this process inherits
 stop = StopRequest()
 stop.install()
 stop.has_state = sys.argv[3] == "state"
@@ -55,6 +54,7 @@ def test_a_closed_standard_error_does_not_keep_a_signal(monkeypatch):
     monkeypatch.setattr(os, "write", lambda *_: (_ for _ in ()).throw(BrokenPipeError()))
     stop = StopRequest()
     stop.has_state = True
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # ignored where the tests run under nohup
     try:
         stop.install()
         os.kill(os.getpid(), signal.SIGHUP)
