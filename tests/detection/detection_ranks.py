@@ -32,7 +32,7 @@ def detect(output: str, flags: str) -> int:
 
     def train_step(*arguments):
         done = step(*arguments)
-        losses.append(done.loss)
+        losses.append(done.read().loss)
         return done
 
     def kept(trained, *more):
