@@ -11,11 +11,11 @@ positions of a window (row-major). Source: Ramachandran et al. 2019, section 3.3
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from sasa.kernels.interface import AttentionOptions, accumulate_dtype
 from sasa.kernels.reference import attention_weights, windows
+from sasa.kernels.tracing import join_sides, split_sides
 
 
 def logit_forms(query_weight: Tensor, key_weight: Tensor, num_heads: int) -> Tensor:
@@ -157,12 +157,11 @@ def mixed_block_values(x: Tensor, mixture: Tensor, value_weight: Tensor) -> Tens
 
 def to_blocks(x: Tensor, size: int) -> Tensor:
     """(B, C, H, W) -> (B, ceil(H/S), ceil(W/S), P, C), a ragged last block filled up with zeros."""
-    x = F.pad(x, (0, -x.shape[-1] % size, 0, -x.shape[-2] % size))
-    x = x.unflatten(-1, (-1, size)).unflatten(-3, (-1, size))  # (B, C, H/S, S, W/S, S)
+    x = split_sides(x, size)  # (B, C, H/S, S, W/S, S)
     return x.permute(0, 2, 4, 3, 5, 1).flatten(3, 4)
 
 
 def from_blocks(x: Tensor, size: int, height: int, width: int) -> Tensor:
     """The inverse of `to_blocks`: (B, ceil(H/S), ceil(W/S), P, C) -> (B, C, H, W)."""
     x = x.unflatten(3, (size, size)).permute(0, 5, 1, 3, 2, 4)  # (B, C, H/S, S, W/S, S)
-    return x.flatten(4, 5).flatten(2, 3)[:, :, :height, :width]
+    return join_sides(x, height, width)

@@ -35,6 +35,31 @@ def fill_up(x: Tensor, side: int, value: float = 0.0) -> Tensor:
     return F.pad(x, (0, right, 0, below), value=value)
 
 
+def split_sides(x: Tensor, size: int) -> Tensor:
+    """(B, C, H, W) -> (B, C, ceil(H / S), S, ceil(W / S), S), what a last block lacks filled up with zeros."""
+    if not has_free_size(x):
+        x = F.pad(x, (0, -x.shape[-1] % size, 0, -x.shape[-2] % size))
+        return x.unflatten(-1, (-1, size)).unflatten(-3, (-1, size))
+    # Free sizes are gathered by index: a pad, and a view that splits a side, compare sizes, which ties them down.
+    height, width = x.shape[-2:]
+    rows, cols = (
+        torch.arange((side + size - 1) // size, device=x.device)[:, None] * size + torch.arange(size, device=x.device)
+        for side in (height, width)
+    )  # (H/S, S), (W/S, S)
+    outside = (rows >= height)[..., None, None] | (cols >= width)
+    x = x[:, :, rows.clamp(max=height - 1)][..., cols.clamp(max=width - 1)]
+    return x.masked_fill(outside, 0.0)
+
+
+def join_sides(x: Tensor, height: int, width: int) -> Tensor:
+    """The inverse of `split_sides`: (B, C, ceil(H / S), S, ceil(W / S), S) -> (B, C, H, W)."""
+    size = x.shape[-1]
+    if not any(isinstance(side, torch.SymInt) for side in (height, width)):
+        return x.flatten(4, 5).flatten(2, 3)[:, :, :height, :width]
+    rows, cols = (torch.arange(side, device=x.device) for side in (height, width))
+    return x[:, :, rows // size, rows % size][..., cols // size, cols % size]
+
+
 class CeilAvgPool2d(nn.AvgPool2d):
     """Average of side x side blocks; a ragged last one averages the pixels that it has.
 
