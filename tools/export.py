@@ -73,7 +73,7 @@ def main(arguments: list[str] | None = None) -> int:
         network, config, info = network_of(checkpoint.load(args.checkpoint), backend="composite")
         facts = describe(config, info)
         content, load = EXPORTERS[args.format](network, config, info, facts)
-        difference = verify(load(content), network, test_images(config, info))
+        difference = verify(load(content), network, noise_images(config, info))
         with files.replacing(output) as file:
             file.write(content)
     except ExportError as error:
@@ -114,7 +114,7 @@ def describe(config: Config, info: DataInfo) -> dict[str, str]:
 # ---- the check ------------------------------------------------------------------------------------------------------
 
 
-def test_images(config: Config, info: DataInfo) -> list[Tensor]:
+def noise_images(config: Config, info: DataInfo) -> list[Tensor]:
     """Batches of noise of the run's own size, and of others: one image, odd sides, height and width apart."""
     size = config.eval_size or info.image_size
     least = SMALLEST[config.form]

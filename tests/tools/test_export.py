@@ -25,18 +25,21 @@ new_torch = pytest.mark.skipif(not export.torch_can_export(), reason=f"torch {to
 @pytest.fixture(scope="module")
 def network():
     torch.manual_seed(1)
-    network = ResNet26(10, stem=True, small_images=True)
+    network = ResNet26(10, stem=True, small_images=True, kernel_size=3)
     network(torch.randn(4, 3, 16, 16))  # batch norm's statistics are no longer those of the start
     return network.eval()
 
 
+def save(folder, network, **given):
+    config = resolve({"form": "small", "name": "run", "stem": True, "kernel_size": 3} | given, "DIGITS")
+    identity = small_runs.identity("DIGITS", 10)
+    state = checkpoint.weights_state(config, identity, network.state_dict(), 3, 77, "the last epoch")
+    checkpoint.save(state, folder, "best.pt")
+
+
 @pytest.fixture
 def best(tmp_path, network):
-    config = resolve({"form": "small", "img_size": 16, "name": "run", "stem": True}, "DIGITS")
-    state = checkpoint.weights_state(
-        config, small_runs.identity("DIGITS", 10), network.state_dict(), 3, 77, "the last epoch"
-    )
-    checkpoint.save(state, tmp_path, "best.pt")
+    save(tmp_path, network, img_size=16)
     return tmp_path / "best.pt"
 
 
@@ -127,11 +130,7 @@ def test_a_file_that_is_not_the_network_is_not_kept(best, network, monkeypatch, 
 
 @new_torch
 def test_images_too_small_for_free_sizes_are_refused(tmp_path, network, capsys):
-    config = resolve({"form": "small", "img_size": 8, "name": "run", "stem": True}, "DIGITS")
-    state = checkpoint.weights_state(
-        config, small_runs.identity("DIGITS", 10), network.state_dict(), 3, 77, "the last epoch"
-    )
-    checkpoint.save(state, tmp_path, "best.pt")
+    save(tmp_path, network, img_size=8)
     assert code(tmp_path / "best.pt", "--format", "pt2") == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.endswith("images of 8x8 pixels: onnx and pt2 take at least 9x9")
