@@ -1,7 +1,6 @@
 """The files of a run's folder: which there are, when a folder may be taken, and how they are replaced."""
 
 import json
-import math
 import os
 import re
 import secrets
@@ -10,7 +9,7 @@ from typing import Any
 
 from config import Config, ConfigError
 from sasa.console import one_line
-from sasa.files import read_regular, write_text
+from sasa.files import json_text, read_regular, write_text
 
 LAST, PREVIOUS, BEST = "last.pt", "previous.pt", "best.pt"
 CONFIG, LOG, LOG_CSV, SUMMARY = "config.json", "log.jsonl", "log.csv", "summary.json"
@@ -23,21 +22,8 @@ KEPT = re.compile(r"state-(\d{4,})\.pt")  # the state after that many epochs: --
 UNFINISHED = re.compile(r"\.(last|best|state-\d{4,})\.pt\.[0-9a-f]{16}\.tmp")  # `sasa.files.replacing`
 
 
-def to_json(values: Any, indent: int | None = None) -> str:
-    """JSON, which has no NaN and no infinity: null stands for them."""
-    return json.dumps(_finite(values), indent=indent, allow_nan=False)
-
-
-def _finite(values: Any) -> Any:
-    if isinstance(values, dict):
-        return {key: _finite(value) for key, value in values.items()}
-    if isinstance(values, list | tuple):
-        return [_finite(value) for value in values]
-    return None if isinstance(values, float) and not math.isfinite(values) else values
-
-
 def write_json(path: Path, values: dict[str, Any]) -> None:
-    write_text(path, to_json(values, indent=2) + "\n")
+    write_text(path, json_text(values, indent=2) + "\n")
 
 
 def new_run_id() -> str:

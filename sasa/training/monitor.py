@@ -17,11 +17,11 @@ from config import Config
 from sasa.analysis import figures
 from sasa.analysis.attention_maps import LayerAttention
 from sasa.console import one_line, printable
-from sasa.files import write_text
+from sasa.files import json_text, write_text
 from sasa.training.board import Board
 from sasa.training.checkpoint import Progress
 from sasa.training.evaluation import Evaluation
-from sasa.training.files import LOG, LOG_CSV, PREVIEW, to_json
+from sasa.training.files import LOG, LOG_CSV, PREVIEW
 
 SCALAR_EVERY = 10  # steps between points of the training curves
 EVENT_FILES = "TensorBoard's event file"
@@ -90,9 +90,9 @@ class Monitor:
             self._log_is_whole = False  # until the row is written
             flags = os.O_WRONLY | os.O_APPEND | getattr(os, "O_NOFOLLOW", 0)
             with os.fdopen(os.open(path, flags), "a", encoding="utf-8") as file:
-                file.write(to_json(self.rows[-1]) + "\n")
+                file.write(json_text(self.rows[-1]) + "\n")
         else:
-            write_text(path, "".join(to_json(row) + "\n" for row in self.rows))
+            write_text(path, "".join(json_text(row) + "\n" for row in self.rows))
         self._log_is_whole = True
 
     def _write_csv(self) -> None:
