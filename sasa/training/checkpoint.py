@@ -27,7 +27,7 @@ from sasa.training.files import LAST, PREVIOUS
 from sasa.training.validation import Invalid, check_archive, check_state
 
 FORMAT = 3  # 3: the whole configuration, what the recipe provided of it, the run's id and the data's identity
-READ_ONLY_FORMAT = 2  # evaluated, initialised from and looked at, but not gone on with
+READ_ONLY_FORMAT = 2  # weights can be read from it, a run cannot be resumed from it
 
 
 class CheckpointError(Exception):

@@ -44,8 +44,8 @@ def start() -> None:
             torch.cuda.set_device(local_rank())
     store, rank, size = next(dist.rendezvous("env://", timeout=TIMEOUT))
     if os.environ.get("GROUP_WORLD_SIZE") == "1":
-        # torchrun on one machine may keep its store over a restart: without this, dead processes' addresses are met.
-        # Several machines count their restarts each, and meet by a store that is new every time (--rdzv-backend c10d).
+        # torchrun on one machine may keep its store over a restart: without this, ranks would call dead processes
+        # as if they were alive. Several machines count their restarts each; their store is new every time (--rdzv-backend c10d).
         store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
 
