@@ -45,7 +45,8 @@ def start() -> None:
     store, rank, size = next(dist.rendezvous("env://", timeout=TIMEOUT))
     if os.environ.get("GROUP_WORLD_SIZE") == "1":
         # torchrun on one machine may keep its store over a restart: without this, ranks would call dead processes
-        # as if they were alive. Several machines count their restarts each; their store is new every time (--rdzv-backend c10d).
+        # as if they were alive. Several machines count their restarts each, and their store is new every time
+        # (--rdzv-backend c10d).
         store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
 
