@@ -14,7 +14,7 @@ import oracle
 from attention import LocalAttention2d
 from sasa import kernels
 from sasa.kernels import dispatch
-from sasa.kernels.interface import AttentionOptions, CallKind
+from sasa.kernels.interface import CallKind
 
 BASE = {"in_channels": 8, "out_channels": 12, "kernel_size": 3, "num_heads": 2}
 SWITCHES = {
@@ -262,9 +262,7 @@ def test_attention_is_neither_flat_nor_saturated_at_initialisation(head_dim):
     layer = LocalAttention2d(8 * head_dim, 8 * head_dim, 7, num_heads=8)
     x = torch.randn(2, 8 * head_dim, 12, 12)
     query, key = (p(x).unflatten(1, (8, head_dim)) for p in (layer.query, layer.key))
-    attn = kernels.reference.attention_weights(
-        query, key, layer.rel_row, layer.rel_col, AttentionOptions(7, "zero")
-    ).flatten(-2)
+    attn = kernels.reference.attention_weights(query, key, layer.rel_row, layer.rel_col, 7, "zero").flatten(-2)
     inside = attn[:, :, 3:-3, 3:-3]
     neighbours = (-(inside * inside.clamp_min(1e-30).log()).sum(-1)).exp().mean()
     assert 12 < neighbours < 35

@@ -94,10 +94,16 @@ def window_softmax(scores: Tensor) -> Tensor:
 
 
 def attention_weights(
-    query: Tensor, key: Tensor | None, rel_row: Tensor | None, rel_col: Tensor | None, options: AttentionOptions
+    query: Tensor,
+    key: Tensor | None,
+    rel_row: Tensor | None,
+    rel_col: Tensor | None,
+    kernel_size: int,
+    border: str = "mask",
+    scale: float = 1.0,
 ) -> Tensor:
     """Softmax of the logits over each window: -> (B, N, H, W, K, K)."""
-    return window_softmax(logits(query, key, rel_row, rel_col, options))
+    return window_softmax(logits(query, key, rel_row, rel_col, AttentionOptions(kernel_size, border, scale)))
 
 
 def forward(
@@ -134,7 +140,7 @@ def backward(
     """
     kernel_size, _, scale = options
     acc = accumulate_dtype(query.dtype)
-    attn = attention_weights(query, key, rel_row, rel_col, options)
+    attn = window_softmax(logits(query, key, rel_row, rel_col, options))
     g, q = grad_out.to(acc), query.to(acc)
     grad_attn = torch.einsum("bndhw,bndhwij->bnhwij", g, windows(value.to(acc), kernel_size))
     delta = (attn * grad_attn).sum((-2, -1), keepdim=True)

@@ -13,7 +13,7 @@ import math
 import torch
 from torch import Tensor
 
-from sasa.kernels.interface import AttentionOptions, accumulate_dtype
+from sasa.kernels.interface import accumulate_dtype
 from sasa.kernels.reference import attention_weights, windows
 from sasa.kernels.tracing import join_sides, split_sides
 
@@ -128,9 +128,7 @@ def attention_of_maps(
     query, key, value, mixture = (y.to(wide) for y in (query, key, value, mixture))
     value = value.unflatten(1, (mixtures, -1))  # (B, M, N * D, H, W)
     if window == "sliding":
-        attn = attention_weights(
-            query.unflatten(1, heads), key.unflatten(1, heads), None, None, AttentionOptions(size, border)
-        )
+        attn = attention_weights(query.unflatten(1, heads), key.unflatten(1, heads), None, None, size, border)
         weighted = attn[..., None] * mixture.unflatten(0, (size, size))  # (B, N, H, W, S, S, M)
         out = torch.zeros_like(query.unflatten(1, heads))
         for part, values in zip(weighted.unbind(-1), value.unbind(1), strict=True):

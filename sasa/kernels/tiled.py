@@ -325,10 +325,12 @@ def forward(
     value: Tensor,
     rel_row: Tensor | None,
     rel_col: Tensor | None,
-    options: AttentionOptions,
+    options: AttentionOptions | int,
+    border: str = "mask",
+    scale: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """See `interface.Backend.forward`."""
-    kernel_size, border, scale = options
+    """See `interface.Backend.forward`. Called by itself, it takes kernel_size, border and scale one by one too."""
+    kernel_size, border, scale = (options, border, scale) if isinstance(options, int) else options
     tiling = make_tiling(query, kernel_size, border, is_tame(query, key, value, rel_row, rel_col, scale))
     acc = accumulate_dtype(query.dtype)
     q, k, v = (None if x is None else x.flatten(0, 1) for x in (query, key, value))  # (B * N, D, H, W)

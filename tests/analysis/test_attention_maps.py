@@ -14,7 +14,6 @@ from model import ResNet26
 from sasa.analysis import attention_maps as heads
 from sasa.analysis.attention_maps import LayerAttention, attention_layers, every_pixel, lattice, record_attention
 from sasa.kernels import reference
-from sasa.kernels.interface import AttentionOptions
 
 HEIGHT, WIDTH = 4, 3
 KEYS = HEIGHT * WIDTH  # a head as wide as the map has pixels: one-hot values then give the weights back
@@ -65,7 +64,7 @@ def test_the_weights_are_the_reference_backends_softmax(border):
     layer = LocalAttention2d(16, 16, num_heads=4, border=border)
     x = torch.randn(2, 16, 9, 7)
     query, key = (part(x).unflatten(1, (4, 4)) for part in (layer.query, layer.key))
-    wanted = reference.attention_weights(query, key, layer.rel_row, layer.rel_col, AttentionOptions(7, border))
+    wanted = reference.attention_weights(query, key, layer.rel_row, layer.rel_col, 7, border)
     assert (layer.attention_weights(x) - wanted).abs().max() < 1e-6
     value = layer.value(x).unflatten(1, (4, 4))
     mixed = torch.einsum("bnhwij,bndhwij->bndhw", layer.attention_weights(x), reference.windows(value, 7))

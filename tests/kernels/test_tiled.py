@@ -177,3 +177,11 @@ def test_nothing_of_windows_times_channels_is_made_or_kept(side, size, monkeypat
 def test_the_memory_test_sees_the_windows_of_the_reference():
     made, _ = memory(reference, 32, 7)
     assert made >= 49
+
+
+def test_the_numbers_of_a_call_one_by_one_or_as_options():
+    query, rel = torch.randn(1, 2, 4, 5, 6), torch.randn(2, 2, 3)
+    ours = tiled.forward(query, query, query, rel, rel, 3, "zero", 0.5)
+    wanted = tiled.forward(query, query, query, rel, rel, AttentionOptions(3, "zero", 0.5))
+    other = tiled.forward(query, query, query, rel, rel, 3)
+    assert all(torch.equal(a, b) for a, b in zip(ours, wanted, strict=True)) and not torch.equal(ours[0], other[0])
