@@ -241,8 +241,9 @@ class Config(Settings):
         "compute fp32 products at this precision; high: TF32 on GPUs that have it",
         choices=("highest", "high"),
     )
+    # Free: without --deterministic no run on CUDA repeats another to the bit anyway, and with it this is off.
     cudnn_benchmark: bool = option(
-        True, "let cuDNN time its convolutions and take the fastest; not under --deterministic"
+        True, "let cuDNN time its convolutions and take the fastest; not under --deterministic", free=True
     )
     channels_last: bool = option(True, "keep maps in channels-last layout; --no-channels-last: contiguous")
     deterministic: bool = option(False, "refuse operators that are not deterministic")

@@ -62,7 +62,7 @@ def test_every_file_loads_with_weights_only_and_comes_back_equal(tmp_path):
 
 
 def test_restore_puts_every_part_back(tmp_path):
-    state = small_state(step=7, epoch=1, batch=2, best_top1=12.5, rows=[{"epoch": 1}])
+    state = small_state(step=7, epoch=1, batch=2, images=8, epoch_seconds=0.5, best_top1=12.5, rows=[{"epoch": 1}])
     checkpoint.save(state, tmp_path)
     torch.rand(3), random.random()
     _, model, optimizer, ema = small_parts()

@@ -36,7 +36,9 @@ def write(path, network, kind="weights"):
     if kind == "weights":
         state |= {"epoch": 12, "step": 528, "selected": "the last epoch"}
     else:
-        progress = checkpoint.dataclasses.asdict(checkpoint.Progress(global_batch=32, step=3, batch=3))
+        progress = checkpoint.dataclasses.asdict(
+            checkpoint.Progress(global_batch=32, step=3, batch=3, images=96, epoch_seconds=1.0)
+        )
         del progress["figures"], progress["data_changes"]
         state |= {"optimizer": {}, "scaler": None, "ema": None, "best": None, "progress": progress}
         state["generators"] = [checkpoint.generator_states()]
