@@ -102,6 +102,7 @@ def test_export_to_onnx_with_free_sizes(which, tmp_path):
         assert (torch.from_numpy(got) - wanted).abs().max() <= 1e-5 * wanted.abs().max().clamp(min=1)
 
 
+@pytest.mark.skipif(OLD_TORCH, reason="this torch's compiler makes symbols of the weights' sizes too")
 @pytest.mark.parametrize("window", ["block", "sliding"])
 def test_the_stem_compiles_with_free_sizes_in_one_graph(window):
     stem = AttentionStem(3, 16, window=window)
