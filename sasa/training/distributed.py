@@ -12,6 +12,7 @@ under NCCL they wait until torchrun, which has seen it end, ends them (SIGTERM, 
 """
 
 import os
+import time
 from collections.abc import Callable, Iterable
 from datetime import timedelta
 from typing import TypeVar
@@ -55,6 +56,9 @@ def stop() -> None:
     """Wait for all ranks and part: the main one may still be writing."""
     if is_distributed():
         all_gather_object(None)
+        # torch 2.6 holds the interpreter's lock while it joins Gloo's threads, one of which may still need the lock to
+        # let go of the last message: it gets it while this thread sleeps.
+        time.sleep(0.1)
         dist.destroy_process_group()
 
 
