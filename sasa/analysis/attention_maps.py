@@ -14,7 +14,7 @@ Shapes: B chosen images, N heads, P chosen pixels, H x W map, K window side (S o
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -143,6 +143,19 @@ def mean_distance(attention: LayerAttention) -> Tensor:
 def centre_share(attention: LayerAttention) -> Tensor:
     """The weight that a pixel gives to itself: -> (B, N, P)."""
     return (attention.weights * (distances(attention) == 0)).sum((-2, -1))
+
+
+def even_attention(attention: LayerAttention) -> LayerAttention:
+    """What the same pixels' maps are of equal weights over the keys that take part, to measure others by.
+
+    Keys outside the map take part only where the layer's border is "zero". Weights (1, 1, P, K, K).
+    """
+    steps = torch.arange(attention.kernel_size)
+    rows, cols = attention.origins[:, 0, None] + steps, attention.origins[:, 1, None] + steps  # (P, K)
+    inside = [(places >= 0) & (places < side) for places, side in zip((rows, cols), attention.size, strict=True)]
+    part = (inside[0][:, :, None] & inside[1][:, None]) | (attention.layer.border == "zero")
+    weights = part / part.sum((-2, -1), keepdim=True)  # (P, K, K)
+    return replace(attention, weights=weights[None, None])
 
 
 def mean_maps(attention: LayerAttention) -> Tensor:

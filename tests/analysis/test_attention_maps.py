@@ -286,3 +286,18 @@ def test_a_rollout_ends_above_a_pooled_stem_and_crosses_convolutions():
     assert layers[0].name == "layer1.0" and layers[0].size == (10, 9)
     share = heads.rollout(layers, 0, 1, 1)
     assert share.shape == (10, 9) and share.sum().item() == pytest.approx(1, abs=1e-5)
+
+
+@pytest.mark.parametrize("border", ["mask", "zero"])
+@pytest.mark.parametrize("kind", ["layer", "block", "sliding"])
+def test_even_weights_are_those_of_a_layer_without_logits(kind, border):
+    stem = kind != "layer"
+    if stem:
+        layer = AttentionStem(3, 16, window=kind, border=border)
+    else:
+        layer = LocalAttention2d(4, 8, 3, num_heads=2, border=border)
+    torch.nn.init.zeros_(layer.query.weight)  # q.k and q.r are 0
+    with torch.no_grad(), record_attention(torch.nn.Sequential(layer)) as layers:
+        layer(torch.randn(1, 3 if stem else 4, 5, 6))
+    even = heads.even_attention(layers[0])
+    torch.testing.assert_close(even.weights.expand_as(layers[0].weights), layers[0].weights)

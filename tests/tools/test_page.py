@@ -107,12 +107,17 @@ def even_figures(layer):
     return [sum(figure) / len(figures) for figure in zip(*figures, strict=True)]
 
 
-def test_where_a_head_looks_is_put_beside_even_weights(written, tmp_path):  # noqa: F811
+def test_where_a_head_looks_is_put_beside_even_weights(written, network, tmp_path):  # noqa: F811
     layer, head = 3, 2
     data = data_of(written)
     stored = data["networks"][0]["layers"][layer]
     entropy, distance, own = data["images"][0]["layers"][layer]["measures"][head]
     wanted = even_figures(stored)
+    with torch.no_grad(), record_attention(network) as layers:
+        network(torch.zeros(1, 3, SIDE, SIDE))
+    even = heads.even_attention(layers[layer])
+    measures = (heads.entropy(even.weights), heads.mean_distance(even), heads.centre_share(even))
+    assert [measure.mean().item() for measure in measures] == pytest.approx(wanted, abs=1e-5)
     with Page(tmp_path / "profile") as tab:
         tab.open((written / "attention.html").as_uri() + f"#layer={layer}&head={head}&row=0&col=0")
         assert tab.value(f"evenMeasuresOverImage(layersOf(data.images[0])[{layer}])") == pytest.approx(wanted)
