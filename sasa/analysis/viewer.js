@@ -288,9 +288,13 @@ class Side {
     const mean = this.image.layers[l].measures[head], even = evenMeasuresOverImage(layer);
     if (mean.includes(null)) return " its weights are not finite.";
     const shape = (found, full) => full === 0 || found > 0.97 * full ? "nearly even over" : found > 0.8 * full ? "spread over" : "on a part of";
-    const window = `its ${layer.size} \u00d7 ${layer.size} window`;
-    return ` from this pixel ${shape(here, most)} ${window}: entropy ${number(here)} bit, even weights have ${number(most)}. ` +
-      `Over the image ${shape(mean[0], even[0])} it: ${number(mean[0])} of ${number(even[0])} bit, mean distance ${number(mean[1])} pixels (even ${number(even[1])}), own pixel ${per_cent(mean[2])} (even ${per_cent(even[2])}).`;
+    const weights = pixel.weights(head), size = layer.size, keys = Math.round(2 ** most);
+    const cut = keys < size ** 2 ? ` (${keys} of its pixels lie in the map)` : "";
+    const window = `its ${size} \u00d7 ${size} window${cut}`;
+    const best = weights.indexOf(Math.max(...weights)), place = [pixel.origin[0] + Math.floor(best / size), pixel.origin[1] + best % size];
+    const most_on = here > 0.97 * most ? "" : `, ${per_cent(weights[best])} of the weight on row ${place[0]}, column ${place[1]}`;
+    return ` from this pixel ${shape(here, most)} ${window}: entropy ${number(here)} bit, even weights have ${number(most)}${most_on}. ` +
+      `Over the image ${shape(mean[0], even[0])} it: ${number(mean[0])} of ${number(even[0])} bit, mean distance ${number(mean[1])} pixels (even ${number(even[1])}), own pixel ${per_cent(mean[2])} (even ${per_cent(even[2])}). Windows are cut at the border.`;
   }
 
   updateEffect(l, head) {

@@ -122,15 +122,27 @@ def test_where_a_head_looks_is_put_beside_even_weights(written, network, tmp_pat
         tab.open((written / "attention.html").as_uri() + f"#layer={layer}&head={head}&row=0&col=0")
         assert tab.value(f"evenMeasuresOverImage(layersOf(data.images[0])[{layer}])") == pytest.approx(wanted)
         text = tab.text("spread")
-        assert text.startswith("Where it looks: from this pixel ") and f"window: entropy {tab.value(HERE)} bit" in text
+        assert text.startswith("Where it looks: from this pixel ") and f": entropy {tab.value(HERE)} bit" in text
         inside = (stored["size"] - stored["back"]) ** 2  # of the corner's window
-        assert f"even weights have {math.log2(inside):.2f}." in text
+        assert f"even weights have {math.log2(inside):.2f}" in text
+        assert f"window ({inside} of its pixels lie in the map): entropy" in text
         assert f": {entropy:.2f} of {wanted[0]:.2f} bit, mean distance {distance:.2f} pixels" in text
-        assert f"(even {wanted[1]:.2f}), own pixel {100 * own:.1f}% (even {100 * wanted[2]:.1f}%)." in text
+        assert (
+            f"(even {wanted[1]:.2f}), own pixel {100 * own:.1f}% (even {100 * wanted[2]:.1f}%). Windows are cut" in text
+        )
         rows = tab.value(
             "[...document.querySelectorAll('[data-part=measures] tr')].map((row) => row.cells[0].textContent)"
         )
         assert rows[-1] == "even"
+        tab.value("go({ layer: 8, head: 0 })")  # a 3 x 3 map: the largest weight by name, as it is stored
+        weights = tab.value("storedPixel(data.images[0], 8, [0, 0]).weights(0)")
+        best, size, back = (
+            weights.index(max(weights)),
+            data["networks"][0]["layers"][8]["size"],
+            data["networks"][0]["layers"][8]["back"],
+        )
+        named = f"{100 * max(weights):.1f}% of the weight on row {best // size - back}, column {best % size - back}."
+        assert named in tab.text("spread") or "nearly even over" in tab.text("spread").split("entropy")[0]
         # An even map is drawn pale, a sharp one in full orange; the list is walked by arrow keys.
         inner = "{ layer: { size: 3, height: 9, width: 9, back: 1 }, at: [4, 4], origin: [3, 3] }"
         assert tab.value(f"strength({inner}, Array(9).fill(1 / 9))") == pytest.approx(0.3)
