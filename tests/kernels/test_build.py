@@ -439,7 +439,9 @@ except BuildStopped as error:
     ],
 )
 def test_a_signal_ends_the_compiler_and_then_the_process(slow_compiler, tmp_path, number, code, status, out):
-    command = python_command(USE + code)
+    # As a terminal starts a process: under nohup or in a shell's background two of the signals would be ignored.
+    heard = "signal.signal(signal.SIGHUP, signal.SIG_DFL); signal.signal(signal.SIGINT, signal.default_int_handler)"
+    command = python_command(f"import signal; {heard}\n{USE}{code}")
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(slow_compiler)
     )
