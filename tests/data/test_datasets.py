@@ -201,7 +201,7 @@ def test_a_packed_file_is_not_unpacked_beyond_its_shape(tmp_path, monkeypatch):
 
 
 def test_an_archive_is_unpacked_without_a_network(tmp_path, monkeypatch):
-    monkeypatch.setattr("urllib.request.urlopen", lambda *_, **__: pytest.fail("the network was asked"))
+    monkeypatch.setattr("urllib.request.urlopen", lambda *_, **__: pytest.fail("the network was used"))
     images, _ = write_cifar(tmp_path, "CIFAR10", monkeypatch)
     archive = Path(shutil.make_archive(str(tmp_path / "cifar-10-python"), "gztar", tmp_path, "cifar-10-batches-py"))
     shutil.rmtree(tmp_path / "cifar-10-batches-py")

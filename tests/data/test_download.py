@@ -70,7 +70,7 @@ def test_a_failed_download_is_one_clear_line(tmp_path, monkeypatch):
     monkeypatch.setattr("urllib.request.urlopen", Portal)
     expect(r"the download failed .*corrupted", "CIFAR10")
 
-    def lost_later(*args, **_options):  # the first question is asked in a thread, the download is not
+    def lost_later(*args, **_options):  # the first request is made in a thread, the download is not
         return Portal() if threading.current_thread() is not threading.main_thread() else no_network()
 
     monkeypatch.setattr("urllib.request.urlopen", lost_later)

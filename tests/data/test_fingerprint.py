@@ -1,4 +1,4 @@
-"""fingerprint.py: what makes two data sets the same, and how a difference is told."""
+"""fingerprint.py: what makes two data sets the same, and how a difference is described."""
 
 import json
 

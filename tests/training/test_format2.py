@@ -1,4 +1,4 @@
-"""Checkpoints of format 2, written here as that version wrote them: used, but not gone on with."""
+"""Checkpoints of format 2, written here as that version wrote them: they are evaluated and drawn, never resumed."""
 
 import json
 
