@@ -134,15 +134,11 @@ def test_where_a_head_looks_is_put_beside_even_weights(written, network, tmp_pat
             "[...document.querySelectorAll('[data-part=measures] tr')].map((row) => row.cells[0].textContent)"
         )
         assert rows[-1] == "even"
-        tab.value("go({ layer: 8, head: 0 })")  # a 3 x 3 map: the largest weight by name, as it is stored
-        weights = tab.value("storedPixel(data.images[0], 8, [0, 0]).weights(0)")
-        best, size, back = (
-            weights.index(max(weights)),
-            data["networks"][0]["layers"][8]["size"],
-            data["networks"][0]["layers"][8]["back"],
-        )
-        named = f"{100 * max(weights):.1f}% of the weight on row {best // size - back}, column {best % size - back}."
-        assert named in tab.text("spread") or "nearly even over" in tab.text("spread").split("entropy")[0]
+        last = data["networks"][0]["layers"][8]  # all weight on the pixel (1, 2) of a 3 x 3 map
+        sharp = "const p = storedPixel(data.images[0], 8, [0, 0]), w = Array(p.layer.size ** 2).fill(0);"
+        sharp += f"w[{(1 + last['back']) * last['size'] + 2 + last['back']}] = 1; p.weights = () => w;"
+        named = tab.value(f"(() => {{ {sharp} return sides[0].spread(8, 0, p); }})()")
+        assert "from this pixel on a part of its" in named and "100.0% of the weight on row 1, column 2." in named
         # An even map is drawn pale, a sharp one in full orange; the list is walked by arrow keys.
         inner = "{ layer: { size: 3, height: 9, width: 9, back: 1 }, at: [4, 4], origin: [3, 3] }"
         assert tab.value(f"strength({inner}, Array(9).fill(1 / 9))") == pytest.approx(0.3)
