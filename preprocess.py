@@ -27,7 +27,7 @@ from sasa.data.batches import DataInfo, denormalise, epoch_order
 from sasa.data.datasets import SMALL_SETS
 from sasa.data.download import resolve_auto
 from sasa.data.errors import DataError, WorkerError
-from sasa.data.fingerprint import of_tensors
+from sasa.data.fingerprint import list_tensors, of_tensors
 from sasa.data.images import Evaluated, resize_tensor
 from sasa.data.shards import main as shards_main
 from sasa.data.shards import read_shards
@@ -124,10 +124,11 @@ def load(
                 skip_bad_images=skip_bad_images, evaluated=evaluated, worker_timeout=worker_timeout,
                 is_stopped=is_stopped,
             )  # fmt: skip
+        names = [f"test image {i}" for i in range(len(labels))]
         if index is not None:
-            images, labels = images[index], labels[index]
-        identity = of_tensors(images, labels, info.num_classes)
-        return TensorData(resize_tensor(images, fed or Evaluated(side, side)), labels, info, device, identity)
+            images, labels, names = images[index], labels[index], [f"training image {i}" for i in index.tolist()]
+        identity, listed = of_tensors(images, labels, info.num_classes), list_tensors(images, labels, names)
+        return TensorData(resize_tensor(images, fed or Evaluated(side, side)), labels, info, device, identity, listed)
 
     held_out = split(train, held, evaluated) if len(held) else None
     return info, split(train, kept), held_out, split(test, None, evaluated)

@@ -25,12 +25,12 @@ from config import ConfigError
 from preprocess import DataError, WorkerError
 from sasa.console import USAGE_ERROR, one_line, print_error
 from sasa.kernels.stop_signals import BuildStopped
-from sasa.training import distributed
+from sasa.training import distributed, image_list
 from sasa.training.checkpoint import CheckpointError
 from sasa.training.classification import CLASSIFICATION
 from sasa.training.device import is_out_of_memory
 from sasa.training.distributed import SharedError
-from sasa.training.files import claim_folder
+from sasa.training.files import IMAGES, claim_folder
 from sasa.training.lock import FolderLock
 from sasa.training.monitor import Monitor, Silent
 from sasa.training.resume import RunSpec, check_data, report_changes
@@ -110,7 +110,9 @@ def run_spec(spec: RunSpec, command: Command, stop: StopRequest, task: Task) -> 
             initialise(run, Path(command.init_from), task.initial_weights)
         if spec.state is not None:
             tolerated = command.allow_changed_data, getattr(run.config, "skip_bad_images", False)
-            changes = distributed.on_main_rank(partial(check_data, spec.state["data"], run.identity.data, *tolerated))
+            identities = spec.state["data"], run.identity.data
+            named = partial(image_list.changes, spec.source / IMAGES, *identities, run.data.listed())
+            changes = distributed.on_main_rank(partial(check_data, *identities, *tolerated, named))
             distributed.on_all_ranks(partial(run.restore, spec.state))
             run.progress.data_changes += changes
             report_changes(spec.state, run.config.sync_bn, changes)

@@ -11,7 +11,7 @@ import torch
 import preprocess
 import train
 from sasa.data import datasets as sources
-from sasa.training import checkpoint, saving
+from sasa.training import checkpoint
 from sasa.training.cli import parse_command_line
 from sasa.training.signals import STOP_SIGNALS
 
@@ -30,7 +30,6 @@ def few_digits(monkeypatch, train_images=40, test_images=12):
         return classes, (images[kept], labels[kept]), (test[scored], test_labels[scored])
 
     monkeypatch.setitem(preprocess.SMALL_SETS, "DIGITS", read_few)
-    monkeypatch.setattr(saving, "SAVE_GAP_SECONDS", 0.0)  # save at each epoch's end, as a run with long epochs does
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # it guards against a power cut; test_checkpoint holds it
 
 

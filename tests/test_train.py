@@ -115,7 +115,8 @@ def test_the_files_of_a_run_and_their_keys(tmp_path, tiny, capsys):
     folder = go(tmp_path)
     out, error = capsys.readouterr()
     names = {path.name for path in folder.iterdir() if not path.name.startswith("events.out.tfevents.")}
-    assert names == {"config.json", "log.jsonl", "summary.json", "last.pt", "previous.pt", "best.pt", ".run.lock"}
+    files = ("config.json", "log.jsonl", "summary.json", "last.pt", "previous.pt", "best.pt", "images.jsonl.gz")
+    assert names == {*files, ".run.lock"}
     rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     assert [set(row) for row in rows] == [LOG_KEYS] * 2
     assert [(row["epoch"], row["step"]) for row in rows] == [(1, 10), (2, 20)]

@@ -7,6 +7,7 @@ a hash of its own, which locates a difference. Plain values only, for checkpoint
 
 import hashlib
 import unicodedata
+import zlib
 from collections.abc import Iterable
 from typing import Any
 
@@ -54,6 +55,18 @@ def of_tensors(images: Tensor, labels: Tensor, num_classes: int) -> dict[str, An
     """The fingerprint of images (n, C, H, W) uint8, by their bytes, and labels (n,) int64."""
     rows = images.cpu().contiguous().flatten(1).numpy()
     return fingerprint(map(bytes, rows), labels.tolist(), num_classes)
+
+
+def list_tensors(images: Tensor, labels: Tensor, names: Iterable[str]) -> list[tuple[str, int, str]]:
+    """What `Split.listed` has of the same images: name, label, and a checksum of the pixels."""
+    rows = images.cpu().contiguous().flatten(1).numpy()
+    contents = (f"pixels of checksum {checksum(row)}" for row in rows)
+    return list(zip(names, labels.tolist(), contents, strict=True))
+
+
+def checksum(content: bytes) -> str:
+    """8 hex digits that show a person whether the content is the same."""
+    return f"{zlib.crc32(content):08x}"
 
 
 def _hash():

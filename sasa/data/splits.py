@@ -1,7 +1,8 @@
 """The images of one purpose, and their batches: plan -> fetch -> transform, for a tensor and for files."""
 
+import os
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cached_property, partial
 from itertools import tee
 from typing import Any, Protocol
 
@@ -13,7 +14,7 @@ from sasa.data.augment import AugmentConfig
 from sasa.data.batches import DataInfo, Piece, normalise, own_part, plan, transform
 from sasa.data.batches import steps_per_epoch as count_steps
 from sasa.data.errors import DataError
-from sasa.data.fingerprint import of_files, of_tensors
+from sasa.data.fingerprint import list_tensors, of_files, of_tensors
 from sasa.data.images import Evaluated, ImageFiles, Key, Source
 from sasa.data.workers import WORKER_TIMEOUT_S, Reader
 
@@ -61,6 +62,9 @@ class Split(Protocol):
     def fingerprint(self) -> dict[str, Any]:
         """`sasa.data.fingerprint.fingerprint` of the images."""
 
+    def listed(self) -> Iterator[tuple[str, int, str]]:
+        """Of each image, in the fingerprint's order: name, label, and "120 bytes" of a file or a digest of pixels."""
+
     def class_counts(self) -> list[int]:
         """The images of each class."""
 
@@ -78,16 +82,19 @@ class TensorData:
         info: DataInfo,
         device: torch.device | str = "cpu",
         identity: dict[str, Any] | None = None,
+        listed: list[tuple[str, int, str]] | None = None,
     ) -> None:
         """
         Args:
             images: (n, C, H, W) uint8 with C = 1 or 3, as they are fed.
             labels: (n,) int64.
-            identity: the fingerprint of the images before they were resized; None: of these.
+            identity, listed: fingerprint and list (`list_tensors`) of the images before they were resized; None: of
+                these.
         """
         self.info, self.bad_images = info, []
         self.images, self.labels = images.to(device), labels.to(device)
         self._fingerprint = identity or of_tensors(images, labels, info.num_classes)
+        self._listed = listed or list_tensors(images, labels, (f"image {i}" for i in range(len(labels))))
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -118,6 +125,9 @@ class TensorData:
 
     def fingerprint(self) -> dict[str, Any]:
         return self._fingerprint
+
+    def listed(self) -> Iterator[tuple[str, int, str]]:
+        return iter(self._listed)
 
     def class_counts(self) -> list[int]:
         return torch.bincount(self.labels, minlength=self.info.num_classes).tolist()
@@ -199,8 +209,18 @@ class FolderData:
         return normalise(image[None].to(self._device), self.info)[0], label
 
     def fingerprint(self) -> dict[str, Any]:
-        files, labels = self._files.files, self._files.labels.tolist()
-        return of_files(files.identities(), files.sizes(), labels, self.info.num_classes)
+        labels = self._files.labels.tolist()
+        return of_files(self._files.files.identities(), self._sizes.tolist(), labels, self.info.num_classes)
+
+    def listed(self) -> Iterator[tuple[str, int, str]]:
+        names = (os.fsdecode(name.replace(b"\0", b" at byte ")) for name in self._files.files.identities())
+        contents = (f"{size} bytes" for size in self._sizes.tolist())
+        return zip(names, self._files.labels.tolist(), contents, strict=True)
+
+    @cached_property
+    def _sizes(self) -> np.ndarray:
+        """(n,) int64, bytes of each file: found out once, since every file is a question to a server."""
+        return np.array(self._files.files.sizes(), np.int64)
 
     def class_counts(self) -> list[int]:
         return np.bincount(self._files.labels, minlength=self.info.num_classes).tolist()

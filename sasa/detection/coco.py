@@ -19,7 +19,7 @@ import numpy as np
 
 from preprocess import DataError
 from sasa.console import one_line, printable
-from sasa.data.fingerprint import class_differences, class_order, fingerprint
+from sasa.data.fingerprint import checksum, class_differences, class_order, fingerprint
 from sasa.files import read_regular
 
 LARGEST_SIDE = 30_000  # pixels of an image: beyond, a number is a mistake
@@ -56,12 +56,17 @@ class CocoSplit:
     def fingerprint(self) -> dict[str, Any]:
         """What the images are and show: of names, sizes, boxes and labels, not of pixels (`sasa.data.fingerprint`)."""
 
-        def identities() -> Iterator[bytes]:
-            for index, file in enumerate(self.files):
-                boxes, labels = self.targets(index)
-                yield b"\0".join((os.fsencode(file), *(x.tobytes() for x in (self.sizes[index], boxes, labels))))
+        names = map(os.fsencode, self.files)
+        identities = (b"\0".join((name, *self._shown(i))) for i, name in enumerate(names))
+        return fingerprint(identities, [0] * len(self), 0)
 
-        return fingerprint(identities(), [0] * len(self), 0)
+    def listed(self) -> Iterator[tuple[str, int, str]]:
+        """Of each image the name, no label, and a checksum of its size, boxes and labels."""
+        for index, name in enumerate(self.files):
+            yield f"{self.folder.name}/{name}", 0, f"boxes of checksum {checksum(b''.join(self._shown(index)))}"
+
+    def _shown(self, index: int) -> list[bytes]:
+        return [values.tobytes() for values in (self.sizes[index], *self.targets(index))]
 
 
 def relabelled(split: CocoSplit, names: tuple[str, ...]) -> CocoSplit:

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,6 +25,7 @@ from sasa.kernels.dispatch import named_backend
 from sasa.training import distributed
 from sasa.training.cli import Command
 from sasa.training.device import AMP_NAMES
+from sasa.training.image_list import Listed
 from sasa.training.lock import FolderLock
 from sasa.training.resume import RunSpec, specify_run
 from sasa.training.run import Run, assemble, check_last_map, prepare_machine, seeded
@@ -61,6 +62,11 @@ class DetectionData:
         train, val = self.train.truth.fingerprint(), self.val.truth.fingerprint()
         about = {"dataset": self.info.name, "class_names": list(self.info.class_names)}
         return about | {"mean": list(mean), "std": list(std), "train": train, "holdout": None, "test": val}
+
+    def listed(self) -> Iterator[Listed]:
+        """Every image, split by split."""
+        splits = ("train", self.train), ("test", self.val)
+        return (Listed(name, *image) for name, split in splits for image in split.truth.listed())
 
     def close(self) -> None:
         for split in self.splits:

@@ -13,13 +13,15 @@ from sasa.files import json_text, read_regular, write_text
 
 LAST, PREVIOUS, BEST = "last.pt", "previous.pt", "best.pt"
 CONFIG, LOG, LOG_CSV, SUMMARY = "config.json", "log.jsonl", "log.csv", "summary.json"
-RUN_FILES = (LAST, PREVIOUS, BEST, CONFIG, LOG, LOG_CSV, SUMMARY)
+IMAGES = "images.jsonl.gz"  # sasa/training/image_list.py
+RUN_FILES = (LAST, PREVIOUS, BEST, CONFIG, LOG, LOG_CSV, SUMMARY, IMAGES)
 CONFIG_BYTES = 2**20  # of a config.json: thousands of times as long as one is
 RUN_ID = "run_id"  # of config.json: whose files these are
 EVENTS, PREVIEW = "events.out.tfevents.*", "progress.png"
 OWN_EVENTS = re.compile(r"events\.out\.tfevents\.\d{10}\.")
 KEPT = re.compile(r"state-(\d{4,})\.pt")  # the state after that many epochs: --keep-states
-UNFINISHED = re.compile(r"\.(last|best|state-\d{4,})\.pt\.[0-9a-f]{16}\.tmp")  # `sasa.files.replacing`
+# Of `sasa.files.replacing`.
+UNFINISHED = re.compile(r"\.((last|best|state-\d{4,})\.pt|images\.jsonl\.gz)\.[0-9a-f]{16}\.tmp")
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:

@@ -41,6 +41,7 @@ class RunSpec:
         started: the configuration is that of a run which was set up before.
         state: to go on from; None: step 0.
         run_id: of the run that goes on; None: a new one.
+        source: the folder that the state was read from.
     """
 
     config: Settings
@@ -49,6 +50,7 @@ class RunSpec:
     started: bool = False
     state: dict[str, Any] | None = None
     run_id: str | None = None
+    source: Path | None = None
 
 
 def new_config(given: dict[str, Any]) -> Config:
@@ -98,7 +100,7 @@ def specify_run(
     for problem in problems:
         print(f"--resume: {problem}: using {path.name}, the whole one before it")
     _refuse_another_runs(state, folder)
-    spec = _resumed(state, given, folder, settings)
+    spec = _resumed(state, given, folder, settings, folder)
     if path.name == PREVIOUS and (folder / LAST).exists():  # the next save must not put a damaged file in its place
         (folder / LAST).replace(folder / f"damaged-{LAST}")
     return spec
@@ -115,12 +117,12 @@ def _specify_from_file(path: Path, given: dict[str, Any], lock: FolderLock, sett
     if folder.absolute() != own and (not folder.exists() or not folder.samefile(own)):
         if held_files(folder):
             raise ConfigError(f"--resume {path} into {folder}: it already holds a run; allowed is an empty folder")
-        spec = dataclasses.replace(_resumed(state, given, folder, settings), run_id=None)
+        spec = dataclasses.replace(_resumed(state, given, folder, settings, own), run_id=None)
         make_folder(folder)
         lock.acquire(folder)
         refuse_other_run(folder)
         return spec
-    spec = _resumed(state, given, folder, settings)
+    spec = _resumed(state, given, folder, settings, own)
     make_folder(folder)
     lock.acquire(folder)
     _refuse_another_runs(state, folder)
@@ -143,7 +145,9 @@ def auto_dataset(given: dict[str, Any]) -> str:
     return name
 
 
-def _resumed(state: dict[str, Any], given: dict[str, Any], folder: Path, settings: type[Settings]) -> RunSpec:
+def _resumed(
+    state: dict[str, Any], given: dict[str, Any], folder: Path, settings: type[Settings], source: Path
+) -> RunSpec:
     """Raises ConfigError where flags, or an edited recipe, would change the run's result."""
     config = resumed_config(state["config"], given, settings)
     left = {key: value for key, value in renamed(state["recipe"]).items() if key not in given}
@@ -153,7 +157,7 @@ def _resumed(state: dict[str, Any], given: dict[str, Any], folder: Path, setting
             f"--resume: the recipe {config.recipe_name()} has changed since the run was started: "
             f"{'; '.join(changed)}. Give these flags with the run's values to go on with them"
         )
-    return RunSpec(config, folder, left, True, state, state["run_id"])
+    return RunSpec(config, folder, left, True, state, state["run_id"], source)
 
 
 def resumed_config(saved: dict[str, Any], given: dict[str, Any], settings: type[Settings] = Config) -> Settings:
@@ -215,17 +219,25 @@ def recipe_changes(config: Settings, left: dict[str, Any]) -> list[str]:
 # ---- the data and the version that the state was made with ----------------------------------------------------------
 
 
-def check_data(saved: dict[str, Any], now: dict[str, Any], allow: bool, skip_bad_images: bool = False) -> list[str]:
+def check_data(
+    saved: dict[str, Any],
+    now: dict[str, Any],
+    allow: bool,
+    skip_bad_images: bool = False,
+    images: Callable[[], list[str]] = list,
+) -> list[str]:
     """How the data set (`preprocess.data_identity`) differs from the saved run's, one line each.
 
     Args:
         skip_bad_images: files of another size are allowed, as damaged ones are then skipped.
+        images: names the first images that differ, in a line.
 
     Raises:
         ConfigError: it does, and that is not allowed.
     """
     try:
         lines = data_differences(saved, now)
+        lines += images() if lines else []
         resized = only_sizes_differ(saved, now)
     except (KeyError, TypeError, ValueError, IndexError) as error:
         raise ConfigError("--resume: the checkpoint's description of its data set is damaged") from error

@@ -5,7 +5,7 @@ import math
 import os
 import random
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
@@ -30,6 +30,7 @@ from sasa.training.distributed import SharedError
 from sasa.training.drop_path import DropPath
 from sasa.training.files import new_run_id
 from sasa.training.guard import Guard
+from sasa.training.image_list import SPLITS, Listed
 from sasa.training.network import build_network
 from sasa.training.optim import MovingAverage, build_ema, build_optimizer, ema_decay, set_batch_norm_momentum
 from sasa.training.resume import RunSpec, form_of
@@ -58,6 +59,11 @@ class Data:
     def identity(self) -> dict[str, Any]:
         """What a checkpoint keeps of the data: class names, normalisation, and a fingerprint of every split."""
         return preprocess.data_identity(self.info, self.train, self.holdout, self.test)
+
+    def listed(self) -> Iterator[Listed]:
+        """Every image, split by split."""
+        splits = zip(SPLITS, (self.train, self.holdout, self.test), strict=True)
+        return (Listed(name, *image) for name, split in splits if split is not None for image in split.listed())
 
     def close(self) -> None:
         """End the workers: an abandoned epoch's cannot be ended once the garbage collector has reached it."""

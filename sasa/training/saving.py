@@ -3,12 +3,12 @@
 import time
 
 from config import Config
-from sasa.training import checkpoint, distributed
-from sasa.training.files import LAST, kept_name
+from sasa.console import one_line
+from sasa.training import checkpoint, distributed, image_list
+from sasa.training.files import IMAGES, LAST, kept_name
 from sasa.training.monitor import Monitor
 from sasa.training.run import Run
 
-SAVE_GAP_SECONDS = 60.0  # an epoch's end this soon after a save need not save again
 SAVE_FAILURES = 3  # in a row: then the run stops instead of training on without a checkpoint
 
 
@@ -25,6 +25,7 @@ class Saver:
         self._saved_at: float | None = None
         self._started_at = time.monotonic()
         self._failures = 0  # in a row
+        self._is_listed = False  # the list of the images lies beside the state
 
     def due_by_clock(self) -> bool:
         """Whether --save-minutes have passed, on the main rank; on the others never."""
@@ -32,13 +33,9 @@ class Saver:
         return distributed.is_main() and minutes > 0 and time.monotonic() - since >= 60 * minutes
 
     def due_by_epoch(self, epochs: int) -> bool:
-        """Whether the end of this many epochs is to be saved: the same on every rank."""
+        """Whether the end of this many epochs is to be saved."""
         every = self._config.save_every
-        if not every or epochs % every:
-            return False
-        return distributed.on_main_rank(
-            lambda: self._saved_at is None or time.monotonic() - self._saved_at >= SAVE_GAP_SECONDS
-        )
+        return every > 0 and epochs % every == 0
 
     def save(self, run: Run) -> bool:
         """Write the state; a failure (a full disk) is reported and survived, up to SAVE_FAILURES in a row.
@@ -59,12 +56,23 @@ class Saver:
         if problem is None:
             self.seconds += time.monotonic() - started
             self._failures = 0
+            self._list_images(run)
             return True
         self._failures += 1
         self._monitor.say(f"save failed ({self._failures} in a row): {problem}; the last whole file is kept")
         if self._failures >= SAVE_FAILURES:
             raise TrainingError(f"{SAVE_FAILURES} saves failed in a row: stopping at step {run.progress.step}")
         return False
+
+    def _list_images(self, run: Run) -> None:
+        """The list of the images, once, beside the first state that has them; a failure is survived, and said."""
+        if self._is_listed or not distributed.is_main():
+            return
+        self._is_listed = True
+        try:
+            image_list.write(run.folder / IMAGES, run.identity.data, run.data.listed())
+        except OSError as error:
+            self._monitor.say(f"{IMAGES} was not written: {one_line(error, 200)}; the run goes on without it")
 
     def keep(self, run: Run) -> None:
         """The state after the epochs that are done, where --keep-states wants it; a failure is survived, and said."""

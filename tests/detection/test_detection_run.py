@@ -36,7 +36,6 @@ def few(monkeypatch, tmp_path):
     """20 training and 6 validation canvases: epochs of 2 steps."""
     monkeypatch.setattr(digits, "COUNTS", {"train": 20, "val": 6})
     monkeypatch.setattr(digits, "ABOUT", digits.ABOUT | {"canvases": digits.COUNTS})
-    monkeypatch.setattr("sasa.training.saving.SAVE_GAP_SECONDS", 0.0)
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # it guards against a power cut, elsewhere tested
     digits.make(tmp_path / "data")
 
@@ -73,6 +72,29 @@ def test_a_run_s_files_and_figures(tmp_path, capsys):
         assert tag in events, tag
     config, run_id = read_config(folder)
     assert len(run_id) == 16 and DetectionConfig.from_dict(config).fpn_channels == 16
+
+
+def test_changed_annotations_are_refused_by_the_image_s_name(tmp_path, capsys):
+    """And each epoch's state is on the disk before its validation begins."""
+    found, original = [], detection.evaluate
+
+    def evaluate(*arguments):
+        found.append(torch.load(tmp_path / "a/run/last.pt", weights_only=True)["progress"]["step"])
+        return original(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(detection, "evaluate", evaluate)
+        assert started(tmp_path / "a") == 0
+    assert found == [2, 4]
+    file = tmp_path / "data" / digits.FOLDER / "annotations" / "instances_train2017.json"
+    document = json.loads(file.read_text())
+    document["annotations"][0]["bbox"][2] -= 1
+    name = {image["id"]: image["file_name"] for image in document["images"]}[document["annotations"][0]["image_id"]]
+    file.write_text(json.dumps(document))
+    capsys.readouterr()
+    assert started(tmp_path / "a", "--resume") == 2
+    error = capsys.readouterr().err
+    assert f"changed: train2017/{name} (boxes of checksum " in error and error.count("\n") == 1
 
 
 @pytest.mark.parametrize("step", [1, pytest.param(2, marks=pytest.mark.slow)])

@@ -6,6 +6,7 @@ import os
 import signal
 
 import pytest
+import torch
 from test_resume import assert_same_run, kill_at_step
 
 import model
@@ -50,6 +51,20 @@ def test_every_second_epoch_and_the_last_are_validated(tmp_path, capsys):
     table = list(csv.DictReader((tmp_path / "run" / "log.csv").open()))
     assert [row["epoch"] for row in table] == ["1", "2", "3", "4", "5"] and table[0]["val_loss"] == ""
     assert float(table[1]["val_loss"]) == rows[1]["val_loss"] and "digests" not in table[0]
+
+
+def test_a_finished_epoch_is_on_the_disk_before_its_validation_begins(tmp_path, monkeypatch):
+    """However little time has passed since the last save: a validation may take hours, and be killed."""
+    original, found = classification.evaluate, []
+
+    def evaluate(*arguments, **options) -> Evaluation:
+        progress = torch.load(tmp_path / "run/last.pt", weights_only=True)["progress"]
+        found.append((progress["epoch"], progress["batch"], progress["step"]))
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(classification, "evaluate", evaluate)
+    assert small_runs.run(tmp_path, *FLAGS.replace("--epochs 6", "--epochs 3").split()) == 0
+    assert found[:3] == [(0, 3, 3), (1, 3, 6), (2, 3, 9)]
 
 
 def test_training_is_the_same_whatever_is_validated(tmp_path):
