@@ -175,7 +175,7 @@ class LocalAttention2d(nn.Module):
         layers = [layer for layer in (self.query, self.key, self.value) if layer is not None]
         # A grouped product would interleave the three by head; three cost the same arithmetic.
         if not self.grouped and all(
-            is_plain_projection(layer, self.in_channels, self.out_channels, x.device) for layer in layers
+            is_plain_projection(layer, self.in_channels, self.out_channels, x) for layer in layers
         ):
             qkv = F.conv2d(x, torch.cat([layer.weight for layer in layers]))  # (B, 3 * C, H, W), one product
             out = local_attention_packed(qkv.unflatten(1, (len(layers), *heads)), rel_row, rel_col, **options)
@@ -351,7 +351,7 @@ class AttentionStem(nn.Module):
         if self.values != "conv":
             matrices = self.num_mixtures if self.values == "mixture" else 1
             projections.append((self.value, matrices * self.out_channels))
-        return all(is_plain_projection(layer, self.in_channels, width, x.device) for layer, width in projections)
+        return all(is_plain_projection(layer, self.in_channels, width, x) for layer, width in projections)
 
     def _attend_maps(self, x: Tensor) -> Tensor:
         """`forward` by calls of query, key and value."""

@@ -242,6 +242,8 @@ class PooledAttentionStem(nn.Sequential):
         if is_proxy(x) or len(self) != 4 or not is_plain(self[0], AttentionStem):
             return False
         attention, norm, pool, _ = self
+        if norm.training and x.shape[0] * x.shape[2] * x.shape[3] == 1:
+            return False  # batch norm refuses one value per channel
         return is_plain_norm(norm, x) and is_plain_pool(pool, attention.block_size) and attention.can_pool(x)
 
 

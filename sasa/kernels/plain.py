@@ -6,15 +6,28 @@ for a module whose class, call and forward are PyTorch's own, and more for a pro
 are used. Where it says no, the modules are called.
 """
 
-import torch
+import sys
+from collections.abc import Callable
+
 from torch import Tensor, nn
 
+from sasa.kernels.interface import autocast_dtype
 from sasa.kernels.tracing import CeilMaxPool2d
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _GLOBAL_HOOKS = tuple(getattr(nn.modules.module, f"_global{name}") for name in _HOOKS)
-_CALL = nn.Module.__call__
-_FORWARDS = {kind: kind.forward for kind in (nn.Conv2d, nn.BatchNorm2d, nn.MaxPool2d, CeilMaxPool2d)}
+_REPLACEABLE = ("forward", "_conv_forward", "_call_impl", "_compiled_call_impl")  # of one module alone
+
+
+def _pytorchs_own(kind: type, name: str) -> Callable | None:
+    """The function kind.name, or None where another package has put its own there already: no call is plain then."""
+    function = getattr(kind, name)
+    return function if getattr(function, "__globals__", None) is vars(sys.modules[kind.__module__]) else None
+
+
+_CALL, _CALL_IMPL = (_pytorchs_own(nn.Module, name) for name in ("__call__", "_call_impl"))
+_CONVOLVE = _pytorchs_own(nn.Conv2d, "_conv_forward")
+_FORWARDS = {kind: _pytorchs_own(kind, "forward") for kind in (nn.Conv2d, nn.BatchNorm2d, nn.MaxPool2d, CeilMaxPool2d)}
 
 
 def fused_kind(kind: type[nn.Module]) -> type[nn.Module]:
@@ -26,26 +39,31 @@ def fused_kind(kind: type[nn.Module]) -> type[nn.Module]:
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether a call of `module` is the forward of `kind` and nothing else.
 
-    False for a subclass (a parametrized module is one), any hook, its own or global, and a forward that was replaced,
-    in the module or in its class.
+    False for a subclass (a parametrized module is one), any hook, its own or global, a compiled module, and a forward
+    or call that was replaced, in the module or in its class.
     """
-    if type(module) is not kind or "forward" in module.__dict__ or kind.forward is not _FORWARDS[kind]:
+    if type(module) is not kind or kind.forward is not _FORWARDS[kind]:
         return False
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
         return False
-    return not any(_GLOBAL_HOOKS) and nn.Module.__call__ is _CALL
+    own = module.__dict__
+    if any(_GLOBAL_HOOKS) or any(name in own for name in _REPLACEABLE):
+        return False
+    return nn.Module.__call__ is _CALL and nn.Module._call_impl is _CALL_IMPL
 
 
-def is_plain_projection(module: nn.Module, in_channels: int, out_channels: int, device: torch.device) -> bool:
-    """Whether a call of `module` is a 1x1 convolution by a weight (out_channels, in_channels, 1, 1) on `device`.
+def is_plain_projection(module: nn.Module, in_channels: int, out_channels: int, x: Tensor) -> bool:
+    """Whether a call of `module` on x is a 1x1 convolution by a weight (out_channels, in_channels, 1, 1).
 
-    False with a bias, for a weight that is not exactly a `Parameter` (sharded, quantized, computed by a hook) and for
-    one that lies elsewhere (offloaded).
+    False with a bias, for a weight that is not exactly a `Parameter` (sharded, quantized, computed by a hook), for one
+    that lies elsewhere (offloaded), and for one of another dtype, which a convolution refuses without autocast.
     """
-    if not is_plain(module, nn.Conv2d):
+    if not is_plain(module, nn.Conv2d) or nn.Conv2d._conv_forward is not _CONVOLVE:
         return False
     weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
-    if type(weight) is not nn.Parameter or bias is not None or weight.device != device:
+    if type(weight) is not nn.Parameter or bias is not None or weight.device != x.device:
+        return False
+    if weight.dtype != x.dtype and autocast_dtype(x.device) is None:
         return False
     geometry = module.stride == (1, 1) and module.padding == (0, 0) and module.groups == 1
     return geometry and weight.shape == (out_channels, in_channels, 1, 1)
@@ -56,12 +74,12 @@ def is_plain_norm(module: nn.Module, x: Tensor) -> bool:
     if not is_plain(module, nn.BatchNorm2d) or module.momentum is None or not module.track_running_stats:
         return False
     numbers = (module._parameters.get("weight"), module._parameters.get("bias"))
-    if any(type(y) is not nn.Parameter for y in numbers):
+    statistics = (module._buffers.get("running_mean"), module._buffers.get("running_var"))
+    if any(type(y) is not nn.Parameter for y in numbers) or any(type(y) is not Tensor for y in statistics):
         return False
-    numbers += (module._buffers.get("running_mean"), module._buffers.get("running_var"))
-    counter = module._buffers.get("num_batches_tracked")
+    counter, shape = module._buffers.get("num_batches_tracked"), numbers[0].shape
     return counter is not None and all(
-        y is not None and y.dtype == x.dtype and y.device == x.device and y.shape == numbers[0].shape for y in numbers
+        y.dtype == x.dtype and y.device == x.device and y.shape == shape for y in (*numbers, *statistics)
     )
 
 

@@ -13,35 +13,7 @@ from torch.nn.utils import parametrize, prune
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from attention import AttentionStem, LocalAttention2d
-from model import PooledAttentionStem
-
-PATHS = {
-    "layer": lambda: LocalAttention2d(4, 16, 3, num_heads=2),
-    "layer without content": lambda: LocalAttention2d(4, 16, 3, num_heads=2, content=False),
-    "stem of blocks": lambda: AttentionStem(3, 16),
-    "sliding stem": lambda: AttentionStem(3, 16, window="sliding", border="zero"),
-    "stem of one matrix": lambda: AttentionStem(3, 16, values="plain", border="zero"),
-    "sliding stem of one matrix": lambda: AttentionStem(3, 16, window="sliding", values="plain"),
-    "stem of convolved values": lambda: AttentionStem(3, 16, values="conv"),
-    "stem in PyTorch": lambda: AttentionStem(3, 16, backend="tiled"),
-    "pooled stem": lambda: PooledAttentionStem(AttentionStem(3, 16)),
-}
-TARGETS = [
-    (path, name)
-    for path, make in PATHS.items()
-    for name, module in make().named_modules()
-    if isinstance(module, nn.Conv2d)
-]
-
-
-def build(path):
-    torch.manual_seed(1)
-    network = PATHS[path]()
-    if path == "pooled stem":
-        network[1].weight.data.uniform_(-1, 1)
-        network[3].inplace = False  # PyTorch's backward hooks do not go with it
-    return network, torch.randn(2, 4 if "layer" in path else 3, 9, 10)
-
+from fused_paths import PATHS, TARGETS, build
 
 # Ways to double what a module returns --------------------------------------------------------------------------------
 
