@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:  # the project is run from its checkout, not installed
     sys.path.insert(0, str(ROOT))
 
+import small_runs  # noqa: E402
 from sasa.kernels import dispatch  # noqa: E402
 
 # The tensors of these tests are small: a second thread only waits, and on a busy machine slows them a lot.
@@ -48,6 +49,14 @@ def threads():
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def small_network():
+    """`small_runs.small_network` for a whole module: name it in `pytestmark` and in module fixtures that build one."""
+    with pytest.MonkeyPatch.context() as patch:
+        small_runs.small_network(patch)
+        yield
 
 
 @pytest.fixture(scope="module")

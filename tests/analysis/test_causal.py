@@ -12,7 +12,7 @@ from sasa.analysis.attention_maps import attention_layers
 
 
 @pytest.fixture(scope="module", params=["small", "imagenet"])
-def case(request):
+def case(request, small_network):
     """A network whose batch norms and biases are not trivial, and an image; ragged maps, so that pools round up."""
     torch.manual_seed(0)
     network = ResNet26(7, stem=True, small_images=request.param == "small").double()
@@ -80,7 +80,7 @@ def test_effects_are_the_predicted_classs_losses(case):
     network, image = case
     effects = causal.head_effects(network, image)
     names = [(name, head) for name, layer in attention_layers(network).items() for head in range(layer.num_heads)]
-    assert [(effect.layer, effect.head) for effect in effects] == names and len(names) == 4 + 8 * 8
+    assert [(effect.layer, effect.head) for effect in effects] == names and len(names) == 4 + 5 * 8
     with torch.no_grad():
         whole = network(image)[0].float()
         decided = whole.argmax().item()
@@ -168,5 +168,5 @@ def test_features_of_batches_are_put_together(case):
     network, image = case
     batches = [(torch.cat((image, -image)), torch.tensor([1, 2])), (2 * image, torch.tensor([0]))]
     features, labels = causal.gather_features(network, batches)
-    assert labels.tolist() == [1, 2, 0] and features["layer3"].shape == (3, 1024)
+    assert labels.tolist() == [1, 2, 0] and features["layer3"].shape == (3, 256)
     assert torch.equal(features["layer3"][2:], causal.pooled_features(network, 2 * image)["layer3"])

@@ -30,7 +30,7 @@ def texts(figure) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def layers():
+def layers(small_network):
     network = ResNet26(10, stem=True, small_images=True).eval()
     with torch.no_grad(), record_attention(network, pixels=lattice(9)) as layers:
         network(torch.randn(2, 3, 12, 12))

@@ -101,12 +101,12 @@ def test_no_run_goes_on_from_it(tmp_path, tiny, capsys):  # noqa: F811
         assert error.count("\n") == 1 and "format 2" in error and "--init-from" in error
 
 
-def test_it_is_looked_at(tmp_path):
+def test_it_is_looked_at(tmp_path, small_network):
     network = model.build("ResNet26", 10, small_images=True, kernel_size=3)
     old = write(tmp_path / "old.pt", network)
     trained = network_of(checkpoint.load(old))
     assert trained.info.class_names[:2] == ("class 0", "class 1") and trained.config.kernel_size == 3
-    assert visualize.main([str(old), "--device", "cpu"]) == 0
+    assert visualize.main([str(old), "--device", "cpu", "--no-effects", "--probe-images", "0"]) == 0
     assert (tmp_path / "attention" / "attention.html").exists()
 
 
