@@ -6,8 +6,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 import hubconf
 
 PARAMETERS = {
@@ -50,7 +48,7 @@ def test_every_network_loads_from_another_folder(tmp_path):
     assert done.stdout.splitlines() == [*lines, "stem (2, 7)"]
 
 
-# Each case in a fork of one process that has imported the libraries: a module that is imported in one is not in the others.
+# Each case is a fork of a process that has imported the libraries only: what one imports, the others have not.
 LEFT_ALONE = """
 import os, sys, torch, torchvision, torch._dynamo
 for first in sys.argv[2:]:
