@@ -1,7 +1,8 @@
 """RandAugment, TrivialAugmentWide and AutoAugment of a batch, with torchvision v2's operations, ranges and defaults.
 
 Written with torchvision's public functionals, since its own classes draw from the global generator and take a batch for
-one image. tests/data/test_auto_augment.py compares both bitwise.
+one image; but those that resample or sharpen are here, since torchvision's copy their matrices to the device one by one,
+each time waiting for all that the device was given before. tests/data/test_auto_augment.py compares all bitwise.
 
     rand     some operations an image, two by default, each at one magnitude of 0 to 30, 9 by default (Cubuk et al.,
              2019)
@@ -19,8 +20,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from sasa.data.auto_augment_policies import POLICIES, policy_of
+from sasa.data.transfer import to_device
 
 KINDS = ("none", "rand", "trivial", "auto")
 # The place of an operation is part of what is drawn: append only.
@@ -96,7 +99,8 @@ def apply(images: Tensor, codes: Tensor, kind: str) -> Tensor:
     """Each image with its own operations, one round after the other.
 
     Images that drew the same operation go through it together, which on a GPU is what makes it affordable; the
-    operations regard one image at a time, so batch mates change nothing.
+    operations regard one image at a time, so batch mates change nothing. What the device needs to know goes there by
+    two copies, however many operations there are, and nothing waits for it.
 
     Args:
         images: (B, C, H, W) uint8, C = 1 or 3.
@@ -106,54 +110,132 @@ def apply(images: Tensor, codes: Tensor, kind: str) -> Tensor:
         (B, C, H, W) uint8.
     """
     order = codes.argsort(stable=True, dim=0)  # (B, rounds): images of one operation side by side
-    places = torch.stack((order, order.argsort(0))).to(images.device, non_blocking=True)  # and the way back: one copy
+    places = to_device(torch.stack((order, order.argsort(0))), images.device)  # and the way back
+    grids = _grids(images, codes, kind)
     for turn, drawn in enumerate(codes.unbind(1)):
         kinds, counts = drawn.unique(return_counts=True)  # sorted, as `order` is
         groups = images[places[0, :, turn]].split(counts.tolist())
-        done = [_operate(group, code, kind) for group, code in zip(groups, kinds.tolist(), strict=True)]
+        done = [_operate(group, code, kind, grids) for group, code in zip(groups, kinds.tolist(), strict=True)]
         images = torch.cat(done)[places[1, :, turn]]
     return images
 
 
-def _operate(images: Tensor, code: int, kind: str) -> Tensor:
+def _parts(code: int) -> tuple[str, int, int]:
+    """Operation, magnitude and sign (1 or -1) of a code."""
+    place, magnitude = divmod(code // 2, _BINS)
+    return OPERATIONS[place], magnitude, -1 if code % 2 else 1
+
+
+def _level(most: float, kind: str, magnitude: int) -> float:
+    """The magnitude in a range that begins at 0, in torchvision's own rounding (fp32)."""
+    return float(torch.linspace(0.0, most, _SPACES[kind].bins)[magnitude])
+
+
+def _operate(images: Tensor, code: int, kind: str, grids: dict[int, Tensor]) -> Tensor:
     """The operation of one code on (B, C, H, W) uint8."""
     from torchvision.transforms.v2 import functional as F  # here, not above: a second of import that few runs need
 
-    place, magnitude = divmod(code // 2, _BINS)
-    height, width = images.shape[2:]
+    if code in grids:
+        return _resample(images, grids[code])
+    operation, magnitude, sign = _parts(code)
     space = _SPACES[kind]
-    share, pixels = space.translate
 
-    def level(most: float) -> float:
-        """The magnitude in a range that begins at 0, in torchvision's own rounding (fp32)."""
-        return float(torch.linspace(0.0, most, space.bins)[magnitude]) * (-1 if code % 2 else 1)
+    def enhanced() -> float:
+        return 1.0 + sign * _level(space.enhance, kind, magnitude)
 
     def bits() -> int:
         return int((8 - torch.tensor(magnitude) / ((space.bins - 1) / space.posterize)).round())
 
     operations: dict[str, Callable[[], Tensor]] = {
         "identity": lambda: images,
-        "shear_x": lambda: _affine(images, shear=[math.degrees(math.atan(level(space.shear))), 0.0], center=[0, 0]),
-        "shear_y": lambda: _affine(images, shear=[0.0, math.degrees(math.atan(level(space.shear)))], center=[0, 0]),
-        "translate_x": lambda: _affine(images, translate=[int(level(share * width + pixels)), 0]),
-        "translate_y": lambda: _affine(images, translate=[0, int(level(share * height + pixels))]),
-        "rotate": lambda: F.rotate(images, angle=level(space.rotate)),
-        "brightness": lambda: F.adjust_brightness(images, 1.0 + level(space.enhance)),
-        "color": lambda: F.adjust_saturation(images, 1.0 + level(space.enhance)),
-        "contrast": lambda: F.adjust_contrast(images, 1.0 + level(space.enhance)),
-        "sharpness": lambda: F.adjust_sharpness(images, 1.0 + level(space.enhance)),
+        "rotate": lambda: F.rotate(images, sign * _level(space.rotate, kind, magnitude)),  # by quarter turns
+        "brightness": lambda: F.adjust_brightness(images, enhanced()),
+        "color": lambda: F.adjust_saturation(images, enhanced()),
+        "contrast": lambda: F.adjust_contrast(images, enhanced()),
+        "sharpness": lambda: _sharpen(images, enhanced()),
         "posterize": lambda: F.posterize(images, bits=bits()),
         "solarize": lambda: F.solarize(images, 255.0 * float(torch.linspace(1.0, 0.0, space.bins)[magnitude])),
         "autocontrast": lambda: F.autocontrast(images),
         "equalize": lambda: F.equalize(images),
         "invert": lambda: F.invert(images),
     }
-    return operations[OPERATIONS[place]]()
+    return operations[operation]()
 
 
-def _affine(images: Tensor, **change) -> Tensor:
+# ---- what torchvision would copy to the device once an operation ----------------------------------------------------
+
+
+def _grids(images: Tensor, codes: Tensor, kind: str) -> dict[int, Tensor]:
+    """Of each code that resamples its images, the positions to read: (1, H, W, 2) in [-1, 1] on the images' device."""
+    height, width = images.shape[2:]
+    matrices = {code: _inverse(code, kind, height, width) for code in codes.unique().tolist()}
+    matrices = {code: matrix for code, matrix in matrices.items() if matrix is not None}
+    if not matrices:
+        return {}
+    half_sides = torch.tensor([0.5 * width, 0.5 * height])[:, None]
+    theta = to_device(torch.tensor(list(matrices.values())) / half_sides, images.device)  # (codes, 2, 3)
+    pixels = _pixels(height, width, images.device)
+    return {
+        code: pixels.bmm(theta[i : i + 1].transpose(1, 2)).view(1, height, width, 2) for i, code in enumerate(matrices)
+    }
+
+
+def _inverse(code: int, kind: str, height: int, width: int) -> list[list[float]] | None:
+    """(2, 3): where an output pixel comes from, x then y from the middle; None: of no operation that resamples."""
+    operation, magnitude, sign = _parts(code)
+    space = _SPACES[kind]
+    share, pixels = space.translate
+    if operation in ("shear_x", "shear_y"):
+        angle = math.radians(math.degrees(math.atan(sign * _level(space.shear, kind, magnitude))))
+        slope = math.sin(angle) / math.cos(angle)
+        if operation == "shear_x":  # the first row stays, as in the first column of shear_y
+            return [[1.0, slope, slope * 0.5 * height], [0.0, 1.0, 0.0]]
+        return [[1.0, 0.0, 0.0], [slope, 1.0, slope * 0.5 * width]]
+    if operation == "translate_x":
+        return [[1.0, 0.0, -float(int(sign * _level(share * width + pixels, kind, magnitude)))], [0.0, 1.0, 0.0]]
+    if operation == "translate_y":
+        return [[1.0, 0.0, 0.0], [0.0, 1.0, -float(int(sign * _level(share * height + pixels, kind, magnitude)))]]
+    if operation == "rotate":
+        degrees = sign * _level(space.rotate, kind, magnitude) % 360
+        if degrees in (0, 180) or (degrees in (90, 270) and height == width):
+            return None
+        cos, sin = math.cos(math.radians(-degrees)), math.sin(math.radians(-degrees))
+        return [[cos, sin, 0.0], [-sin, cos, 0.0]]
+    return None
+
+
+@lru_cache(maxsize=4)
+def _pixels(height: int, width: int, device: torch.device) -> Tensor:
+    """x and y of each pixel from the image's middle, and 1: (1, H * W, 3)."""
+    with torch.inference_mode(False):  # kept for training too
+        x, y = (torch.linspace((1.0 - n) * 0.5, (n - 1.0) * 0.5, n, device=device) for n in (width, height))
+        y, x = torch.meshgrid(y, x, indexing="ij")
+        return torch.stack((x, y, torch.ones_like(x)), 2).view(1, height * width, 3)
+
+
+def _resample(images: Tensor, grid: Tensor) -> Tensor:
     """Nearest neighbour, black beyond the border: torchvision's defaults."""
-    from torchvision.transforms.v2 import functional as F
+    grid = grid.expand(len(images), -1, -1, -1)
+    moved = functional.grid_sample(images.float(), grid, mode="nearest", padding_mode="zeros", align_corners=False)
+    return moved.round_().to(torch.uint8)
 
-    still = {"angle": 0.0, "translate": [0, 0], "scale": 1.0, "shear": [0.0, 0.0]}
-    return F.affine(images, **still | change)
+
+@lru_cache(maxsize=4)
+def _blur(device: torch.device) -> Tensor:
+    """The weights of a 3 x 3 mean in which the middle counts five times: (1, 1, 3, 3)."""
+    with torch.inference_mode(False):
+        weights = torch.full((1, 1, 3, 3), 1 / 13, device=device)
+        weights[..., 1, 1] = 5 / 13
+        return weights
+
+
+def _sharpen(images: Tensor, factor: float) -> Tensor:
+    """Away from the blurred image by 1 - factor; pixels of the border stay."""
+    channels, height, width = images.shape[1:]
+    if height <= 2 or width <= 2:
+        return images
+    sharp = images.float()
+    blurred = functional.conv2d(sharp, _blur(images.device).expand(channels, 1, 3, 3), groups=channels).round_()
+    inner = sharp[..., 1:-1, 1:-1]
+    inner.add_(blurred.sub_(inner), alpha=1.0 - factor)
+    return sharp.clamp_(0, 255).to(torch.uint8)
