@@ -61,6 +61,7 @@ def load(
     worker_timeout: float = WORKER_TIMEOUT_S,
     is_stopped: Callable[[], bool] = lambda: False,
     report: Callable[[str], None] = print,
+    channels_last: bool = False,
 ) -> tuple[DataInfo, Split, Split | None, Split]:
     """(info, train, holdout or None, test) of a data set by its name, in any case.
 
@@ -80,6 +81,7 @@ def load(
             WorkerError; 0 waits without end.
         is_stopped: whether a signal stopped the run; then it waits no longer for a silent process.
         report: called with each line that a person should see, such as the files of a tree that are left out.
+        channels_last: batches come out in the channels-last format, else contiguous.
 
     Raises:
         ValueError: an unknown data set or interpolation, a crop that is not above 0 and at most 1.
@@ -114,6 +116,8 @@ def load(
         eval_size=evaluated.size,
     )
 
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+
     def split(source: tuple, index: Tensor | None = None, fed: Evaluated | None = None) -> Split:
         """`fed`: how, where the split is evaluated."""
         images, labels = source
@@ -122,13 +126,14 @@ def load(
             return FolderData(
                 images.take(part), [labels[i] for i in part], info, device=device, num_workers=num_workers,
                 skip_bad_images=skip_bad_images, evaluated=evaluated, worker_timeout=worker_timeout,
-                is_stopped=is_stopped,
+                is_stopped=is_stopped, memory_format=memory_format,
             )  # fmt: skip
         names = [f"test image {i}" for i in range(len(labels))]
         if index is not None:
             images, labels, names = images[index], labels[index], [f"training image {i}" for i in index.tolist()]
         identity, listed = of_tensors(images, labels, info.num_classes), list_tensors(images, labels, names)
-        return TensorData(resize_tensor(images, fed or Evaluated(side, side)), labels, info, device, identity, listed)
+        fed_images = resize_tensor(images, fed or Evaluated(side, side))
+        return TensorData(fed_images, labels, info, device, identity, listed, memory_format)
 
     held_out = split(train, held, evaluated) if len(held) else None
     return info, split(train, kept), held_out, split(test, None, evaluated)

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sasa.data import auto_augment
+from sasa.data.transfer import to_device
 
 CROP_TRIES = 10  # as torchvision's RandomResizedCrop
 
@@ -197,10 +198,9 @@ def augment_images(images: Tensor, draws: Draws, config: AugmentConfig) -> Tenso
 
     Cutout, erasing and mixing come after normalisation: `cutout`, `erasing.erase` and `mix`.
     """
-    device = images.device
 
     def there(field: Tensor | None) -> Tensor | None:
-        return None if field is None else field.to(device, non_blocking=True)
+        return None if field is None else to_device(field, images.device)
 
     if draws.shift is not None or draws.flip is not None:
         images = crop_flip(images, there(draws.shift), there(draws.flip), config.reflect)
@@ -253,12 +253,12 @@ def resample(images: Tensor, theta: Tensor, reflect: bool = False) -> Tensor:
 
 def cutout(images: Tensor, corner: Tensor, side: int) -> Tensor:
     """A square of each image set to zero, which after normalisation is the mean. (B, C, H, W), corner (B, 2)."""
-    corner = corner.to(images.device, non_blocking=True)
+    corner = to_device(corner, images.device)
     height, width = images.shape[2:]
     row = torch.arange(height, device=images.device) - corner[:, :1]  # (B, H)
     col = torch.arange(width, device=images.device) - corner[:, 1:]  # (B, W)
     hole = ((row >= 0) & (row < side))[:, :, None] & ((col >= 0) & (col < side))[:, None, :]  # (B, H, W)
-    return images.masked_fill(hole[:, None], 0)
+    return images.clone().masked_fill_(hole[:, None], 0)  # which keeps the memory format
 
 
 def draw_mix(rng: np.random.Generator, height: int, width: int, config: AugmentConfig) -> Mix | None:

@@ -1,8 +1,8 @@
 """RandAugment, TrivialAugmentWide and AutoAugment of a batch, with torchvision v2's operations, ranges and defaults.
 
 Written with torchvision's public functionals, since its own classes draw from the global generator and take a batch for
-one image; but those that resample or sharpen are here, since torchvision's copy their matrices to the device one by one,
-each time waiting for all that the device was given before. tests/data/test_auto_augment.py compares all bitwise.
+one image; but those that resample or sharpen are here, since torchvision's copy their matrices to the device one by
+one, each time waiting for all that the device was given before. tests/data/test_auto_augment.py compares all bitwise.
 
     rand     some operations an image, two by default, each at one magnitude of 0 to 30, 9 by default (Cubuk et al.,
              2019)

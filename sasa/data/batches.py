@@ -134,9 +134,14 @@ def own_part(size: int, batch_size: int, rank: int, world_size: int) -> Iterator
 
 
 def transform(
-    images: Tensor, labels: Tensor, piece: Piece, config: AugmentConfig, info: DataInfo
+    images: Tensor,
+    labels: Tensor,
+    piece: Piece,
+    config: AugmentConfig,
+    info: DataInfo,
+    memory_format: torch.memory_format = torch.contiguous_format,
 ) -> tuple[Tensor, Tensor]:
-    """Augmented, normalised, cut out, erased and mixed, on the images' device.
+    """Augmented, normalised, cut out, erased and mixed, on the images' device and in this memory format.
 
     Args:
         images: (B, 1 or 3, H, W) uint8, one more where mixed.
@@ -145,7 +150,7 @@ def transform(
     Returns:
         (B, 3, H, W) float32, and labels (B,) or soft targets (B, classes).
     """
-    images = normalise(augment_images(images, piece.draws, config), info)
+    images = normalise(augment_images(images, piece.draws, config), info, memory_format)
     if piece.draws.cutout is not None:
         images = cutout(images, piece.draws.cutout, config.cutout)
     if piece.draws.erase is not None:
@@ -155,13 +160,10 @@ def transform(
     return images, labels
 
 
-def normalise(images: Tensor, info: DataInfo) -> Tensor:
-    """(B, 1 or 3, H, W) in [0, 255] -> (B, 3, H, W) float32; one channel becomes three by broadcasting.
-
-    Contiguous for every kind of data: the memory format is the training's choice.
-    """
+def normalise(images: Tensor, info: DataInfo, memory_format: torch.memory_format = torch.contiguous_format) -> Tensor:
+    """(B, 1 or 3, H, W) in [0, 255] -> (B, 3, H, W) float32 in this memory format; one channel becomes three."""
     _, _, scale, shift = _statistics(info.mean, info.std, images.device)
-    images = images.to(torch.float32, memory_format=torch.contiguous_format)
+    images = images.expand(-1, 3, -1, -1).to(torch.float32, memory_format=memory_format)
     return images.mul(scale).add_(shift)
 
 

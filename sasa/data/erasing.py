@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sasa.data.transfer import to_device
+
 TRIES = 10
 AREA, ASPECT = (0.02, 0.33), (0.3, 3.3)  # share of the area, height / width
 
@@ -32,8 +34,8 @@ def draw(rng: np.random.Generator, count: int, height: int, width: int, probabil
 
 def erase(images: Tensor, boxes: Tensor) -> Tensor:
     """Each image with its own rectangle set to 0. (B, C, H, W), boxes (B, 4) of `draw` -> the same shape."""
-    top, left, rows, columns = boxes.to(images.device, non_blocking=True)[:, :, None].unbind(1)  # (B, 1) each
+    top, left, rows, columns = to_device(boxes, images.device)[:, :, None].unbind(1)  # (B, 1) each
     row = torch.arange(images.shape[2], device=images.device) - top  # (B, H)
     column = torch.arange(images.shape[3], device=images.device) - left  # (B, W)
     hole = ((row >= 0) & (row < rows))[:, :, None] & ((column >= 0) & (column < columns))[:, None, :]  # (B, H, W)
-    return images.masked_fill(hole[:, None], 0)
+    return images.clone().masked_fill_(hole[:, None], 0)  # which keeps the memory format

@@ -16,6 +16,7 @@ from sasa.data.batches import steps_per_epoch as count_steps
 from sasa.data.errors import DataError
 from sasa.data.fingerprint import list_tensors, of_files, of_tensors
 from sasa.data.images import Evaluated, ImageFiles, Key, Source
+from sasa.data.transfer import to_device
 from sasa.data.workers import WORKER_TIMEOUT_S, Reader
 
 
@@ -83,6 +84,7 @@ class TensorData:
         device: torch.device | str = "cpu",
         identity: dict[str, Any] | None = None,
         listed: list[tuple[str, int, str]] | None = None,
+        memory_format: torch.memory_format = torch.contiguous_format,
     ) -> None:
         """
         Args:
@@ -90,8 +92,9 @@ class TensorData:
             labels: (n,) int64.
             identity, listed: fingerprint and list (`list_tensors`) of the images before they were resized; None: of
                 these.
+            memory_format: of the batches.
         """
-        self.info, self.bad_images = info, []
+        self.info, self.bad_images, self._format = info, [], memory_format
         self.images, self.labels = images.to(device), labels.to(device)
         self._fingerprint = identity or of_tensors(images, labels, info.num_classes)
         self._listed = listed or list_tensors(images, labels, (f"image {i}" for i in range(len(labels))))
@@ -108,17 +111,17 @@ class TensorData:
         config = augment or AugmentConfig()
         pieces = plan(self.info, len(self), epoch, start_step, augment=config, **options)
         fetched = self._fetch(pieces)
-        return (transform(images, labels, piece, config, self.info) for images, labels, piece in fetched)
+        return (transform(images, labels, piece, config, self.info, self._format) for images, labels, piece in fetched)
 
     def _fetch(self, pieces: Iterator[Piece]) -> Iterator[tuple[Tensor, Tensor, Piece]]:
         for piece in pieces:
-            index = piece.index.to(self.images.device, non_blocking=True)
+            index = to_device(piece.index, self.images.device)
             yield self.images[index], self.labels[index], piece
 
     def eval_batches(self, batch_size: int, rank: int = 0, world_size: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
         for own in own_part(len(self), batch_size, rank, world_size):
             part = slice(own.start, own.stop)
-            yield normalise(self.images[part], self.info), self.labels[part]
+            yield normalise(self.images[part], self.info, self._format), self.labels[part]
 
     def image(self, index: int) -> tuple[Tensor, int]:
         return normalise(self.images[index][None], self.info)[0], int(self.labels[index])
@@ -156,13 +159,15 @@ class FolderData:
         evaluated: Evaluated | None = None,
         worker_timeout: float = WORKER_TIMEOUT_S,
         is_stopped: Callable[[], bool] = lambda: False,
+        memory_format: torch.memory_format = torch.contiguous_format,
     ) -> None:
         """
         Args:
             evaluated: None is a centre crop of 224/256 of the short side, bilinear, at `info.image_size`.
             worker_timeout, is_stopped: those of `preprocess.load`.
+            memory_format: of the batches.
         """
-        self.info, self._device = info, torch.device(device)
+        self.info, self._device, self._format = info, torch.device(device), memory_format
         self._files = ImageFiles(files, labels, info.image_size, skip_bad_images, evaluated)
         self._reader = Reader(self._files, self._device, num_workers, worker_timeout, is_stopped)
         self.bad_images = self._reader.bad_images
@@ -187,7 +192,7 @@ class FolderData:
             raise ValueError(f"{self.info.name}: pad, rotate, translate and zoom must be 0, the crop is a resized one")
         pieces = plan(self.info, len(self), epoch, start_step, augment=config, crops=True, **options)
         fetched = self._fetch(pieces, partial(Key, area=config.crop_area, aspect=config.crop_aspect))
-        return (transform(images, labels, piece, config, self.info) for images, labels, piece in fetched)
+        return (transform(images, labels, piece, config, self.info, self._format) for images, labels, piece in fetched)
 
     def _fetch(self, pieces: Iterator[Piece], key: Callable[..., Key]) -> Iterator[tuple[Tensor, Tensor, Piece]]:
         pieces, ahead = tee(pieces)  # the workers are given work ahead of what is yielded
@@ -199,7 +204,7 @@ class FolderData:
         keys = ([Key(i, None) for i in own] for own in own_part(len(self), batch_size, rank, world_size))
         for images, labels in self._reader.read(keys):
             if len(labels):
-                yield normalise(images, self.info), labels
+                yield normalise(images, self.info, self._format), labels
 
     def image(self, index: int) -> tuple[Tensor, int]:
         """As `Split.image`, read by this process."""

@@ -31,8 +31,6 @@ WATCHED_IMAGES, WATCHED_PIXELS = 8, 64  # of the attention panels: the first val
 def loss_and_right(run: Run, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Mean loss of images (B, 3, H, W) with labels (B,) or soft targets (B, classes); right predictions."""
     config = run.config
-    if config.channels_last:
-        images = images.contiguous(memory_format=torch.channels_last)
     with run.autocast():
         logits = run.network(images)
     labels = targets if targets.ndim == 1 else targets.argmax(1)

@@ -50,7 +50,7 @@ class Lamb(torch.optim.Optimizer):
             weights = [p for p in group["params"] if p.grad is not None]
             if weights:
                 group["step"] += 1
-                self._step(group, weights, None if flag is None else 1 - flag)
+                self._step(group, weights, None if flag is None else (1 - flag).to(weights[0].dtype))
 
     def _step(self, group: dict, weights: list[Tensor], keep: Tensor | None) -> None:
         """`keep`: 0 where the step changes nothing; None where it is known to be 1."""
@@ -65,10 +65,10 @@ class Lamb(torch.optim.Optimizer):
             torch._foreach_mul_(second, beta2)
         else:
             _clear(gradients, keep)
-            torch._foreach_mul_(second, (beta2 * keep + (1 - keep)).to(second[0].dtype))  # beta2, or 1
+            torch._foreach_mul_(second, beta2 * keep + (1 - keep))  # beta2, or 1
         torch._foreach_addcmul_(second, gradients, gradients, 1 - beta2)
         if keep is not None:  # a mean that moves towards itself stays as it is
-            torch._foreach_add_(gradients, torch._foreach_mul(first, (1 - keep).to(first[0].dtype)))
+            torch._foreach_add_(gradients, torch._foreach_mul(first, 1 - keep))
         torch._foreach_lerp_(first, gradients, 1 - beta1)
         scale = torch._foreach_div(second, corrections[1])
         torch._foreach_sqrt_(scale)
@@ -81,7 +81,7 @@ class Lamb(torch.optim.Optimizer):
             ratio = torch.where((own > 0) & (length > 0), own / length, 1.0)
             torch._foreach_mul_(update, list(ratio.unbind()))
         if keep is not None:
-            torch._foreach_mul_(update, keep.to(update[0].dtype))
+            torch._foreach_mul_(update, keep)
         torch._foreach_add_(weights, update, alpha=-group["lr"])
 
     def _corrections(self, group: dict, keep: Tensor | None) -> list[float | Tensor]:

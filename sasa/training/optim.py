@@ -95,6 +95,11 @@ def build_optimizer(model: nn.Module, config: Settings, device: torch.device) ->
     return optimizer
 
 
+def obeys_flag(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether a step changes nothing where `optimizer.found_inf`, on the device, is 1: torch's fused ones, and LAMB."""
+    return isinstance(optimizer, Lamb) or bool(optimizer.defaults.get("fused"))
+
+
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
     """The rate of the next step, in each group times its own factor (--layer-decay)."""
     for group in optimizer.param_groups:

@@ -23,6 +23,7 @@ from preprocess import AugmentConfig, DataError, DataInfo, Split
 from sasa.analysis.flops import count_flops, count_parameters
 from sasa.data.batches import own_pieces
 from sasa.data.fingerprint import differences
+from sasa.data.transfer import to_device
 from sasa.training import checkpoint, class_weights, digests, distributed, drop_path, environment
 from sasa.training.checkpoint import Identity, Progress
 from sasa.training.device import AMP_NAMES, keep_freed, pick_amp, pick_device
@@ -132,7 +133,7 @@ class Run:
         batch = progress.batch + index - progress.step
         keep = drop_path.draw(self.config.seed, progress.epoch, batch, total, self.drop_path.rates)
         own = own_pieces(total, self.micro_batches, distributed.rank(), distributed.world_size())[piece]
-        self.drop_path.keep = keep[own.start : own.stop].to(self.device, non_blocking=True)
+        self.drop_path.keep = to_device(keep[own.start : own.stop], self.device)
 
     def batch_norm_buffers(self) -> list[Tensor]:
         """The buffers of the network and of its moving average."""
@@ -290,6 +291,7 @@ def load_data(config: Config, device: torch.device | str, is_stopped: Callable[[
         num_workers=config.num_workers, device=device, eval_size=config.eval_size, eval_crop=config.eval_crop,
         eval_interpolation=config.eval_interpolation, worker_timeout=config.worker_timeout, is_stopped=is_stopped,
         index_dir=config.index_dir, report=print if distributed.is_main() else lambda line: None,
+        channels_last=config.channels_last,
     )  # fmt: skip
     return Data(*distributed.main_rank_first(load))
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from sasa.training import distributed
-from sasa.training.optim import learning_rate, set_rate
+from sasa.training.optim import learning_rate, obeys_flag, set_rate
 from sasa.training.run import Run
 from sasa.training.saving import TrainingError
 
@@ -72,7 +72,7 @@ class QueuedStep(NamedTuple):
 
 def reads_late(run: Run) -> bool:
     """Whether a step's figures are read after its update is queued: on CUDA, by an optimizer that obeys the flag."""
-    return run.device.type == "cuda" and bool(run.optimizer.defaults.get("fused"))
+    return run.device.type != "cpu" and obeys_flag(run.optimizer)
 
 
 def train_step(
@@ -166,7 +166,7 @@ def poison(run: Run, flag: Tensor) -> None:
 
 def to_host(figures: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
     """The figures on their way to the host, without a wait, and the event behind their copy."""
-    if figures.device.type != "cuda":
+    if figures.device.type == "cpu":
         return figures, None
     copied, arrived = figures.to("cpu", non_blocking=True), torch.cuda.Event()
     arrived.record()
