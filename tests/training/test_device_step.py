@@ -20,7 +20,7 @@ from sasa.data import erasing
 from sasa.data.augment import AugmentConfig, draw, draw_mix
 from sasa.data.batches import Piece, transform
 from sasa.data.transfer import to_device
-from sasa.kernels import functional
+from sasa.kernels import functional, plain
 from sasa.training.classification import loss_and_right
 from sasa.training.guard import Guard
 from sasa.training.optim import build_ema, build_optimizer
@@ -58,7 +58,8 @@ def as_cuda(monkeypatch):
         if hasattr(module, "_has_foreach_support"):
             monkeypatch.setattr(module, "_has_foreach_support", lambda tensors, device: device == META)
     monkeypatch.setattr(torch.cuda, "Event", Event)
-    monkeypatch.setattr(functional, "autocast_dtype", lambda device: torch.bfloat16)
+    for module in (functional, plain):
+        monkeypatch.setattr(module, "autocast_dtype", lambda device: torch.bfloat16)
     monkeypatch.setattr(Event, "waits", 0)
 
 
