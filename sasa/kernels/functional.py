@@ -153,8 +153,11 @@ _name._dynamo_marked_constant = True
 
 
 def _is_transformed() -> bool:
-    """Inside torch.func.grad, vmap, jvp, ...; a compiler that traces them is not seen."""
-    return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
+    """Inside torch.func.grad, vmap, jvp, ...; a compiler enters them while it traces, and keeps the answer."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+_is_transformed._dynamo_marked_constant = True  # as `_name`
 
 
 def _has_tangent(*tensors: Tensor | None) -> bool:

@@ -86,13 +86,13 @@ def is_plain_norm(module: nn.Module, x: Tensor) -> bool:
 def is_plain_pool(module: nn.Module, side: int) -> bool:
     """Whether `module` takes the largest value of aligned side x side blocks, ragged last ones included."""
     kind = CeilMaxPool2d if type(module) is CeilMaxPool2d else nn.MaxPool2d
-
-    def equals(value: int | tuple[int, int], wanted: int) -> bool:
-        return value in (wanted, (wanted, wanted))
-
     return (
         is_plain(module, kind)
-        and equals(module.kernel_size, side) and equals(module.stride, side)
-        and equals(module.padding, 0) and equals(module.dilation, 1)
+        and _both_are(side, module.kernel_size) and _both_are(side, module.stride)
+        and _both_are(0, module.padding) and _both_are(1, module.dilation)
         and module.ceil_mode and not module.return_indices
     )  # fmt: skip
+
+
+def _both_are(wanted: int, sides: int | tuple[int, int]) -> bool:
+    return sides in (wanted, (wanted, wanted))

@@ -177,3 +177,31 @@ def test_the_operator_serves_what_it_can(monkeypatch):
     layer(x.requires_grad_()).sum().backward()
     with forward_ad.dual_level():
         layer(x)  # no tensor has a tangent
+
+
+TRANSFORMS = {
+    "jvp": lambda layer, x: jvp(layer, (x,), (x.cos(),))[1],
+    "grad": lambda layer, x: grad(lambda y: layer(y).square().sum())(x),
+    "vmap": lambda layer, x: vmap(lambda sample: layer(sample[None]))(x),
+}
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("which", ["layer", "stem of blocks"])
+def test_compiled_transforms_are_those_that_are_not_compiled(which, transform):
+    layer, x = build(which)
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda y: TRANSFORMS[transform](layer, y), backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), TRANSFORMS[transform](layer, x))
+
+
+def test_a_compiled_call_without_a_transform_is_that_of_the_operator(monkeypatch):
+    """Also in the graph that a transform was compiled before: each has its own answer."""
+    layer, x = build("layer")
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda y: (layer(y), jvp(layer, (y,), (y.cos(),))[1]), backend="eager", fullgraph=True)
+    for got, wanted in zip(compiled(x), (layer(x), TRANSFORMS["jvp"](layer, x)), strict=True):
+        torch.testing.assert_close(got, wanted)
+    graphs = []
+    torch.compile(layer, backend=lambda graph, inputs: graphs.append(graph) or graph, fullgraph=True)(x)
+    assert [node for node in graphs[0].graph.nodes if "local_attention_packed" in str(node.target)]
