@@ -20,11 +20,11 @@ from sasa.detection.config import FIELDS_HERE, DetectionConfig, as_flag, resolve
 from sasa.detection.data import CocoImages, DetectionSplit, Jitter
 from sasa.detection.evaluation import require_pycocotools
 from sasa.detection.flops import detector_flops
-from sasa.detection.retinanet import IMAGENET_MEAN, IMAGENET_STD, retinanet
+from sasa.detection.retinanet import IMAGENET_MEAN, IMAGENET_STD, dense, retinanet
 from sasa.kernels.dispatch import named_backend
 from sasa.training import distributed
 from sasa.training.cli import Command
-from sasa.training.device import AMP_NAMES
+from sasa.training.device import AMP_NAMES, check_bf16_gradients
 from sasa.training.image_list import Listed
 from sasa.training.lock import FolderLock
 from sasa.training.resume import RunSpec, specify_run
@@ -112,9 +112,9 @@ def set_up(spec: RunSpec, is_stopped: Callable[[], bool] = lambda: False) -> Det
     if spec.state is not None:
         nominal = spec.state["progress"]["global_batch"]
     build = partial(seeded, partial(build_detector, config, data.info.num_classes), config, device)
-    return assemble(
-        DetectionRun, spec, config, data, distributed.on_all_ranks(build), device, amp, nominal
-    )  # fmt: skip
+    detector = distributed.on_all_ranks(build)
+    distributed.on_all_ranks(partial(check_bf16_gradients, dense(detector), config.img_size, amp, device))
+    return assemble(DetectionRun, spec, config, data, detector, device, amp, nominal)
 
 
 def load_data(

@@ -1,10 +1,12 @@
 """The device of a run: which one, in which precision, and its memory."""
 
 import contextlib
+import copy
 import ctypes
 import resource
 
 import torch
+from torch import nn
 
 from config import ConfigError
 from sasa.training import distributed
@@ -53,6 +55,43 @@ def pick_amp(name: str, device: torch.device) -> torch.dtype | None:
     if name == "bf16" and not has_bf16:
         raise ConfigError("--amp bf16: this GPU has no bfloat16; allowed here are off, fp16")
     return next(dtype for dtype, amp_name in AMP_NAMES.items() if amp_name == name)
+
+
+def check_bf16_gradients(network: nn.Module, image_size: int, amp: torch.dtype | None, device: torch.device) -> None:
+    """Refuse bf16 on a CPU where PyTorch would give a convolution's weight garbage for a gradient.
+
+    oneDNN leaves a part of the weight's gradient unwritten where a strided bf16 convolution larger than 1x1 reads a map
+    one pixel wide (seen on torch 2.6.0, 2.14.1 and 2.15.0): what the memory held before is added to the gradient, NaN
+    or 1e20 or anything.
+
+    Args:
+        network: takes a batch of images (B, 3, H, W).
+        image_size: H and W of a training image.
+
+    Raises:
+        ConfigError: such a convolution, by its name.
+    """
+    if device.type != "cpu" or amp is None:
+        return
+    narrow = []
+
+    def note(name: str, x: torch.Tensor) -> None:
+        if x.shape[-1] == 1:
+            narrow.append(name)
+
+    shadow = copy.deepcopy(network).to("meta").eval()  # shapes alone: nothing is computed
+    for name, module in shadow.named_modules():
+        if isinstance(module, nn.Conv2d) and max(module.stride) > 1 and max(module.kernel_size) > 1:
+            module.register_forward_pre_hook(
+                lambda _, x, name=name: narrow.append(name) if x[0].shape[-1] == 1 else None
+            )
+    with torch.no_grad():
+        shadow(torch.empty(1, 3, image_size, image_size, device="meta"))
+    if narrow:
+        raise ConfigError(
+            f"--amp bf16: at --img-size {image_size} the strided convolution {narrow[0]} reads a map one pixel wide, "
+            "for which PyTorch's bf16 gradient on a CPU is wrong; use --amp off or larger images"
+        )
 
 
 def is_out_of_memory(error: BaseException) -> bool:

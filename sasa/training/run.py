@@ -26,7 +26,7 @@ from sasa.data.fingerprint import differences
 from sasa.data.transfer import to_device
 from sasa.training import checkpoint, class_weights, digests, distributed, drop_path, environment
 from sasa.training.checkpoint import Identity, Progress
-from sasa.training.device import AMP_NAMES, keep_freed, pick_amp, pick_device
+from sasa.training.device import AMP_NAMES, check_bf16_gradients, keep_freed, pick_amp, pick_device
 from sasa.training.distributed import SharedError
 from sasa.training.drop_path import DropPath
 from sasa.training.files import new_run_id
@@ -195,6 +195,7 @@ def set_up(spec: RunSpec, is_stopped: Callable[[], bool] = lambda: False) -> Run
     config = settle(config, data, amp, nominal, spec)
     weights = distributed.on_all_ranks(partial(_class_weights, config, data, device))
     model = distributed.on_all_ranks(partial(_make_network, config, data, device))
+    distributed.on_all_ranks(partial(check_bf16_gradients, model, config.img_size, amp, device))
     run = assemble(Run, spec, config, data, model, device, amp, nominal, config.compile)
     run.class_weights = weights
     run.drop_path = DropPath(model, config.drop_path) if config.drop_path else None

@@ -120,11 +120,18 @@ def test_a_run_that_is_stopped_and_resumed_is_bitwise_the_straight_one(tmp_path,
 def test_another_jitter_would_be_seen_and_bf16_is_close(tmp_path):
     """The comparison's negative control; and mixed precision, whose loss differs by rounding only."""
     for name, flags in (("a", ()), ("b", ("--jitter-low", "0.9")), ("c", ("--amp", "bf16"))):
-        assert started(tmp_path / name, "--max-steps", "1", *flags) == 0
+        assert started(tmp_path / name, "--max-steps", "1", "--img-size", "96", *flags) == 0
     states = [small_runs.state_without_times(tmp_path / name / "run") for name in ("a", "b")]
     assert any(".model." in line for line in small_runs.differences(*states))
     losses = [small_runs.log_rows(tmp_path / name / "run")[0]["train_loss"] for name in ("a", "c")]
     assert losses[0] != losses[1] == pytest.approx(losses[0], rel=0.02)
+
+
+def test_bf16_is_refused_where_its_gradient_would_be_garbage(tmp_path, capsys):
+    """P6 of a canvas of 64 pixels is one pixel wide, and P7 a strided convolution of it."""
+    assert started(tmp_path / "a", "--amp", "bf16") == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "--amp bf16" in error and "extra_blocks.p7" in error
 
 
 def test_a_resume_with_another_setting_is_refused_by_its_flag(tmp_path, capsys):

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from sasa.training.device import pick_amp
+from config import ConfigError
+from sasa.training.device import check_bf16_gradients, pick_amp
 
 
 @pytest.mark.parametrize(("native", "wanted"), [(True, torch.bfloat16), (False, None)])
@@ -13,3 +14,34 @@ def test_emulated_bf16_is_not_chosen_unasked(native, wanted, monkeypatch):
     assert pick_amp("auto", torch.device("cuda")) == wanted
     assert pick_amp("bf16", torch.device("cuda")) == torch.bfloat16
     assert pick_amp("auto", torch.device("cpu")) is None
+
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("kernel", [3, 7])
+def test_bf16_of_a_cpu_is_refused_where_a_strided_convolution_reads_one_column(kernel):
+    network = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 1), torch.nn.Conv2d(8, 8, kernel, 2, kernel // 2))
+    with pytest.raises(ConfigError, match=r"--amp bf16.*--img-size 1 .*convolution 1 "):
+        check_bf16_gradients(network, 1, torch.bfloat16, CPU)
+    check_bf16_gradients(network, 2, torch.bfloat16, CPU)
+    check_bf16_gradients(network, 1, None, CPU)
+    check_bf16_gradients(network, 1, torch.bfloat16, torch.device("cuda"))
+    assert not network[1]._forward_pre_hooks and network.training and network[0].weight.device == CPU
+
+
+@pytest.mark.parametrize("kernel", [3, 7])
+@pytest.mark.parametrize(("height", "width"), [(1, 2), (4, 2), (2, 3)])
+def test_what_is_not_refused_has_the_gradient(kernel, height, width):
+    """Memory that was freed holds large numbers: an unwritten part of a gradient would show."""
+    for _ in range(3):
+        x = torch.randn(2, 16, height, width).bfloat16()
+        weight = torch.randn(16, 16, kernel, kernel).bfloat16().requires_grad_()
+        freed = [torch.full((weight.numel(),), 1e25, dtype=dtype) for dtype in (torch.bfloat16, torch.float32)] * 8
+        del freed
+        out = torch.nn.functional.conv2d(x, weight, stride=2, padding=kernel // 2)
+        direction = torch.randn_like(out)
+        out.backward(direction)
+        exact = weight.detach().double().requires_grad_()
+        torch.nn.functional.conv2d(x.double(), exact, stride=2, padding=kernel // 2).backward(direction.double())
+        torch.testing.assert_close(weight.grad.double(), exact.grad, rtol=0.02, atol=0.1)
