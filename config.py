@@ -110,7 +110,10 @@ class Config(Settings):
         0, "end the run when top-1 on the images of --holdout has not risen for this many epochs; 0: never", low=0
     )
     skip_bad_images: bool = option(False, "skip unreadable images of a tree, counted, instead of ending", free=True)
-    num_workers: int = option(4, "decode a tree's images by this many processes", low=0, high=1024, free=True)
+    num_workers: int | None = option(
+        None, "decode a tree's images by this many processes", kind=int, low=0, high=1024, free=True,
+        otherwise="4 on a CPU; for a GPU one less than its share of the CPUs, 1 to 32",
+    )  # fmt: skip
     worker_timeout: float = option(
         600.0, "end the run when decoding processes are silent for this many seconds, 0: never", low=0, free=True
     )

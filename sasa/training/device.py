@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import ctypes
+import os
 import resource
 
 import torch
@@ -92,6 +93,20 @@ def check_bf16_gradients(network: nn.Module, image_size: int, amp: torch.dtype |
             f"--amp bf16: at --img-size {image_size} the strided convolution {narrow[0]} reads a map one pixel wide, "
             "for which PyTorch's bf16 gradient on a CPU is wrong; use --amp off or larger images"
         )
+
+
+def decoding_processes(given: int | None, device: torch.device) -> int:
+    """--num-workers, or without it as many as the CPUs allow: which images come in which order never depends on it.
+
+    For a GPU, this process's CPUs (`taskset`, a container's set), shared by the machine's ranks, less one that trains.
+    Training on a CPU needs them itself: 4, which wait most of the time.
+    """
+    if given is not None:
+        return given
+    if device.type == "cpu":
+        return 4
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(max(cpus // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) - 1, 1), 32)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

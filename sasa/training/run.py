@@ -19,14 +19,22 @@ from torch.nn.parallel import DistributedDataParallel
 import preprocess
 from attention import AttentionStem, LocalAttention2d
 from config import Config, ConfigError, Settings, nominal_batch, rate_factor
-from preprocess import AugmentConfig, DataError, DataInfo, Split
+from preprocess import AugmentConfig, DataError, DataInfo, FolderData, Split
 from sasa.analysis.flops import count_flops, count_parameters
 from sasa.data.batches import own_pieces
 from sasa.data.fingerprint import differences
 from sasa.data.transfer import to_device
 from sasa.training import checkpoint, class_weights, digests, distributed, drop_path, environment
 from sasa.training.checkpoint import Identity, Progress
-from sasa.training.device import AMP_NAMES, check_bf16_gradients, keep_freed, pick_amp, pick_device
+from sasa.training.compiling import check_accumulation, keep_builds
+from sasa.training.device import (
+    AMP_NAMES,
+    check_bf16_gradients,
+    decoding_processes,
+    keep_freed,
+    pick_amp,
+    pick_device,
+)
 from sasa.training.distributed import SharedError
 from sasa.training.drop_path import DropPath
 from sasa.training.files import new_run_id
@@ -197,6 +205,7 @@ def set_up(spec: RunSpec, is_stopped: Callable[[], bool] = lambda: False) -> Run
     model = distributed.on_all_ranks(partial(_make_network, config, data, device))
     distributed.on_all_ranks(partial(check_bf16_gradients, model, config.img_size, amp, device))
     run = assemble(Run, spec, config, data, model, device, amp, nominal, config.compile)
+    distributed.on_all_ranks(partial(check_accumulation, config, run.micro_batches, device))
     run.class_weights = weights
     run.drop_path = DropPath(model, config.drop_path) if config.drop_path else None
     return run
@@ -289,7 +298,8 @@ def load_data(config: Config, device: torch.device | str, is_stopped: Callable[[
     load = partial(
         preprocess.load, dataset=config.dataset, data_dir=config.data_dir, img_size=config.img_size,
         train_images=config.train_images, holdout=holdout, seed=config.seed, skip_bad_images=config.skip_bad_images,
-        num_workers=config.num_workers, device=device, eval_size=config.eval_size, eval_crop=config.eval_crop,
+        num_workers=decoding_processes(config.num_workers, torch.device(device)), device=device,
+        eval_size=config.eval_size, eval_crop=config.eval_crop,
         eval_interpolation=config.eval_interpolation, worker_timeout=config.worker_timeout, is_stopped=is_stopped,
         index_dir=config.index_dir, report=print if distributed.is_main() else lambda line: None,
         channels_last=config.channels_last,
@@ -350,6 +360,7 @@ def seeded(build: Callable[[], nn.Module], config: Settings, device: torch.devic
 
 def _compiled(network: nn.Module, config: Settings) -> nn.Module:
     """The network compiled with DDP inside, so that torch cuts the graph where gradients are summed over the ranks."""
+    keep_builds()
     return torch.compile(network, mode=config.compile_mode)
 
 
@@ -399,9 +410,14 @@ def describe(run: Run) -> None:
         share = f"{run.micro_batches} x {batch / ranks / run.micro_batches:g} images a step"
         print(f"ranks     {ranks}, each {share}; batch norm {norm}")
     print(f"data      {info.name}: {info.train_size} train and {info.test_size} test images, {val}")
-    print(f"          {info.num_classes} classes, fed at {info.image_size}x{info.image_size}")
+    by = ""
+    if isinstance(run.data.train, FolderData):
+        by = f", decoded by {decoding_processes(config.num_workers, run.device)} processes a rank"
+    print(f"          {info.num_classes} classes, fed at {info.image_size}x{info.image_size}{by}")
     print(f"model     {config.model_name}, {'attention' if config.stem else 'convolution'} stem, {config.form} form")
     print(f"          {stages} attention layers, {count_parameters(run.model):,} parameters, {flops:,} FLOPs an image")
+    if config.compile:
+        print(f"compiled  in mode {config.compile_mode}; builds are kept in {keep_builds()}")
     print(f"recipe    {config.recipe}: {config.epochs} epochs of {run.steps_per_epoch} steps of {batch} images")
     print(f"          {config.optimizer}, peak rate {config.lr:g} ({scaling}), seed {config.seed}{average}")
     print(f"folder    {run.folder}; watch it with: tensorboard --logdir {run.folder.parent}", flush=True)

@@ -154,6 +154,8 @@ RUNS = {
     "randaugment": ["--randaugment"],
     "compile": ["--compile"],
     "compile, bf16, moving average": ["--compile", "--amp", "bf16", "--ema", "0.9"],
+    "compile, CUDA graphs": ["--compile", "--compile-mode", "reduce-overhead"],
+    "lamb": ["--optimizer", "lamb"],
     "adamw, accumulate": ["--optimizer", "adamw", "--accumulate", "2"],
 }
 COMMON = ["--dataset", "DIGITS", "--stem", "--epochs", "2", "--batch-size", "64", "--attention-every", "0",
