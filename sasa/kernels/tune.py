@@ -6,7 +6,7 @@ them. A candidate fits where it keeps to 255 registers, 64 bytes of stack and 48
 and compute capability that was counted for all candidates of the kernel. Of those that fit, the one with the fewest
 executed instructions a pixel wins (compute capability 9.0, the mean over versions of the ratio to the best), and among
 those within 5% of it the one of which most warps fit on a multiprocessor. Where none fits, or one that does not needs
-15% fewer instructions, the one with the fewest is taken: the instructions that spills cost are among them. Nothing is
+8% fewer instructions, the one with the fewest is taken: the instructions that spills cost are among them. Nothing is
 timed.
 
 A whole table takes one `count` with each version of triton, then `choose`:
@@ -35,7 +35,7 @@ from sasa.kernels import triton_tiles as tiles
 CHOOSING = 90  # compute capability, times ten, whose instructions count
 MAX_REGISTERS, MAX_STACK, MAX_SHARED = 255, 64, 48 * 1024
 CLOSE = 1.05  # instructions within which occupancy decides
-WORTH = 0.85  # of the instructions of the best that fits: so few are worth more spilled bytes
+WORTH = 0.92  # of the instructions of the best that fits: so few are worth more spilled bytes
 HEADS = 8  # of a program in the counted builds
 MAPS = {4: 4, 8: 7, 56: 56}  # bucket of the table -> the side of a ResNet's map that stands for it
 DTYPES = {"half": torch.bfloat16, "float": torch.float32}

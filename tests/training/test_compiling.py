@@ -68,10 +68,10 @@ def test_a_call_can_be_captured_by_a_cuda_graph(monkeypatch):
     launched = []
     monkeypatch.setattr(triton_backend, "_launch", lambda stage, *_: launched.append(stage))
     inputs, direction = triton_cases.draw((2, 2, 8, 7, 9, 9, "mask", True, True, 1.0))
-    inputs = [x.float() for x in inputs.values()]
+    inputs, direction = [x.float() for x in inputs.values()], direction.float()
     with Names() as names:
         out, lse = triton_backend.forward(*inputs, AttentionOptions(7))
-        triton_backend.backward(direction.float(), *inputs, out, lse, AttentionOptions(7))
+        triton_backend.backward(direction, *inputs, out, lse, AttentionOptions(7))
     assert launched == ["forward", "query", "key"]
     allowed = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "permute", "view", "sum",
                "split", "split_with_sizes", "chunk", "detach", "alias"}  # fmt: skip
