@@ -64,8 +64,8 @@ def pooled_stems(options, device="cpu"):
     fused = make_stem(channels, True, False, options | {"backend": "triton"})
     with torch.no_grad():
         fused[1].weight.normal_()
-        fused[1].weight[3] = 0
         fused[1].bias.normal_()
+        fused[1].weight[3], fused[1].bias[3] = 0, 1  # the ReLU lets its gradient pass
         fused[1].running_mean.normal_()
         fused[1].running_var.uniform_(0.5, 2)
     layers = make_stem(channels, True, False, options | {"backend": "reference"}).double()
@@ -102,8 +102,9 @@ def opcheck(pooled, image_gradient, device="cpu"):
     stem = AttentionStem(out_channels=4, num_heads=2, backend="triton").to(device)
     x = torch.randn(1, 3, 4, 6, device=device, requires_grad=image_gradient)
     weights = [w.detach().requires_grad_() for w in (stem._forms(), stem._mixture(x), stem._value_weight())]
+    signs = torch.tensor([1.0, -1.0, 0.0, 1.0], device=device) if pooled else None
     operator = torch.ops.sasa.stem_attention.default
-    torch.library.opcheck(operator, (x, *weights, "block", "mask", image_gradient, pooled, "triton"))
+    torch.library.opcheck(operator, (x, *weights, "block", "mask", image_gradient, signs, "triton"))
 
 
 def spread_of_a_nan(window):

@@ -129,7 +129,7 @@ class StemCall(ctypes.Structure):
         *((name, _Map) for name in ("image", "out")),
         *((name, _Int) for name in ("forms", "mixture", "weight")),
         ("index", _Map),
-        ("moments", _Int),
+        *((name, _Int) for name in ("moments", "signs")),
         *((name, _Map) for name in ("grad_out", "grad_image")),
         *((name, _Int) for name in ("grad_forms", "grad_mixture", "grad_weight", "slopes")),
     )
@@ -203,16 +203,23 @@ StemWeights = tuple[Tensor, Tensor, Tensor]  # forms (N, C, C), mixture (P, M), 
 
 
 def stem_forward(
-    weights: StemWeights, x: Tensor, window: str, border: str, out: Tensor, index: Tensor | None = None
+    weights: StemWeights,
+    x: Tensor,
+    window: str,
+    border: str,
+    out: Tensor,
+    index: Tensor | None = None,
+    signs: Tensor | None = None,
 ) -> Tensor | None:
     """Writes `out` (B, N * D, H, W) from x (B, C, H, W), of fp32 or fp64.
 
-    With `index`, `out` is the largest value of each block (B, N * D, ceil(H / S), ceil(W / S)), `index` (like it) that
-    value's place in the block, and the mean and variance over the map are returned, (2, N * D) in fp64.
+    With `index` and `signs` (N * D), `out` is one value of each block, (B, N * D, ceil(H / S), ceil(W / S)): that whose
+    product with the channel's sign is the largest, the first of equals. `index` (like it) is that value's place in the
+    block, and the mean and variance over the map are returned, (2, N * D) in fp64.
     """
     moments = None if index is None else x.new_zeros((2, out.shape[1]), dtype=torch.float64)
     if out.numel():
-        _attend_stem(weights, x, window, border, out=out, index=index, moments=moments)
+        _attend_stem(weights, x, window, border, out=out, index=index, moments=moments, signs=signs)
     return moments
 
 
@@ -228,7 +235,7 @@ def stem_backward(
 ) -> list[Tensor]:
     """Gradients of the weights; that of x is written to `grad_x` unless it is None.
 
-    With `index`, grad_out is of the largest values; slopes (2, N * D) adds slopes[0] + slopes[1] * value at each pixel.
+    With `index`, grad_out is of the chosen values; slopes (2, N * D) adds slopes[0] + slopes[1] * value at each pixel.
     """
     grads = [torch.zeros_like(y, memory_format=torch.contiguous_format) for y in weights]
     if grad_out.numel():
@@ -247,6 +254,7 @@ def _attend_stem(
     out: Tensor | None = None,
     index: Tensor | None = None,
     moments: Tensor | None = None,
+    signs: Tensor | None = None,
     grad_out: Tensor | None = None,
     grad_x: Tensor | None = None,
     grads: tuple[Tensor | None, ...] | list[Tensor] = (None,) * 3,
@@ -267,7 +275,7 @@ def _attend_stem(
         threads=torch.get_num_threads(), parallel=_parallel_region(),
         image=_strided(_Map, x.unsqueeze(1)), out=by_head(out),
         forms=_address(forms), mixture=_address(mixture), weight=_address(weight),
-        index=by_head(index), moments=_address(moments),
+        index=by_head(index), moments=_address(moments), signs=_address(signs),
         grad_out=by_head(grad_out), grad_image=_strided(_Map, None if grad_x is None else grad_x.unsqueeze(1)),
         grad_forms=_address(grad_forms), grad_mixture=_address(grad_mixture), grad_weight=_address(grad_weight),
         slopes=_address(slopes),

@@ -9,16 +9,16 @@ a window. Source: Ramachandran et al. 2019, section 3.3; the mathematics is in k
 """
 
 import math
+from typing import Optional
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sasa.kernels import cpu, triton_stem
 from sasa.kernels.dispatch import choose_for
 from sasa.kernels.functional import composite_serves
 from sasa.kernels.interface import CallKind, accumulate_dtype, empty_like_map, empty_map
-from sasa.kernels.stem import block_attention, mixed_block_values, sliding_attention
+from sasa.kernels.stem import block_attention, mixed_block_values, sliding_attention, to_blocks
 
 
 def attend(
@@ -35,7 +35,7 @@ def attend(
         return _composite(*tensors, window, border)
     wide = accumulate_dtype(x.dtype)
     tensors = (y.to(wide) for y in tensors)
-    return _stem_attention(*tensors, window, border, x.requires_grad, False, kernel)[0].to(x.dtype)
+    return _stem_attention(*tensors, window, border, x.requires_grad, None, kernel)[0].to(x.dtype)
 
 
 def _composite(x: Tensor, forms: Tensor, mixture: Tensor, value_weight: Tensor, window: str, border: str) -> Tensor:
@@ -51,9 +51,11 @@ def attend_normalise_pool(
 ) -> Tensor:
     """Block attention, batch norm and the largest value of each block, where `kernel_for` names a kernel.
 
-    The norm is a rising or falling line for each channel, so the largest value of a block after it is that of the
-    largest, or of the smallest, before it: the kernel finds it, and the map of H x W never exists. In training the
-    running statistics of `norm` are updated as its own forward does.
+    The norm is a rising, falling or level line for each channel, so the largest value of a block after it is that of
+    the largest, the smallest or, as a max pool takes the first of equal values, the first before it: the kernel finds
+    it, and the map of H x W never exists. Where a weight is so small that rounding alone makes different values equal,
+    theirs is the gradient of the largest still. In training the running statistics of `norm` are updated as its own
+    forward does.
 
     Args:
         x, forms, mixture, value_weight, border, backend: as for `attend`; fp32 or fp64.
@@ -62,22 +64,21 @@ def attend_normalise_pool(
     Returns:
         (B, N * D, ceil(H / S), ceil(W / S)).
     """
-    sign = torch.where(norm.weight.detach() < 0, -1.0, 1.0).to(x.dtype)  # the smallest is the largest of -value
-    weights = (forms, mixture, value_weight * sign[:, None])
+    signs, weights = norm.weight.detach().sign().to(x.dtype), (forms, mixture, value_weight)
     kernel = _kernel_of(x, *weights, backend)
-    largest, _, moments = _stem_attention(x, *weights, "block", border, x.requires_grad, True, kernel)
+    chosen, _, moments = _stem_attention(x, *weights, "block", border, x.requires_grad, signs, kernel)
     mean, variance = moments.unbind()  # (N * D) in fp64, the biased variance, over the whole (B, H, W) map
     if norm.training:
         with torch.no_grad():
             count = x.numel() // x.shape[1]
             norm.num_batches_tracked += 1
-            norm.running_mean.lerp_((mean * sign).to(x.dtype), norm.momentum)
+            norm.running_mean.lerp_(mean.to(x.dtype), norm.momentum)
             norm.running_var.lerp_((variance * count / (count - 1)).to(x.dtype), norm.momentum)
     else:
-        mean, variance = norm.running_mean * sign, norm.running_var
-    scale = norm.weight * sign / (variance + norm.eps).sqrt()
+        mean, variance = norm.running_mean, norm.running_var
+    scale = norm.weight / (variance + norm.eps).sqrt()
     shift = norm.bias - mean * scale
-    return largest * scale.to(x.dtype)[:, None, None] + shift.to(x.dtype)[:, None, None]
+    return chosen * scale.to(x.dtype)[:, None, None] + shift.to(x.dtype)[:, None, None]
 
 
 @torch.compiler.assume_constant_result  # a compiler does not trace what it needs to ask: whether there is a kernel
@@ -127,17 +128,23 @@ def _stem_attention(
     window: str,
     border: str,
     image_gradient: bool,
-    pooled: bool,
-    kernel: str = "cpu",
+    signs: Optional[Tensor],
+    served_by: str = "cpu",  # not `kernel`: Inductor calls operators by a function with an argument of that name
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """-> out, and with `signs` (N * D) the chosen values' places in their blocks, and moments; else two empty tensors.
+
+    Of each block the value leaves whose product with the channel's sign (1, -1, 0) is the largest, the first of equals.
+    """
+    pooled = signs is not None
     weights, (out, index) = (forms, mixture, value_weight), _empty_outputs(x, mixture, value_weight, pooled)
-    forward = triton_stem.forward if kernel == "triton" else cpu.stem_forward
-    moments = forward(weights, x, window, border, out, index if pooled else None)
+    forward = triton_stem.forward if served_by == "triton" else cpu.stem_forward
+    moments = forward(weights, x, window, border, out, *((index, signs.contiguous()) if pooled else ()))
     return out, index, x.new_empty(0, dtype=torch.float64) if moments is None else moments
 
 
 @_stem_attention.register_fake
-def _(x, forms, mixture, value_weight, window, border, image_gradient, pooled, kernel="cpu"):
+def _(x, forms, mixture, value_weight, window, border, image_gradient, signs, served_by="cpu"):
+    pooled = signs is not None
     moments = x.new_empty((2, value_weight.shape[1]) if pooled else 0, dtype=torch.float64)
     return *_empty_outputs(x, mixture, value_weight, pooled), moments
 
@@ -155,17 +162,19 @@ def _stem_attention_backward(
     border: str,
     image_gradient: bool,
     pooled: bool,
-    kernel: str = "cpu",
+    served_by: str = "cpu",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     weights, grad_x = (forms, mixture, value_weight), empty_like_map(x) if image_gradient else None
     extra = (index, slopes.contiguous()) if pooled else ()
-    backward = triton_stem.backward if kernel == "triton" else cpu.stem_backward
+    backward = triton_stem.backward if served_by == "triton" else cpu.stem_backward
     grads = backward(weights, x, window, border, grad_out, grad_x, *extra)
     return x.new_empty(0) if grad_x is None else grad_x, *grads
 
 
 @_stem_attention_backward.register_fake
-def _(grad_out, index, slopes, x, forms, mixture, value_weight, window, border, image_gradient, pooled, kernel="cpu"):
+def _(
+    grad_out, index, slopes, x, forms, mixture, value_weight, window, border, image_gradient, pooled, served_by="cpu"
+):
     grad_x = empty_like_map(x) if image_gradient else x.new_empty(0)
     return grad_x, *(torch.empty_like(y, memory_format=torch.contiguous_format) for y in (forms, mixture, value_weight))
 
@@ -173,14 +182,15 @@ def _(grad_out, index, slopes, x, forms, mixture, value_weight, window, border, 
 def _setup_context(ctx, inputs, output):
     ctx.save_for_backward(*inputs[:4], *output[1:])
     ctx.mark_non_differentiable(output[1])
-    ctx.options = inputs[4:]  # window, border, image_gradient, pooled, kernel
+    *options, signs, served_by = inputs[4:]
+    ctx.options = (*options, signs is not None, served_by)  # window, border, image_gradient, pooled, served_by
 
 
 def _backward(ctx, grad_out, grad_index, grad_moments):
     *inputs, index, moments = ctx.saved_tensors
     x, pooled = inputs[0], ctx.options[3]
     if torch.is_grad_enabled():  # create_graph=True
-        grads = _differentiable_gradients(grad_out, grad_moments, inputs, ctx.options)
+        grads = _differentiable_gradients(grad_out, grad_moments, inputs, index, ctx.options)
         return *grads, *(None,) * len(ctx.options)
     slopes = moments
     if pooled:  # of the mean, sum(o) / n, and of the variance, sum((o - mean)^2) / n
@@ -191,7 +201,7 @@ def _backward(ctx, grad_out, grad_index, grad_moments):
 
 
 def _differentiable_gradients(
-    grad_out: Tensor, grad_moments: Tensor, inputs: list[Tensor], options: tuple
+    grad_out: Tensor, grad_moments: Tensor, inputs: list[Tensor], index: Tensor, options: tuple
 ) -> list[Tensor | None]:
     """Gradients that can be differentiated again: those of PyTorch's own operations."""
     window, border, _, pooled, _ = options
@@ -199,7 +209,9 @@ def _differentiable_gradients(
     if pooled:
         (values,), side = results, math.isqrt(inputs[2].shape[0])
         moments = values.double().var((0, 2, 3), correction=0), values.double().mean((0, 2, 3))
-        results = [F.max_pool2d(values, side, ceil_mode=True), torch.stack(moments[::-1])]
+        places = index.long().permute(0, 2, 3, 1)[:, :, :, None]  # (B, H/S, W/S, 1, N * D)
+        chosen = to_blocks(values, side).take_along_dim(places, 3).squeeze(3).permute(0, 3, 1, 2)
+        results = [chosen, torch.stack(moments[::-1])]
         directions.append(grad_moments)
     wanted = [x for x in inputs if x.requires_grad]
     grads = iter(torch.autograd.grad(results, wanted, directions, create_graph=True))

@@ -112,7 +112,7 @@ def compile_stem(stage: str, form: str, *, capability: int = 90) -> Build:
 
     sizes = triton_stem.Sizes.of((1, 3, 224, 224), heads=4, depth=16, mixtures=4, side=4, sliding=form == "sliding")
     constant = triton_stem.constants(sizes, mask=True, pooled=form == "pooled")
-    absent = set() if form == "pooled" else {"place", "slopes", "moments"}
+    absent = set() if form == "pooled" else {"signs", "place", "slopes", "moments"}
     if stage == "backward":
         constant |= {"IMAGE": False}
         absent |= {"grad_image"}

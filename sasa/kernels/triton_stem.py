@@ -1,6 +1,6 @@
 """The attention stem on CUDA: the host side of triton_stem_kernels.py, in fp32.
 
-Only the image, the weights and, pooled, the places of the largest values are kept between the passes; backward writes
+Only the image, the weights and, pooled, the places of the chosen values are kept between the passes; backward writes
 one partial sum of the weights' gradients a program. Results repeat bit for bit, and there is no host synchronisation.
 
 Shapes: B batch, C = 3 image channels, H x W image, N heads, D head width, S window side, M mixtures, P = S * S
@@ -135,12 +135,13 @@ def forward(
     border: str,
     out: Tensor,
     index: Tensor | None = None,
+    signs: Tensor | None = None,
 ) -> Tensor | None:
     """Writes `out` (B, N * D, H, W).
 
-    With `index`, `out` is the largest value of each block (B, N * D, ceil(H / S), ceil(W / S)), `index` (of its shape
-    and strides) that value's place in the block, and the mean and biased variance over the map are returned, (2, N * D)
-    in fp64.
+    With `index` and `signs` (N * D), `out` is one value of each block, (B, N * D, ceil(H / S), ceil(W / S)): that whose
+    product with the channel's sign is the largest, the first of equals. `index` (of its shape and strides) is that
+    value's place in the block, and the mean and biased variance over the map are returned, (2, N * D) in fp64.
 
     Args:
         weights: forms (N, C, C), mixture (P, M), value_weight (M, N * D, C), as in sasa/kernels/stem.py, fp32.
@@ -155,7 +156,7 @@ def forward(
     if out.numel():
         with triton_backend.device(x):
             _kernels().stem_forward_kernel[(sizes.programs,)](
-                x, forms, _matrices(mixture, sizes), weight, out, index, moments, *x.stride(), *out.stride(),
+                x, forms, _matrices(mixture, sizes), weight, signs, out, index, moments, *x.stride(), *out.stride(),
                 *sizes.numbers, **_options(sizes, border, pooled),
             )  # fmt: skip
     return _moments(moments, sizes) if pooled else None
@@ -196,7 +197,7 @@ def backward(
 ) -> list[Tensor]:
     """Gradients of the weights; that of x is written to `grad_x` unless it is None.
 
-    With `index`, grad_out is of the largest values; slopes (2, N * D) adds slopes[0] + slopes[1] * value at each pixel.
+    With `index`, grad_out is of the chosen values; slopes (2, N * D) adds slopes[0] + slopes[1] * value at each pixel.
 
     Raises:
         ValueError: as `forward`.

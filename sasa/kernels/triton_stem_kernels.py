@@ -6,9 +6,9 @@ a form of the 3 image channels, and the output is one product of the head's valu
 weighted by attention and mixture: [D, M * C] x [M * C, T]. So nothing of head width is kept a window's position, and
 backward computes the softmax again: only the image and the weights are kept between the passes.
 
-POOLED: of a block only the largest value of each channel leaves, with its place, the mean and the sum of squared
-deviations from it (both of this program's units, combined on the host). Gradients of the weights are one partial sum a
-program; their sum has a fixed order. No atomics.
+POOLED: of a block only one value of each channel leaves, that whose product with the channel's sign is the largest (the
+first of equals), with its place, the mean and the sum of squared deviations from it (both of this program's units,
+combined on the host). Gradients of the weights are one partial sum a program; their sum has a fixed order. No atomics.
 
 Shapes: B batch, C = 3 image channels, H x W image, N heads, D head width, M mixtures, P = S * S positions of a window;
 padded to powers of two of at least 16: DP, MC (of M * C) and PP. In brackets the shapes of tensors. MIX [C, MC, PP]
@@ -75,7 +75,7 @@ def _mix(mix, c, MC: tl.constexpr, PP: tl.constexpr):
 
 @triton.jit(do_not_specialize=SIZES)
 def stem_forward_kernel(
-    image, forms, mix, weight, out, place, moments, x_b, x_c, x_h, x_w, out_b, out_c, out_h, out_w,
+    image, forms, mix, weight, signs, out, place, moments, x_b, x_c, x_h, x_w, out_b, out_c, out_h, out_w,
     H, W, units_h, units_w, tiles,
     N: tl.constexpr, D: tl.constexpr, M: tl.constexpr, S: tl.constexpr, T: tl.constexpr,
     DP: tl.constexpr, MC: tl.constexpr, PP: tl.constexpr,
@@ -102,7 +102,8 @@ def stem_forward_kernel(
     for n in tl.range(N):
         values = _weight(weight, n, N, D, M, DP, MC)
         if POOLED:
-            largest = tl.full([DP, T], float("-inf"), tl.float32)
+            sign = tl.load(signs + n * D + channel, mask=channel < D, other=0.0)  # [DP, 1]
+            chosen = tl.zeros([DP, T], tl.float32)
             at_place = tl.zeros([DP, T], tl.float32)
             origin = tl.zeros([DP, T], tl.float32)
             total = tl.zeros([DP, T], tl.float32)
@@ -116,10 +117,12 @@ def stem_forward_kernel(
             mixed = _dot(mix0, attn * x0) + _dot(mix1, attn * x1) + _dot(mix2, attn * x2)  # [MC, T]
             value = _dot(values, mixed)  # [DP, T]
             if POOLED:
-                is_larger = real[None, :] & ((value > largest) | (value != value))
-                largest = tl.where(is_larger, value, largest)
+                ranked = value * sign
+                is_larger = (ranked > chosen * sign) | (ranked != ranked) | (q == 0)
+                is_larger = real[None, :] & is_larger  # a block's first pixel is always real
+                chosen = tl.where(is_larger, value, chosen)
                 at_place = tl.where(is_larger, q, at_place)
-                origin = tl.where(q == 0, value, origin)  # a block's first pixel is always real
+                origin = tl.where(q == 0, value, origin)
                 deviation = tl.where(real[None, :], value - origin, 0.0)
                 total += deviation
                 square += deviation * deviation
@@ -131,7 +134,7 @@ def stem_forward_kernel(
         if POOLED:
             stored = is_unit[None, :] & (channel < D)
             at = (n * D + channel) * out_c + (row * out_h + col * out_w)[None, :]
-            tl.store(out + at, largest, mask=stored)
+            tl.store(out + at, chosen, mask=stored)
             tl.store(place + at, at_place, mask=stored)
             # Mean and squared deviations: of each block about its first pixel, then of the blocks about their mean.
             share = tl.maximum(count, 1.0)[None, :]
@@ -198,10 +201,10 @@ def stem_backward_kernel(
             wanted = real[None, :] & (channel < D)[:, None]
             if POOLED:
                 at = (n * D + channel)[:, None] * g_c + (row * g_h + col * g_w)[None, :]
-                is_largest = wanted & (tl.load(place + at, mask=wanted, other=-1.0) == q)
+                is_chosen = wanted & (tl.load(place + at, mask=wanted, other=-1.0) == q)
                 flat = tl.load(slopes + n * D + channel, mask=channel < D, other=0.0)[:, None]
                 rising = tl.load(slopes + (N + n) * D + channel, mask=channel < D, other=0.0)[:, None]
-                g = tl.load(grad_out + at, mask=is_largest, other=0.0)
+                g = tl.load(grad_out + at, mask=is_chosen, other=0.0)
                 g += tl.where(wanted, flat + rising * _dot(values, mixed), 0.0)  # [DP, T]
             else:
                 at = (n * D + channel)[:, None] * g_c + (query_row * g_h + query_col * g_w)[None, :]

@@ -85,11 +85,12 @@ def test_takes_any_strides(window):
 def test_every_thread_count_gives_the_same_bits(window, pooled):
     x, threads, seen = torch.randn(3, 3, 33, 29, requires_grad=True), torch.get_num_threads(), []
     weights = [torch.randn(shape, requires_grad=True) for shape in ((4, 3, 3), (16, 4), (4, 64, 3))]
+    signs = torch.randn(64).sign() if pooled else None
     direction = torch.randn(3, 64, 9, 8) if pooled else torch.randn(3, 64, 33, 29)
     try:
         for count in (1, 2, 5):
             torch.set_num_threads(count)
-            out, _, moments = torch.ops.sasa.stem_attention(x, *weights, window, "mask", True, pooled)
+            out, _, moments = torch.ops.sasa.stem_attention(x, *weights, window, "mask", True, signs)
             seen.append((out, moments, *torch.autograd.grad((out * direction).sum() + moments.sum(), [x, *weights])))
     finally:
         torch.set_num_threads(threads)
@@ -103,8 +104,16 @@ def test_opcheck(image_gradient, pooled):
     stem = AttentionStem(out_channels=8, num_heads=2).double()
     x = torch.randn(2, 3, 6, 9, dtype=torch.float64, requires_grad=image_gradient)
     weights = [w.detach().requires_grad_() for w in (stem._forms(), stem._mixture(x), stem._value_weight())]
+    signs = x.new_tensor([1, -1, 0, 1, 1, -1, 0, 1]) if pooled else None
     operator = torch.ops.sasa.stem_attention.default
-    torch.library.opcheck(operator, (x, *weights, "block", "mask", image_gradient, pooled))
+    torch.library.opcheck(operator, (x, *weights, "block", "mask", image_gradient, signs))
+
+
+@pytest.mark.parametrize("name", ["stem_attention", "stem_attention_backward", "local_attention_packed"])
+def test_inductor_can_call_the_operators(name):
+    """It passes their arguments, by name too, through a function with two arguments of its own."""
+    arguments = getattr(torch.ops.sasa, name).default._schema.arguments
+    assert not {"cls", "kernel"} & {argument.name for argument in arguments}
 
 
 def test_is_the_choice_and_can_be_refused(monkeypatch):
@@ -146,8 +155,8 @@ def two_stems(dtype, **options):
     fused = make_stem(64, True, False, options).to(dtype)
     with torch.no_grad():
         fused[1].weight.normal_()
-        fused[1].weight[3] = 0
         fused[1].bias.normal_()
+        fused[1].weight[3], fused[1].bias[3] = 0, 1  # the ReLU lets its gradient pass
         fused[1].running_mean.normal_()
         fused[1].running_var.uniform_(0.5, 2)
     layers = copy.deepcopy(fused).double()
@@ -171,6 +180,15 @@ def test_pooling_inside_is_the_layers_one_by_one(border, shape, dtype, training)
     assert_same(got, wanted, 10 * TOLERANCE[dtype])
     for name, buffer in layers.named_buffers():
         torch.testing.assert_close(dict(fused.named_buffers())[name].double(), buffer.double(), rtol=1e-5, atol=1e-6)
+
+
+def test_second_derivatives_of_pooling_inside_are_those_of_the_layers():
+    seen, x = [], torch.randn(2, 3, 9, 6, dtype=torch.float64, requires_grad=True)
+    for stem in two_stems(torch.float64):
+        (grad,) = torch.autograd.grad(stem(x).square().sum(), x, create_graph=True)
+        seen.append((grad, *torch.autograd.grad(grad.square().sum(), [x, *stem.parameters()], materialize_grads=True)))
+    for ours, theirs in zip(*seen, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-8)
 
 
 def test_the_mean_of_the_norm_may_be_far_from_zero():

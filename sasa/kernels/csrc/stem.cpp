@@ -8,8 +8,9 @@
 // again: only the image and the weights are kept between the passes.
 // Lanes. Sliding windows: lane x is the query at column x. Blocks: lane j is block j of a row of blocks, each position of
 // a block has lanes of its own, and no pair of different blocks is computed.
-// Pooled. With blocks and a max pool over them only the largest value of each block leaves, with its place, the mean and
-// the variance over the map that a batch norm in between needs: nothing of the map's size is written or read again.
+// Pooled. With blocks and a max pool over them only one value of each block leaves, with its place, the mean and the
+// variance over the map that a batch norm in between needs: nothing of the map's size is written or read again. It is the
+// first whose product with the sign of the norm's weight is the largest.
 // One task owns one image, or a strip of one where there are few; the weights' gradients are summed from one partial per
 // task in fixed order, so results are the same bits for every thread count.
 
@@ -29,10 +30,10 @@ struct StemCall {  // one forward or backward call; cpu.py declares the same fie
     i64 batch, height, width, heads, depth, mixtures, side, sliding, zero_border, threads, parallel;
     i64 image[6], out[6];            // pointer, strides in elements of (B, 1, C, H, W) and (B, N, D, H, W)
     i64 forms, mixture, weight;      // contiguous (N, C, C), (S * S, M), (M, N * D, C)
-    i64 index[6], moments;           // pooled: (B, N, D, H/S, W/S) like out; (2, N * D) doubles: mean, variance
+    i64 index[6], moments, signs;    // pooled: (B, N, D, H/S, W/S) like out; (2, N * D) doubles: mean, variance; (N * D)
     i64 grad_out[6], grad_image[6];  // no grad_image: 0
     i64 grad_forms, grad_mixture, grad_weight;
-    i64 slopes;  // pooled: (2, N * D); the gradient of a pixel is slopes[0] + slopes[1] * value, and grad_out at the largest
+    i64 slopes;  // pooled: (2, N * D); the gradient of a pixel is slopes[0] + slopes[1] * value, and grad_out at the chosen
 };
 
 template <class T, int L>
@@ -92,7 +93,7 @@ struct Stem {
     struct Scratch {
         T *pixels, *grad_pixels;  // sliding: [row][channel][lane], zeros around it; blocks: [position][channel][lane]
         T *map;                   // [column of a block][channel of a head][lane]: a row of out or of its gradient
-        T *largest, *place;       // pooled: [channel][lane] of a row of blocks: value or its gradient, place in the block
+        T *chosen, *place;        // pooled: [channel][lane] of a row of blocks: value or its gradient, place in the block
         T *attn, *grad_attn, *mixed, *grad_mixed;  // one vector of lanes: [position], [mixture][channel]
         T *sum_forms, *sum_mixture, *sum_weight;   // gradients by lane: [head][C][C], [position][M], [head][M][D][C]
     };
@@ -106,7 +107,7 @@ struct Stem {
         take(s.pixels, image_size);
         take(s.grad_pixels, image_gradient ? image_size : 0);
         take(s.map, queries * D * lanes);
-        take(s.largest, pooled ? N * D * lanes : 0);
+        take(s.chosen, pooled ? N * D * lanes : 0);
         take(s.place, pooled ? N * D * lanes : 0);
         take(s.attn, P * L);
         take(s.mixed, M * C * L);
@@ -306,7 +307,7 @@ struct Stem {
         if (image_gradient) std::fill_n(s.grad_pixels, rows * row_size + 2 * L, T(0));
         const i64 blocks = (W + queries - 1) / queries;
         for (i64 n = 0; pooled && backward && n < N; ++n) {
-            planes.pack(grad_out, b, n, from / side, D, s.largest + n * D * lanes, lanes, 0, 1, blocks);
+            planes.pack(grad_out, b, n, from / side, D, s.chosen + n * D * lanes, lanes, 0, 1, blocks);
             planes.pack(index_read, b, n, from / side, D, s.place + n * D * lanes, lanes, 0, 1, blocks);
         }
         for (i64 y = from; y < until; ++y) {
@@ -329,28 +330,31 @@ struct Stem {
             }
         }
         for (i64 n = 0; pooled && !backward && n < N; ++n) {
-            planes.unpack(s.largest + n * D * lanes, lanes, 0, b, n, from / side, D, out, 1, blocks);
+            planes.unpack(s.chosen + n * D * lanes, lanes, 0, b, n, from / side, D, out, 1, blocks);
             planes.unpack(s.place + n * D * lanes, lanes, 0, b, n, from / side, D, index, 1, blocks);
         }
         for (i64 y = from; image_gradient && y < until; ++y)
             planes.unpack(s.grad_pixels + (y - first) * row_size + margin, pitch, C * pitch, b, 0, y, C, grad_image, queries, W);
     }
 
-    // A row of a head's output: the largest value of each block so far and its place; sums and sums of squares.
+    // A row of a head's output: the value of each block chosen so far and its place; sums and sums of squares.
     void pool(const Scratch& s, i64 n, i64 row, double* sums) const {
+        const T* signs = reinterpret_cast<const T*>(call.signs);
         for (i64 c = n * D; c < (n + 1) * D; ++c) {
             V sum{}, squares{};
             for (i64 v = 0; v < vectors; ++v) {
-                T *to = s.largest + c * lanes + v * L, *at = s.place + c * lanes + v * L;
-                V largest = row ? S::load(to) : S::fill(-std::numeric_limits<T>::infinity()), best = S::load(at);
+                T *to = s.chosen + c * lanes + v * L, *at = s.place + c * lanes + v * L;
+                V chosen = row ? S::load(to) : V{}, best = row ? S::load(at) : V{};
                 for (i64 q = 0; q < queries; ++q) {
                     const Mask inside = real[v * side + q];
                     const V x = S::pick(inside, S::load(s.map + (q * D + c - n * D) * lanes + v * L), V{});
-                    const Mask larger = inside & ((x > largest) | (x != x));  // NaN stays
-                    largest = S::pick(larger, x, largest), best = S::pick(larger, S::fill(T(row * side + q)), best);
+                    const V ranked = x * signs[c];
+                    Mask larger = inside;  // a block's first pixel is always real
+                    if (row + q) larger &= (ranked > chosen * signs[c]) | (ranked != ranked);  // NaN stays
+                    chosen = S::pick(larger, x, chosen), best = S::pick(larger, S::fill(T(row * side + q)), best);
                     sum += x, squares += x * x;
                 }
-                S::store(to, largest), S::store(at, best);
+                S::store(to, chosen), S::store(at, best);
             }
             for (i64 l = 0; l < L; ++l) sums[c] += sum[l], sums[N * D + c] += squares[l];
         }
@@ -362,7 +366,7 @@ struct Stem {
         for (i64 d = 0; d < D; ++d, map += lanes) {
             const i64 c = n * D + d, at = c * lanes + v * L;
             const V grad = S::load(map) * slopes[N * D + c] + slopes[c];
-            const V peak = S::pick(S::load(s.place + at) == S::fill(T(position)), S::load(s.largest + at), V{});
+            const V peak = S::pick(S::load(s.place + at) == S::fill(T(position)), S::load(s.chosen + at), V{});
             S::store(map, S::pick(inside, grad + peak, V{}));
         }
     }
