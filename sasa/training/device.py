@@ -83,9 +83,7 @@ def check_bf16_gradients(network: nn.Module, image_size: int, amp: torch.dtype |
     shadow = copy.deepcopy(network).to("meta").eval()  # shapes alone: nothing is computed
     for name, module in shadow.named_modules():
         if isinstance(module, nn.Conv2d) and max(module.stride) > 1 and max(module.kernel_size) > 1:
-            module.register_forward_pre_hook(
-                lambda _, x, name=name: narrow.append(name) if x[0].shape[-1] == 1 else None
-            )
+            module.register_forward_pre_hook(lambda _, x, name=name: note(name, *x))
     with torch.no_grad():
         shadow(torch.empty(1, 3, image_size, image_size, device="meta"))
     if narrow:

@@ -1,4 +1,4 @@
-"""The choice of mixed precision by what a device computes in; nothing here touches a GPU."""
+"""The device and precision that a run picks, and what it refuses; nothing here touches a GPU."""
 
 import pytest
 import torch
