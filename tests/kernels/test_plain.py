@@ -3,8 +3,6 @@
 Every kind of change that acts through a module's call is tried on every module of every fused path.
 """
 
-import copy
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -29,12 +27,12 @@ class Twice(nn.Module):
 
 
 class Stored(torch.Tensor):
-    """Stands for a quantized or sharded weight: the numbers are half of the real ones, and only convolutions know."""
+    """Stands for a quantized or sharded weight: the numbers are half of the real ones, as only their layers know."""
 
     @classmethod
     def __torch_function__(cls, function, types, args=(), kwargs=None):
         out = super().__torch_function__(function, types, args, kwargs or {})
-        return 2 * out.as_subclass(torch.Tensor) if function in (F.conv2d, torch.conv2d) else out
+        return 2 * out.as_subclass(torch.Tensor) if function in (F.conv2d, F.batch_norm) else out
 
 
 def forward_hook(network, name, monkeypatch):
@@ -197,9 +195,9 @@ def hooked(name):
     return change
 
 
-def norm(**options):
+def norm(channels=16, **options):
     def change(stem):
-        stem[1] = nn.BatchNorm2d(16, **options)
+        stem[1] = nn.BatchNorm2d(channels, **options)
 
     return change
 
@@ -236,6 +234,12 @@ POOLED = {
     "group norm": lambda stem: stem.__setitem__(1, nn.GroupNorm(4, 16)),
     "overlapping pool": lambda stem: stem.__setitem__(2, nn.MaxPool2d(4, 2, ceil_mode=True)),
     "average pool": lambda stem: stem.__setitem__(2, nn.AvgPool2d(4, 4, ceil_mode=True)),
+    "padded pool": lambda stem: setattr(stem[2], "padding", 1),
+    "dilated pool": lambda stem: setattr(stem[2], "dilation", (1, 2)),
+    "smaller pool": lambda stem: setattr(stem[2], "kernel_size", 3),
+    "other pool": lambda stem: setattr(stem[2], "forward", lambda x: F.avg_pool2d(x, 4, ceil_mode=True)),
+    "stored norm": lambda stem: setattr(stem[1], "weight", nn.Parameter(stem[1].weight.detach().as_subclass(Stored))),
+    "stored bias": lambda stem: setattr(stem[1], "bias", nn.Parameter(stem[1].bias.detach().as_subclass(Stored))),
     "floor pool": lambda stem: setattr(stem[2], "ceil_mode", False),
     "other activation": lambda stem: stem.__setitem__(3, nn.Tanh()),
     "one more module": lambda stem: stem.append(Twice()),
@@ -246,17 +250,32 @@ POOLED = {
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("which", POOLED)
 def test_a_changed_pooled_stem_is_its_modules_one_by_one(which, training):
-    stem, x = build("pooled stem")
-    POOLED[which](stem)
-    stem.train(training)
-    steps = copy.deepcopy(stem)
-    if which == "other forward":
-        steps[0].forward = lambda x: 2 * AttentionStem.forward(steps[0], x)
+    (stem, x), (steps, _) = build("pooled stem"), build("pooled stem")
+    for changed in (stem, steps):
+        POOLED[which](changed)
+        changed.train(training)
     for _ in range(2):
         got, wanted = stem(x), nn.Sequential.forward(steps, x)
         torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
     for ours, theirs in zip(stem.buffers(), steps.buffers(), strict=True):
         torch.testing.assert_close(ours, theirs)
+
+
+REFUSED = {
+    "pool with indices": lambda stem: setattr(stem[2], "return_indices", True),
+    "norm of another dtype": lambda stem: stem[1].double(),
+    "norm on another device": lambda stem: stem[1].to("meta"),
+    "norm of one channel": norm(1),
+}
+
+
+@pytest.mark.parametrize("which", REFUSED)
+def test_a_pooled_stem_is_refused_where_its_modules_are(which):
+    stem, x = build("pooled stem")
+    REFUSED[which](stem)
+    for call in (stem, lambda x: nn.Sequential.forward(stem, x)):
+        with pytest.raises((RuntimeError, TypeError)):
+            call(x)
 
 
 # And where nothing was changed, they are fused ------------------------------------------------------------------------
