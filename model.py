@@ -244,7 +244,9 @@ class PooledAttentionStem(nn.Sequential):
         attention, norm, pool, _ = self
         if norm.training and x.shape[0] * x.shape[2] * x.shape[3] == 1:
             return False  # batch norm refuses one value per channel
-        return is_plain_norm(norm, x) and is_plain_pool(pool, attention.block_size) and attention.can_pool(x)
+        if not is_plain_norm(norm, attention.out_channels, x) or not is_plain_pool(pool, attention.block_size):
+            return False
+        return attention.can_pool(x)
 
 
 def make_stem(

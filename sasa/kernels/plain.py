@@ -69,17 +69,20 @@ def is_plain_projection(module: nn.Module, in_channels: int, out_channels: int, 
     return geometry and weight.shape == (out_channels, in_channels, 1, 1)
 
 
-def is_plain_norm(module: nn.Module, x: Tensor) -> bool:
-    """Whether `module` is an affine batch norm of the dtype and device of x, with running statistics and a momentum."""
+def is_plain_norm(module: nn.Module, channels: int, x: Tensor) -> bool:
+    """Whether `module` is an affine batch norm of so many channels, with running statistics and a momentum, like x.
+
+    Like x: of its dtype and on its device.
+    """
     if not is_plain(module, nn.BatchNorm2d) or module.momentum is None or not module.track_running_stats:
         return False
     numbers = (module._parameters.get("weight"), module._parameters.get("bias"))
     statistics = (module._buffers.get("running_mean"), module._buffers.get("running_var"))
     if any(type(y) is not nn.Parameter for y in numbers) or any(type(y) is not Tensor for y in statistics):
         return False
-    counter, shape = module._buffers.get("num_batches_tracked"), numbers[0].shape
+    counter = module._buffers.get("num_batches_tracked")
     return counter is not None and all(
-        y.dtype == x.dtype and y.device == x.device and y.shape == shape for y in (*numbers, *statistics)
+        y.dtype == x.dtype and y.device == x.device and y.shape == (channels,) for y in (*numbers, *statistics)
     )
 
 

@@ -269,10 +269,12 @@ REFUSED = {
 }
 
 
+@pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("which", REFUSED)
-def test_a_pooled_stem_is_refused_where_its_modules_are(which):
+def test_a_pooled_stem_is_refused_where_its_modules_are(which, training):
     stem, x = build("pooled stem")
     REFUSED[which](stem)
+    stem.train(training)
     for call in (stem, lambda x: nn.Sequential.forward(stem, x)):
         with pytest.raises((RuntimeError, TypeError)):
             call(x)
