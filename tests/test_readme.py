@@ -183,8 +183,8 @@ def test_the_networks_speed_is_the_benchmarks():
     assert found["rounds"] == 5 and "range of 5 rounds on 2 threads" in OURS and found["machine"]["threads"] == 2
 
 
-def test_the_memory_plan_is_the_benchmarks():
-    (found,) = load("plan-resnet50.json")["plan"]
+def test_a_steps_memory_is_the_benchmarks():
+    (found,) = load("plan-resnet50.json")["step_memory"]
     kept, work, total = found["kept_mib"], found["work_mib"], found["total_mib"]
     wanted = [
         [stage, *(f"{kept[net][stage]:.1f}" for net in ("convolution", "attention")),

@@ -36,10 +36,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 DPI = 100
-TILE, OVERLAY_TILE, IMAGE_TILE = 72, 84, 96  # pixels: side of a map, of a map over its image, of an image
-GAP, MARGIN, LINE = 6, 10, 16  # pixels: between tiles, around a sheet, height of a line of text
+MAP_SIDE, OVERLAY_SIDE, IMAGE_SIDE = 72, 84, 96  # pixels: side of a map, of a map over its image, of an image
+GAP, MARGIN, LINE = 6, 10, 16  # pixels: between cells, around a sheet, height of a line of text
 POINTS, CHARACTER = 9, 7.4  # size of the letters; pixels of a character of that size, on the safe side
-CARD_MAPS, CARD_IMAGES = 4, 3  # tiles beside each other on one of TensorBoard's cards, about 330 pixels wide
+CARD_MAPS, CARD_IMAGES = 4, 3  # cells beside each other on one of TensorBoard's cards, about 330 pixels wide
 INK, MUTED, WRONG = "#1e242c", "#69717d", "#b23f0a"
 GLOW, FRAME, WINDOW = (255, 122, 0), (255, 255, 255), (105, 113, 125)  # over an image: weights, the pixel, its window
 PROGRESS_MISTAKES = 8
@@ -83,7 +83,7 @@ def save(figure: Figure, path: Path) -> None:
 # ---- sheets ---------------------------------------------------------------------------------------------------------
 
 
-class Tile(NamedTuple):
+class Cell(NamedTuple):
     """A picture of a sheet and the lines of text below it; all lines but the first are in the colour of mistakes."""
 
     picture: np.ndarray
@@ -91,29 +91,29 @@ class Tile(NamedTuple):
 
 
 class Strip(NamedTuple):
-    """Tiles beside each other under a name; they go on below where a sheet has fewer columns."""
+    """Cells beside each other under a name; they go on below where a sheet has fewer columns."""
 
     name: str
-    tiles: list[Tile]
+    cells: list[Cell]
 
 
 def sheet(strips: Sequence[Strip], heading: str = "", columns: int = 9) -> Figure:
-    """Strips one below the other, `columns` tiles wide at most."""
-    side = max(tile.picture.shape[1] for strip in strips for tile in strip.tiles)
-    columns = min(columns, max(len(strip.tiles) for strip in strips))
+    """Strips one below the other, `columns` cells wide at most."""
+    side = max(cell.picture.shape[1] for strip in strips for cell in strip.cells)
+    columns = min(columns, max(len(strip.cells) for strip in strips))
     width = 2 * MARGIN + columns * (side + GAP) - GAP
     pictures, texts = [], []  # (left, top, picture), (left, top, text, colour, width)
     top = MARGIN
     if heading:
         texts.append((MARGIN, top, heading, MUTED, width - 2 * MARGIN))
         top += LINE + GAP
-    for name, tiles in strips:
+    for name, cells in strips:
         if name:
             texts.append((MARGIN, top, name, INK, width - 2 * MARGIN))
             top += LINE + 2
-        for first in range(0, len(tiles), columns):
-            part = tiles[first : first + columns]
-            height, lines = max(tile.picture.shape[0] for tile in part), 0
+        for first in range(0, len(cells), columns):
+            part = cells[first : first + columns]
+            height, lines = max(cell.picture.shape[0] for cell in part), 0
             for i, (picture, caption) in enumerate(part):
                 left = MARGIN + i * (side + GAP)
                 pictures.append((left, top, picture))
@@ -155,7 +155,7 @@ def scaled(picture: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def heat(maps: Tensor, largest: float | None = None) -> list[np.ndarray]:
-    """Maps as pictures of tiles: (N, h, w) -> N times (TILE, TILE, 3) uint8.
+    """Maps as pictures of cells: (N, h, w) -> N times (MAP_SIDE, MAP_SIDE, 3) uint8.
 
     White for 0 and deep blue for the largest value of each map; or, with `largest`, blue for -largest and red for it.
     """
@@ -166,14 +166,14 @@ def heat(maps: Tensor, largest: float | None = None) -> list[np.ndarray]:
         colours = colormaps["Blues"](values / values.max((1, 2), keepdims=True).clip(1e-12), bytes=True)
     else:
         colours = colormaps["RdBu_r"](0.5 + 0.5 * values / max(largest, 1e-12), bytes=True)
-    return [scaled(picture, TILE, TILE) for picture in colours[..., :3]]
+    return [scaled(picture, MAP_SIDE, MAP_SIDE) for picture in colours[..., :3]]
 
 
 def map_strip(attention: LayerAttention) -> Strip:
     """Each head's mean K x K map, dark where most weight lies, above its mean entropy."""
     bits = entropy(attention.weights).mean((0, 2)).tolist()
     pictures = heat(mean_maps(attention))
-    return Strip(attention.name, [Tile(picture, f"{b:.2f} bit") for picture, b in zip(pictures, bits, strict=True)])
+    return Strip(attention.name, [Cell(picture, f"{b:.2f} bit") for picture, b in zip(pictures, bits, strict=True)])
 
 
 def embedding_strips(attention: LayerAttention) -> list[Strip]:
@@ -189,7 +189,7 @@ def embedding_strips(attention: LayerAttention) -> list[Strip]:
     for title, shown, most in (("", tables, largest), (", cosine", map(similarity, tables), 1.0)):
         for axis, part in zip(("rows", "columns"), shown, strict=True):
             name = f"{attention.name}, {axis}{title}, {most:.2f} at most"
-            strips.append(Strip(name, [Tile(picture, "") for picture in heat(part, most)]))
+            strips.append(Strip(name, [Cell(picture, "") for picture in heat(part, most)]))
     return strips
 
 
@@ -201,7 +201,7 @@ def to_bytes(image: Tensor) -> np.ndarray:
     return (image.float().clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
 
 
-def image_tile(image: Tensor, side: int = IMAGE_TILE) -> np.ndarray:
+def image_cell(image: Tensor, side: int = IMAGE_SIDE) -> np.ndarray:
     """An image (3, H, W) in [0, 1] as a picture `side` pixels wide."""
     return scaled(to_bytes(image), max(1, round(side * image.shape[-2] / image.shape[-1])), side)
 
@@ -221,8 +221,8 @@ def image_grid(images: Tensor, side: int = 64) -> Tensor:
 def mistakes_figure(images: Sequence[Tensor], names: Sequence[tuple[str, str]]) -> Figure:
     """Images (3, H, W) in [0, 1], below each its label and what it was taken for."""
     captions = [f"{printable(label)}\n> {printable(guess)}" for label, guess in names]
-    tiles = [Tile(image_tile(image), text) for image, text in zip(images, captions, strict=True)]
-    return sheet([Strip("", tiles)], columns=CARD_IMAGES)
+    cells = [Cell(image_cell(image), text) for image, text in zip(images, captions, strict=True)]
+    return sheet([Strip("", cells)], columns=CARD_IMAGES)
 
 
 def overlay(image: Tensor, values: Tensor, side: int) -> np.ndarray:
@@ -230,7 +230,7 @@ def overlay(image: Tensor, values: Tensor, side: int) -> np.ndarray:
 
     image (3, H, W) in [0, 1]; values (h, w), at least 0, of a map over the whole image.
     """
-    picture = image_tile(image.mean(0, keepdim=True).expand(3, -1, -1), side)  # (height, side, 3)
+    picture = image_cell(image.mean(0, keepdim=True).expand(3, -1, -1), side)  # (height, side, 3)
     values = values.float().nan_to_num(0.0, 0.0, 0.0)
     share = 0.92 * values.numpy() / max(values.max().item(), 1e-12)
     share = scaled(share, *picture.shape[:2])[..., None]
@@ -267,22 +267,22 @@ def on_map(weights: Tensor, origin: Sequence[int], size: tuple[int, int]) -> Ten
 
 
 def overlay_strip(image: Tensor, attention: LayerAttention, share: Tensor | None) -> Strip:
-    """What the first chosen pixel of the first image attends to, a tile a head, and its rollout where given.
+    """What the first chosen pixel of the first image attends to, a cell a head, and its rollout where given.
 
     image (3, H, W) in [0, 1]; share: a rollout's, on the map of the first layer.
     """
     pixel, origin, size = attention.pixels[0].tolist(), attention.origins[0].tolist(), attention.size
-    tiles = []
+    cells = []
     for i, weights in enumerate(attention.weights[0, :, 0]):
-        picture = overlay(image, on_map(weights, origin, size), OVERLAY_TILE)
+        picture = overlay(image, on_map(weights, origin, size), OVERLAY_SIDE)
         frame(picture, origin, attention.kernel_size, size, WINDOW)
         frame(picture, pixel, 1, size, FRAME)
-        tiles.append(Tile(picture, f"head {i + 1}"))
+        cells.append(Cell(picture, f"head {i + 1}"))
     if share is not None:
-        picture = overlay(image, share.sqrt(), OVERLAY_TILE)  # its peak stays at the pixel: the root shows the rest
+        picture = overlay(image, share.sqrt(), OVERLAY_SIDE)  # its peak stays at the pixel: the root shows the rest
         frame(picture, pixel, 1, size, FRAME)
-        tiles.append(Tile(picture, "\u221a rollout"))
-    return Strip(f"{attention.name}, {size[0]}x{size[1]}", tiles)
+        cells.append(Cell(picture, "\u221a rollout"))
+    return Strip(f"{attention.name}, {size[0]}x{size[1]}", cells)
 
 
 # ---- charts ---------------------------------------------------------------------------------------------------------
@@ -369,6 +369,6 @@ def progress_figure(rows: Sequence[dict], mistakes: Sequence[tuple[Tensor, str, 
         ax = figure.add_subplot(grid[1, column])
         ax.imshow(to_bytes(image), interpolation="nearest")
         ax.set_axis_off()
-        title = f"{fit(label, IMAGE_TILE)}\n> {fit(guess, IMAGE_TILE - 2 * CHARACTER)}"
+        title = f"{fit(label, IMAGE_SIDE)}\n> {fit(guess, IMAGE_SIDE - 2 * CHARACTER)}"
         ax.set_title(title, fontsize=POINTS, color=WRONG, parse_math=False)
     return figure

@@ -15,7 +15,7 @@ from attention import LocalAttention2d
 from model import ResNet26
 from sasa.analysis import figures
 from sasa.analysis.attention_maps import LayerAttention, lattice, record_attention
-from sasa.analysis.figures import Strip, Tile
+from sasa.analysis.figures import Cell, Strip
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -42,7 +42,7 @@ def layers(small_network):
 
 def test_a_sheets_tiles_keep_their_pixels_and_captions_stand_below(monkeypatch):
     random_tile = np.random.default_rng(0).integers(0, 255, (10, 20, 3), np.uint8)
-    tiles = [Tile(random_tile + i, f"c{i}\nwrong") for i in range(3)]
+    tiles = [Cell(random_tile + i, f"c{i}\nwrong") for i in range(3)]
     found = pixels(figures.sheet([Strip("a name", tiles), Strip("", tiles[:1])], "heading", columns=2))
     margin, line, gap = figures.MARGIN, figures.LINE, figures.GAP
     assert found.shape[1] == 2 * margin + 2 * 20 + gap
@@ -64,7 +64,7 @@ def test_a_mean_map_is_white_for_nothing_and_blue_for_the_most():
     layer = LayerAttention("x", LocalAttention2d(4, 4, 3, num_heads=2), (3, 3), places, places - 1, weights, 0.0)
     name, ((first, bits), (second, even)) = figures.map_strip(layer)
     assert name == "x" and (bits, even) == ("0.81 bit", "3.17 bit")
-    cell = figures.TILE // 3
+    cell = figures.MAP_SIDE // 3
     middles = first[cell // 2 :: cell, cell // 2 :: cell].astype(int)  # (3, 3, 3)
     most, third, none = middles[0, 2], middles[1, 1], middles[2, 0]
     assert none.min() >= 245 and most[0] < 20 and most[2] > most[0] + 60
@@ -84,12 +84,12 @@ def test_embeddings_share_a_scale_and_keep_their_sign():
         "x, rows, 2.00 at most",
         "x, columns, cosine, 1.00 at most",
     ]
-    half, third = figures.TILE // 2, figures.TILE // 3
-    positive, negative = rows.tiles[0].picture[0, 0].astype(int), rows.tiles[1].picture[half, 2 * third].astype(int)
-    weaker = cols.tiles[0].picture[half, third].astype(int)
+    half, third = figures.MAP_SIDE // 2, figures.MAP_SIDE // 3
+    positive, negative = rows.cells[0].picture[0, 0].astype(int), rows.cells[1].picture[half, 2 * third].astype(int)
+    weaker = cols.cells[0].picture[half, third].astype(int)
     assert positive[0] > positive[2] + 50 and negative[2] > negative[0] + 50 and weaker[1] > positive[1] + 50
-    assert (rows.tiles[0].picture[half:, third:] > 240).all()
-    diagonal = np.array([tile.picture[5, 5] for tile in row_cosines.tiles]).astype(int)
+    assert (rows.cells[0].picture[half:, third:] > 240).all()
+    diagonal = np.array([tile.picture[5, 5] for tile in row_cosines.cells]).astype(int)
     assert diagonal[0, 0] > diagonal[0, 2] + 50  # an embedding is like itself; one of zeros is like nothing
     assert (diagonal[1] > 240).all()
     none = LayerAttention(
@@ -134,7 +134,7 @@ def test_a_set_of_panels_takes_less_than_a_second(layers):
 def test_mistakes_have_label_and_prediction_below():
     images = [torch.full((3, 8, 8), 0.25), torch.full((3, 8, 8), 0.5)]
     figure = figures.mistakes_figure(images, [("cat", "dog"), ("a very long name of a class", "cat")])
-    found, side, margin = pixels(figure), figures.IMAGE_TILE, figures.MARGIN
+    found, side, margin = pixels(figure), figures.IMAGE_SIDE, figures.MARGIN
     assert (found[margin : margin + side, margin : margin + side] == 64).all()
     assert texts(figure) == ["cat", "> dog", "a very long\u2026", "> cat"]
     orange = (found[..., 0].astype(int) - found[..., 2] > 100).any(1)
@@ -154,16 +154,16 @@ def test_an_overlay_glows_where_the_weight_is_and_frames_the_window():
     weights[..., 0, 1] = 1.0
     place = torch.tensor([[4, 4]])
     attention = LayerAttention("x", LocalAttention2d(4, 4, 3, num_heads=1), (8, 8), place, place - 1, weights, 0.0)
-    (tile,) = figures.overlay_strip(image, attention, None).tiles
-    cell = figures.OVERLAY_TILE / 8
+    (tile,) = figures.overlay_strip(image, attention, None).cells
+    cell = figures.OVERLAY_SIDE / 8
     at = lambda row, col: tile.picture[int((row + 0.5) * cell), int((col + 0.5) * cell)].astype(int)  # noqa: E731
-    assert tile.picture.shape == (figures.OVERLAY_TILE, figures.OVERLAY_TILE, 3) and tile.caption == "head 1"
+    assert tile.picture.shape == (figures.OVERLAY_SIDE, figures.OVERLAY_SIDE, 3) and tile.caption == "head 1"
     assert at(3, 4)[0] > 230 and at(3, 4)[2] < 30  # the glow, one pixel above the centre
     assert abs(at(0, 0) - at(7, 7)).max() == 0 and len(set(at(0, 0))) == 1  # grey elsewhere
     assert (tile.picture[round(4 * cell), round(4.5 * cell)] == 255).all()  # the frame of the pixel
     assert tuple(tile.picture[round(3 * cell), round(3.2 * cell)]) == figures.WINDOW
     strip = figures.overlay_strip(image, attention, torch.eye(8))
-    assert [tile.caption for tile in strip.tiles] == ["head 1", "\u221a rollout"]
+    assert [tile.caption for tile in strip.cells] == ["head 1", "\u221a rollout"]
 
 
 def test_a_frame_outside_the_picture_is_left_out():
@@ -240,7 +240,7 @@ def test_progress_shows_the_curves_so_far_and_the_first_mistakes():
 
 
 def test_a_file_is_the_figure_and_replaces_a_link(tmp_path):
-    figure = figures.sheet([Strip("a", [Tile(np.zeros((5, 5, 3), np.uint8), "")])])
+    figure = figures.sheet([Strip("a", [Cell(np.zeros((5, 5, 3), np.uint8), "")])])
     other = tmp_path / "other"
     other.write_text("kept")
     (tmp_path / "a.png").symlink_to(other)

@@ -11,7 +11,7 @@ import torch
 
 from tools.benchmark import __main__ as benchmark
 from tools.benchmark import layers as benchmark_layers
-from tools.benchmark import measure, memory_plan
+from tools.benchmark import measure, step_memory
 from tools.benchmark import network as benchmark_network
 
 ROOT = Path(benchmark.__file__).resolve().parents[2]
@@ -151,7 +151,7 @@ BAD = {
     "flag": (["--fast"], "--fast"),
     "batch size": (["--network", "--batch-size", "0"], "--batch-size"),
     "batch size of layers": (["--batch-size", "4"], "--network"),
-    "plan of any batch": (["--plan", "--batch-size", "auto"], "--plan"),
+    "step memory of any batch": (["--step-memory", "--batch-size", "auto"], "--step-memory"),
     "model": (["--network", "--models", "ResNet27"], "ResNet27"),
 }
 
@@ -217,20 +217,31 @@ def test_the_network_table_has_every_depth_and_peak(capsys, monkeypatch):
 @pytest.mark.slow
 def test_a_plan_is_what_a_real_step_takes(capsys):
     """ResNet26 in the CIFAR form, 16 images: each total within 25% of the peak of a step in a process of its own."""
-    command = ["--plan", "--form", "CIFAR", "--models", "ResNet26", "--batch-size", "16", "--json", "--threads", "1"]
+    command = [
+        "--step-memory",
+        "--form",
+        "CIFAR",
+        "--models",
+        "ResNet26",
+        "--batch-size",
+        "16",
+        "--json",
+        "--threads",
+        "1",
+    ]
     assert benchmark.main([*command, "--backends", "tiled"]) == 0
     captured = capsys.readouterr()
-    (plan,) = json.loads(captured.out)["plan"]
+    (found,) = json.loads(captured.out)["step_memory"]
     assert "layer4" in captured.err and "work, tiled" in captured.err
     for net, options in {"convolution": {"attention_stages": ()}, "tiled": {"backend": "tiled"}}.items():
         real = benchmark_network.peak_of_step("ResNet26", options, "CIFAR", 16, 32, torch.device("cpu"), torch.float32)
-        assert plan["total_mib"][net] == pytest.approx(real, rel=0.25)
+        assert found["total_mib"][net] == pytest.approx(real, rel=0.25)
 
 
 def test_a_plan_adds_what_is_kept_and_the_largest_work(capsys, monkeypatch):
-    monkeypatch.setattr(memory_plan, "peak_memory", lambda kind, arguments, device: float(arguments[1]))
+    monkeypatch.setattr(step_memory, "peak_memory", lambda kind, arguments, device: float(arguments[1]))
     command = [
-        "--plan",
+        "--step-memory",
         "--form",
         "CIFAR",
         "--models",
@@ -242,16 +253,16 @@ def test_a_plan_adds_what_is_kept_and_the_largest_work(capsys, monkeypatch):
         "tiled",
     ]
     assert benchmark.main(command) == 0
-    (plan,) = json.loads(capsys.readouterr().out)["plan"]
-    assert plan["work_mib"]["tiled"] == {f"layer{i}": 32.0 * 2**i for i in range(1, 5)}
-    kept = {net: sum(stages.values()) for net, stages in plan["kept_mib"].items()}
-    assert plan["total_mib"]["tiled"] == pytest.approx(plan["state_mib"] + kept["attention"] + 512)
-    assert plan["total_mib"]["convolution"] == pytest.approx(plan["state_mib"] + kept["convolution"])
+    (found,) = json.loads(capsys.readouterr().out)["step_memory"]
+    assert found["work_mib"]["tiled"] == {f"layer{i}": 32.0 * 2**i for i in range(1, 5)}
+    kept = {net: sum(stages.values()) for net, stages in found["kept_mib"].items()}
+    assert found["total_mib"]["tiled"] == pytest.approx(found["state_mib"] + kept["attention"] + 512)
+    assert found["total_mib"]["convolution"] == pytest.approx(found["state_mib"] + kept["convolution"])
 
 
 def test_kept_bytes_by_hand():
     """A stem of the small form on 2 images of 8x8: input, convolution, ReLU, and batch norm's statistics."""
-    kept = memory_plan.kept_by_stage("ResNet26", {}, "CIFAR", 2, 8, torch.float32)
+    kept = step_memory.kept_by_stage("ResNet26", {}, "CIFAR", 2, 8, torch.float32)
     maps = 4 * (3 + 64 + 64) * 2 * 8 * 8
     assert 0 < kept["stem"] - maps <= 4 * 4 * 64
     assert all(size > 0 for size in kept.values())

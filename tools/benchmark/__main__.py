@@ -23,7 +23,7 @@ from tools.benchmark import layers as benchmark_layers
 from tools.benchmark import network as benchmark_network
 from tools.benchmark.layers import CIFAR, HEADS, PAPER, WINDOW
 from tools.benchmark.measure import Bench, machine
-from tools.benchmark.memory_plan import memory_plan
+from tools.benchmark.step_memory import step_memory
 
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 
@@ -56,11 +56,11 @@ def parse(argv: list[str] | None) -> tuple[Parser, argparse.Namespace]:
     parser = Parser("python -m tools.benchmark", description=__doc__.splitlines()[0])
     parser.add_argument("--shapes", type=parse_shapes, metavar="paper|cifar|all|B,C,H", help="only the layers of these")
     parser.add_argument("--network", action="store_true", help="only the networks: ResNet26, 38 and 50, with peaks")
-    parser.add_argument("--plan", action="store_true", help="only the memory of a training step, by stage")
+    parser.add_argument("--step-memory", action="store_true", help="only the memory of a training step, by stage")
     parser.add_argument("--batch-size", type=batch_size, metavar="N|auto", help="of --network (auto: the largest that "
-                        "fits) and --plan")  # fmt: skip
-    parser.add_argument("--models", nargs="+", choices=benchmark_network.DEPTHS, help="of --network and --plan")
-    parser.add_argument("--form", choices=tuple(benchmark_network.FORMS), default="ImageNet", help="of --plan")
+                        "fits) and --step-memory")  # fmt: skip
+    parser.add_argument("--models", nargs="+", choices=benchmark_network.DEPTHS, help="of --network and --step-memory")
+    parser.add_argument("--form", choices=tuple(benchmark_network.FORMS), default="ImageNet", help="of --step-memory")
     parser.add_argument("--quick", action="store_true", help="few shapes and rounds")
     parser.add_argument("--backends", nargs="+", metavar="NAME", help="without it, all that are usable here")
     parser.add_argument("--rounds", type=positive, help="without it 5, or 2 with --quick")
@@ -74,10 +74,10 @@ def parse(argv: list[str] | None) -> tuple[Parser, argparse.Namespace]:
 def main(argv: list[str] | None = None) -> int:
     """The command line; -> exit code."""
     parser, args = parse(argv)
-    if args.plan and args.batch_size == "auto":
-        parser.error("--batch-size auto: --plan needs a number")
-    if args.batch_size and not (args.plan or args.network):
-        parser.error(f"--batch-size {args.batch_size}: goes with --network or --plan")
+    if args.step_memory and args.batch_size == "auto":
+        parser.error("--batch-size auto: --step-memory needs a number")
+    if args.batch_size and not (args.step_memory or args.network):
+        parser.error(f"--batch-size {args.batch_size}: goes with --network or --step-memory")
     device = usable_device(parser, args.device)
     usable = kernels.backends()
     backends = args.backends or [name for name, reason in usable.items() if reason is None]
@@ -96,15 +96,15 @@ def main(argv: list[str] | None = None) -> int:
     result: dict = {"machine": machine(device), "dtype": args.dtype, "rounds": bench.rounds, "backends": backends}
     bench.print("  ".join(f"{key} {value}" for key, value in result["machine"].items()))
     bench.print(f"device {device}  {args.dtype}  rounds {bench.rounds}  backends {', '.join(backends)}")
-    layers = not args.network and not args.plan
+    layers = not args.network and not args.step_memory
     if layers:
         rows = result["layers"] = benchmark_layers.layers(bench, args.shapes)
         if not args.shapes:
             result["strided"] = benchmark_layers.strided(bench)
             result["scaling"] = benchmark_layers.scaling(bench)
-    if args.plan:
+    if args.step_memory:
         names = args.models or ["ResNet50"]
-        result["plan"] = [memory_plan(bench, args.batch_size, args.form, name) for name in names]
+        result["step_memory"] = [step_memory(bench, args.batch_size, args.form, name) for name in names]
     elif args.network or not args.shapes:
         names = tuple(args.models or (benchmark_network.DEPTHS if args.network else ("ResNet26",)))
         result["network"] = benchmark_network.network(bench, names, args.batch_size)

@@ -1,4 +1,4 @@
-"""The memory of a training step, stage by stage: `python -m tools.benchmark --plan`.
+"""The memory of a training step, stage by stage: `python -m tools.benchmark --step-memory`.
 
 A plan counts the bytes that a step keeps for its backward: the sizes of the tensors that autograd saves in a forward on
 the meta device, which computes nothing. They are the same for every backend, as all keep query, key, value, output and
@@ -51,7 +51,7 @@ def largest_layers(name: str, form: str, side: int) -> dict[str, tuple[int, int]
     }
 
 
-def memory_plan(bench: Bench, batch_size: int | None = None, form: str = "ImageNet", name: str = "ResNet50") -> dict:
+def step_memory(bench: Bench, batch_size: int | None = None, form: str = "ImageNet", name: str = "ResNet50") -> dict:
     """Prints and returns MiB by stage of a training step; `total` is what a real step's peak is held against."""
     batch, side = batch_size or FORMS[form][0], FORMS[form][1]
     weights = 3 * sum(p.numel() for p in on_meta(name, form).parameters())  # gradient and momentum, too
