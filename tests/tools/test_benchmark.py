@@ -214,21 +214,15 @@ def test_the_network_table_has_every_depth_and_peak(capsys, monkeypatch):
     assert all(row["peak_mib"] == 3.5 and row["images_per_s"] > 0 and row["batch"] == 2 for row in rows)
 
 
+def step_memory_flags(batch_size: int) -> list[str]:
+    flags = f"--step-memory --form CIFAR --models ResNet26 --batch-size {batch_size} --json --threads 1"
+    return flags.split()
+
+
 @pytest.mark.slow
-def test_a_plan_is_what_a_real_step_takes(capsys):
+def test_a_steps_memory_is_what_a_real_step_takes(capsys):
     """ResNet26 in the CIFAR form, 16 images: each total within 25% of the peak of a step in a process of its own."""
-    command = [
-        "--step-memory",
-        "--form",
-        "CIFAR",
-        "--models",
-        "ResNet26",
-        "--batch-size",
-        "16",
-        "--json",
-        "--threads",
-        "1",
-    ]
+    command = step_memory_flags(16)
     assert benchmark.main([*command, "--backends", "tiled"]) == 0
     captured = capsys.readouterr()
     (found,) = json.loads(captured.out)["step_memory"]
@@ -238,20 +232,9 @@ def test_a_plan_is_what_a_real_step_takes(capsys):
         assert found["total_mib"][net] == pytest.approx(real, rel=0.25)
 
 
-def test_a_plan_adds_what_is_kept_and_the_largest_work(capsys, monkeypatch):
+def test_a_steps_memory_adds_what_is_kept_and_the_largest_work(capsys, monkeypatch):
     monkeypatch.setattr(step_memory, "peak_memory", lambda kind, arguments, device: float(arguments[1]))
-    command = [
-        "--step-memory",
-        "--form",
-        "CIFAR",
-        "--models",
-        "ResNet26",
-        "--batch-size",
-        "2",
-        "--json",
-        "--backends",
-        "tiled",
-    ]
+    command = [*step_memory_flags(2), "--backends", "tiled"]
     assert benchmark.main(command) == 0
     (found,) = json.loads(capsys.readouterr().out)["step_memory"]
     assert found["work_mib"]["tiled"] == {f"layer{i}": 32.0 * 2**i for i in range(1, 5)}

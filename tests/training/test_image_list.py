@@ -32,7 +32,7 @@ def written(path: Path, data: Data) -> Data:
 
 
 def after(path: Path, before: Data, now: Data) -> str:
-    """What is said of two states of a data set, the first of them with a list at `path`."""
+    """The line that names what changed between two states of a data set; the list of the first is at `path`."""
     lines = image_list.changes(path, before.identity(), now.identity(), now.listed())
     assert len(lines) <= 1
     return "".join(lines)

@@ -1,6 +1,6 @@
 """The memory of a training step, stage by stage: `python -m tools.benchmark --step-memory`.
 
-A plan counts the bytes that a step keeps for its backward: the sizes of the tensors that autograd saves in a forward on
+It counts the bytes that a step keeps for its backward: the sizes of the tensors that autograd saves in a forward on
 the meta device, which computes nothing. They are the same for every backend, as all keep query, key, value, output and
 log-sum-exp; what differs is the memory that a backend works in while one layer runs, which is measured, one layer of
 each stage.
