@@ -13,6 +13,7 @@ from torch.autograd import forward_ad
 from sasa.kernels import operators, reference
 from sasa.kernels.dispatch import check_name, named_backend
 from sasa.kernels.interface import BORDERS, AttentionOptions, autocast_dtype, channels_innermost, without_autocast
+from sasa.kernels.tracing import constant_when_compiled
 
 
 def local_attention(
@@ -143,21 +144,15 @@ def composite_serves(backend: str, *tensors: Tensor | None) -> bool:
     )
 
 
+@constant_when_compiled
 def _name(backend: str) -> str:
     return named_backend(backend)
 
 
-# As torch.compiler.assume_constant_result does: a compiler takes the name as it is, not how it is found.
-# The function itself imports torch._dynamo, and with it Triton, which reads its environment then.
-_name._dynamo_marked_constant = True
-
-
+@constant_when_compiled
 def _is_transformed() -> bool:
     """Inside torch.func.grad, vmap, jvp, ...; a compiler enters them while it traces, and keeps the answer."""
     return torch._C._functorch.peek_interpreter_stack() is not None
-
-
-_is_transformed._dynamo_marked_constant = True  # as `_name`
 
 
 def _has_tangent(*tensors: Tensor | None) -> bool:

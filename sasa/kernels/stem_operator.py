@@ -19,6 +19,7 @@ from sasa.kernels.dispatch import choose_for
 from sasa.kernels.functional import composite_serves
 from sasa.kernels.interface import CallKind, accumulate_dtype, empty_like_map, empty_map
 from sasa.kernels.stem import block_attention, mixed_block_values, sliding_attention, to_blocks
+from sasa.kernels.tracing import constant_when_compiled
 
 
 def attend(
@@ -81,7 +82,7 @@ def attend_normalise_pool(
     return chosen * scale.to(x.dtype)[:, None, None] + shift.to(x.dtype)[:, None, None]
 
 
-@torch.compiler.assume_constant_result  # a compiler does not trace what it needs to ask: whether there is a kernel
+@constant_when_compiled  # it asks whether there is a kernel here
 def kernel_for(
     device: str, dtype: torch.dtype, channels: int, backend: str, side: int, mixtures: int, head_dim: int
 ) -> str | None:

@@ -1,9 +1,21 @@
 """What the layers do differently while a tracer looks on: torch.fx, and torch.export with free sizes."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import Proxy
+
+
+def constant_when_compiled(function: Callable) -> Callable:
+    """A decorator: a compiler takes the function's result as it is, and does not trace how it is found.
+
+    It leaves the mark that torch.compiler.assume_constant_result leaves. That function imports torch._dynamo, which
+    makes the import of a layer a second longer, and with it Triton, which reads its environment then.
+    """
+    function._dynamo_marked_constant = True
+    return function
 
 
 def is_proxy(x: Tensor) -> bool:
