@@ -30,6 +30,11 @@ from sasa.training.sync_batchnorm import sync_batch_norms
 SECONDS = 60.0  # of a run, whatever becomes of it: the issue's limit for a run that a rank has left
 
 
+# What a run imports while it runs: imported once, before the ranks are forked.
+IMPORTED_LATER = ["torch._dynamo", "torch.utils.tensorboard", "torchvision.utils"]
+IMPORTED_LATER += ["matplotlib.backends.backend_agg", "matplotlib.figure"]
+
+
 def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
@@ -52,7 +57,7 @@ def launch(folder: Path, ranks: int, function: Callable, *arguments) -> tuple[li
         AssertionError: a rank has not ended after SECONDS.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["ranks", "torch._dynamo", "torch.utils.tensorboard"])
+    context.set_forkserver_preload(["ranks", *IMPORTED_LATER])
     folder.mkdir(parents=True, exist_ok=True)
     port = str(free_port())
     processes, outputs = [], [folder / f"rank{rank}.txt" for rank in range(ranks)]

@@ -61,7 +61,7 @@ def compiler(tmp_path):
         f"""#!/bin/sh
 [ "$1" = --version ] && echo "a compiler" && exit
 echo called >> {tmp_path}/calls
-sleep 0.5
+sleep 0.2
 while [ "$1" != -o ]; do shift; done
 exec cat {library._name} > "$2"
 """
