@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from fresh_process import run_python
+
 ROOT = Path(__file__).resolve().parents[1]
 BASE = {"sasa.console", "sasa.files"}
 # What the modules of a part may import of ours, apart from their own part.
@@ -77,3 +79,11 @@ def test_imports_go_one_way_and_take_no_private_name(path):
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in ours:
             assert not node.attr.startswith("_") or node.attr.startswith("__"), f"{node.attr} is private"
+
+
+def test_importing_the_training_imports_neither_the_compiler_nor_triton():
+    """Both take seconds, and Triton reads its environment when it is imported. Asking for the kernels imports neither."""
+    code = "import train, sasa.kernels.triton_backend as cuda; cuda.unusable()\n"
+    code += "print(sorted({'torch._dynamo', 'triton', 'matplotlib', 'torchvision'} & set(sys.modules)))"
+    done = run_python(code)
+    assert (done.stdout, done.returncode) == ("[]\n", 0), done.stderr

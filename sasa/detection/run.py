@@ -47,6 +47,8 @@ class DetectionInfo(NamedTuple):
 
 @dataclass
 class DetectionData:
+    """A detection set, in its splits: the `RunData` of a detection run."""
+
     info: DetectionInfo
     train: DetectionSplit
     val: DetectionSplit
@@ -57,14 +59,12 @@ class DetectionData:
         return [self.train, self.val]
 
     def identity(self) -> dict[str, Any]:
-        """What a checkpoint keeps of the data (`sasa.data.fingerprint`)."""
         mean, std = STATS[self.info.name]
         train, val = self.train.truth.fingerprint(), self.val.truth.fingerprint()
         about = {"dataset": self.info.name, "class_names": list(self.info.class_names)}
         return about | {"mean": list(mean), "std": list(std), "train": train, "holdout": None, "test": val}
 
     def listed(self) -> Iterator[Listed]:
-        """Every image, split by split."""
         splits = ("train", self.train), ("test", self.val)
         return (Listed(name, *image) for name, split in splits for image in split.truth.listed())
 

@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -46,9 +46,22 @@ from sasa.training.resume import RunSpec, form_of
 from sasa.training.sync_batchnorm import sync_batch_norms
 
 
+class RunData(Protocol):
+    """What a run needs of its data, whatever the task."""
+
+    def identity(self) -> dict[str, Any]:
+        """What a checkpoint keeps of the data: class names, normalisation, and a fingerprint of every split."""
+
+    def listed(self) -> Iterator[Listed]:
+        """Every image, split by split."""
+
+    def close(self) -> None:
+        """End the workers: an abandoned epoch's cannot be ended once the garbage collector has reached it."""
+
+
 @dataclass
 class Data:
-    """A data set, in its splits."""
+    """A data set, in its splits: the `RunData` of a classification run."""
 
     info: DataInfo
     train: Split
@@ -66,16 +79,13 @@ class Data:
         return self.test if self.holdout is None else self.holdout
 
     def identity(self) -> dict[str, Any]:
-        """What a checkpoint keeps of the data: class names, normalisation, and a fingerprint of every split."""
         return preprocess.data_identity(self.info, self.train, self.holdout, self.test)
 
     def listed(self) -> Iterator[Listed]:
-        """Every image, split by split."""
         splits = zip(SPLITS, (self.train, self.holdout, self.test), strict=True)
         return (Listed(name, *image) for name, split in splits if split is not None for image in split.listed())
 
     def close(self) -> None:
-        """End the workers: an abandoned epoch's cannot be ended once the garbage collector has reached it."""
         for split in self.splits:
             split.close()
 
@@ -232,7 +242,7 @@ def assemble(
     kind: type[Run],
     spec: RunSpec,
     config: Settings,
-    data: Any,
+    data: RunData,
     model: nn.Module,
     device: torch.device,
     amp: torch.dtype | None,
