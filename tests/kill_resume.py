@@ -25,7 +25,7 @@ import small_runs  # noqa: E402 (a script: its folder must be on the path first)
 def command(folder: Path, size: list[str], *more: str) -> list[str]:
     """A run that saves after about every second of training."""
     flags = "--dataset DIGITS --batch-size 16 --holdout 0.1 --ema 0.9 --mixup 0.2 --no-progress"
-    flags += f" --save-minutes 0.02 --save-every 0 --output-dir {folder} --name run --device cpu"
+    flags += f" --save-minutes 0.02 --save-every 0 --attention-every 0 --output-dir {folder} --name run --device cpu"
     return [sys.executable, str(ROOT / "train.py"), *flags.split(), *size, *more]
 
 

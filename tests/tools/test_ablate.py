@@ -303,7 +303,7 @@ def test_wrong_usage_is_one_line_and_exit_2(capsys, tmp_path, monkeypatch, flags
 def test_the_real_train_py_runs_is_cut_and_is_not_run_again(tmp_path, capsys):
     """Two steps of a row of Table 6, by subprocess."""
     flags = ["--table", "6", "--epochs", "1", "--threads", "1", "--output-dir", str(tmp_path), "--dataset", "digits"]
-    shared = ["--", "--max-steps", "2", "--batch-size", "4"]
+    shared = ["--", "--max-steps", "2", "--batch-size", "4", "--attention-every", "0"]
     folder = tmp_path / "digits-epochs-1-batch-size-4-max-steps-2"
     handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     try:

@@ -238,7 +238,7 @@ def test_resume_on_another_number_of_ranks_keeps_the_global_batch_and_says_so(tm
 
 def test_a_killed_rank_brings_the_job_back(tmp_path):
     """SIGKILL of the second rank in step 20, under torchrun: back from the save of step 18, finished, the log whole."""
-    flags = FLAGS.replace("--max-steps 20", "--max-steps 30") + " --batch-size 6 --resume"
+    flags = FLAGS.replace("--max-steps 20", "--max-steps 30") + " --batch-size 6 --attention-every 0 --resume"
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "1"]
     command += ["--master-port", str(ranks.free_port()), str(ROOT / "tests/killed_rank.py"), str(tmp_path), flags]
     started = time.monotonic()
