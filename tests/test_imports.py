@@ -82,7 +82,7 @@ def test_imports_go_one_way_and_take_no_private_name(path):
 
 
 def test_importing_the_training_imports_neither_the_compiler_nor_triton():
-    """Both take seconds, and Triton reads its environment when it is imported. Asking for the kernels imports neither."""
+    """Both take seconds, and Triton reads its environment when it is imported. Nor does a look for the kernels."""
     code = "import train, sasa.kernels.triton_backend as cuda; cuda.unusable()\n"
     code += "print(sorted({'torch._dynamo', 'triton', 'matplotlib', 'torchvision'} & set(sys.modules)))"
     done = run_python(code)

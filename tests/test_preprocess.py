@@ -79,20 +79,21 @@ def test_train_images_is_a_seeded_part_of_train_that_the_holdout_is_taken_from(d
         load(dataset="DIGITS", train_images=1438)
 
 
-@pytest.mark.parametrize("flags", [[], ["-OO"]])
-def test_the_command_packs_and_indexes(tree, tmp_path, flags):
-    """Without docstrings (-OO) too; its errors are one line."""
+def test_the_command_packs_and_indexes(tree, tmp_path, capsys, monkeypatch):
+    """As a process, and without docstrings (-OO), which its help is written from; its errors are one line."""
 
     def run(*arguments):
-        command = [sys.executable, *flags, str(ROOT / "preprocess.py"), *map(str, arguments)]
+        command = [sys.executable, *map(str, arguments)]
         return subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
 
-    packed = run("pack", tree, tmp_path / "shards")
+    shards = tmp_path / "shards"
+    packed = run(ROOT / "preprocess.py", "pack", tree, shards)
     assert packed.returncode == 0 and "22 images of 2 classes in 1 shards" in packed.stdout and packed.stderr == ""
-    if flags:
-        (tmp_path / "shards/train-index.npz").unlink()
-        indexed = run("index", tmp_path / "shards/train-000000.tar")
-        assert indexed.returncode == 0 and "22 images" in indexed.stdout
-    else:
-        wrong = run("pack", tree, tmp_path / "shards")
-        assert wrong.returncode == 2 and "already holds" in wrong.stderr and wrong.stderr.count("\n") == 1
+    monkeypatch.setattr(sys, "argv", ["preprocess.py", "pack", str(tree), str(shards)])
+    with pytest.raises(SystemExit) as end:
+        raise SystemExit(preprocess.shards_main())
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and "already holds" in error and error.count("\n") == 1
+    (shards / "train-index.npz").unlink()
+    indexed = run("-OO", ROOT / "preprocess.py", "index", shards / "train-000000.tar")
+    assert indexed.returncode == 0 and "22 images" in indexed.stdout

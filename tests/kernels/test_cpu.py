@@ -332,38 +332,6 @@ def attend(weight, rel_row, rel_col, x):
     return kernels.local_attention(q, k, v, rel_row, rel_col, kernel_size=3, backend="cpu").square().mean()
 
 
-class Attend(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        generator = torch.Generator().manual_seed(0)
-        shapes = ((24, 8, 1, 1), (2, 2, 3), (2, 2, 3))
-        self.weights = torch.nn.ParameterList(torch.randn(s, generator=generator) for s in shapes)
-
-    def forward(self, x):
-        return attend(*self.weights, x)
-
-
-def train_rank(rank, folder, images):
-    torch.distributed.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
-    model = torch.nn.parallel.DistributedDataParallel(Attend())
-    model(images[2 * rank : 2 * rank + 2]).backward()
-    torch.save([p.grad for p in model.parameters()], f"{folder}/{rank}.pt")
-    torch.distributed.destroy_process_group()
-
-
-@needs_kernel
-@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
-def test_two_ranks_train_as_one_process_does(tmp_path):
-    images = torch.randn(4, 8, 5, 6)
-    torch.multiprocessing.spawn(train_rank, (str(tmp_path), images), nprocs=2)
-    model = Attend()
-    model(images).backward()
-    ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
-    for parameter, *grads in zip(model.parameters(), *ranks, strict=True):
-        assert torch.equal(*grads)
-        assert torch.allclose(grads[0], parameter.grad, rtol=1e-4, atol=1e-6)
-
-
 # ---- memory --------------------------------------------------------------------------------------------------------
 
 
