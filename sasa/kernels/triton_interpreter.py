@@ -28,7 +28,7 @@ def narrow(x: np.ndarray) -> np.ndarray:
 def repair() -> None:
     """For this process, from now on."""
     create_dot, convert = interpreter.InterpreterBuilder.create_dot, interpreter._convert_float
-    patch_tensor = interpreter._patch_lang_tensor
+    patch_tensor, patch = interpreter._patch_lang_tensor, interpreter._patch_lang
 
     def dot(self, a, b, total, *options):
         if a.dtype.scalar == tl.bfloat16:
@@ -51,6 +51,12 @@ def repair() -> None:
         patch_tensor(tensor, *scope)
         tensor.__index__ = lambda self: int(self.handle.data.item())
 
+    def patch_once(function):
+        """Not again at each call of a function inside a kernel: that was a third of the interpreter's time."""
+        modules = [value for value in function.__globals__.values() if value is tl or value is tl.core]
+        return patch(function) if any(tl.core.is_builtin(module.arange) for module in modules) else None
+
+    interpreter._patch_lang = patch_once
     interpreter._patch_lang_tensor = with_index
     interpreter.InterpreterBuilder.create_dot = dot
     interpreter.InterpreterBuilder.create_si_to_fp = from_integer

@@ -7,17 +7,11 @@ import torch
 
 import stem_cases
 from sasa.kernels import dispatch, stem_operator, triton_backend, triton_builds, triton_stem
+from triton_cases import needs_compiler, needs_triton, refused
 
 DOCS = Path(triton_stem.__file__).parents[2] / "docs" / "kernels.md"
-refused = triton_backend.cannot_compile()
-needs_triton = pytest.mark.skipif(
-    refused is not None, reason=f"{refused}; what the stem's kernel computes is not checked here"
-)
 needs_builds = pytest.mark.skipif(
     refused is not None, reason=f"{refused}; registers, stack and atomics of the stem's builds are not checked here"
-)
-needs_compiler = pytest.mark.skipif(
-    triton_backend.interpreted(), reason="TRITON_INTERPRET is set: this process cannot compile kernels"
 )
 
 

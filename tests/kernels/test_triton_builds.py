@@ -1,0 +1,191 @@
+"""Backend "triton" compiled without a GPU: registers, stack, instructions, and the table that tiles are chosen from.
+
+All builds: python -m pytest tests/kernels/test_triton_builds.py -m slow.
+"""
+
+import itertools
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from sasa import kernels
+from sasa.kernels import triton_builds as builds
+from sasa.kernels import triton_tiles as tiles
+from sasa.kernels import tune
+from triton_cases import DTYPES, HALF, needs_compiler, refused
+
+needs_builds = pytest.mark.skipif(
+    refused is not None,
+    reason=f"{refused}; registers, stack, shared memory, load widths and atomics of builds are not checked here",
+)
+LAYERS = {8: 56, 16: 28, 32: 14, 64: 7}  # head width -> map, the stages of a ResNet
+ARCHITECTURES = (80, 90, 100)
+
+
+def build(stage, width, dtype, capability, kernel_size=7, **parts):
+    side = LAYERS[width]
+    call = tiles.Problem(8, width, side, side, kernel_size, **parts)
+    return builds.compile_stage(stage, tiles.tile_of(stage, call, dtype), call, dtype, capability=capability)
+
+
+def check_build(got, stage, width, dtype):
+    """The same on every version of triton: a few spilled bytes come and go with the version, and cost little.
+
+    Where no tile keeps to MAX_STACK on every version, the table shows what the one with the fewest instructions needs.
+    """
+    entry = tiles.table()[tiles.table_key(7, width, LAYERS[width], dtype)][stage]
+    spilled = max(figures[2] for figures in entry["builds"][tune.name(entry["tile"])].values())
+    assert got.stack <= max(tune.MAX_STACK, 1.25 * spilled if spilled > tune.MAX_STACK else 0)
+    assert got.registers <= tune.MAX_REGISTERS
+    assert got.shared <= tune.MAX_SHARED
+    assert got.atomics == 0
+    assert got.widest_load == 16
+
+
+@pytest.fixture(scope="module", autouse=True)
+def build_folder(tmp_path_factory):
+    """Triton keeps its builds here and not in the user's cache."""
+    before = os.environ.get("TRITON_CACHE_DIR")
+    os.environ["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
+    yield
+    if before is None:
+        del os.environ["TRITON_CACHE_DIR"]
+    else:
+        os.environ["TRITON_CACHE_DIR"] = before
+
+
+@needs_builds
+@needs_compiler
+@pytest.mark.parametrize(
+    ("stage", "width", "dtype", "capability"),
+    [
+        *((stage, width, "bf16", 90) for stage in tiles.STAGES for width in LAYERS),
+        # Elsewhere the kernel that needs the most registers, or comes near a limit.
+        *(("query", 64, "bf16", 80), ("query", 32, "bf16", 120), ("query", 16, "fp32", 90)),
+    ],
+)
+def test_builds_keep_to_registers_without_atomics(stage, width, dtype, capability):
+    """All others: -m slow, and the table, which holds every row on every architecture."""
+    check_build(build(stage, width, DTYPES[dtype], capability), stage, width, DTYPES[dtype])
+
+
+@needs_builds
+@needs_compiler
+@pytest.mark.parametrize("stage", tiles.STAGES)
+@pytest.mark.parametrize("width", [16, 64])
+def test_the_table_holds_the_instructions_of_this_version(width, stage):
+    """A change of the kernels shows here: count anew with every version then (`python -m sasa.kernels.tune`)."""
+    side = LAYERS[width] if width == 64 else 56
+    entry = tiles.table()[tiles.table_key(7, width, side, torch.bfloat16)][stage]
+    tile = tuple(entry["tile"])
+    figures = entry["builds"][tune.name(tile)].get(f"{builds.triton_version()} 90")
+    if figures is None:
+        pytest.skip(f"the table has no column for triton {builds.triton_version()}: its instructions are not checked")
+    got = builds.compile_stage(stage, tile, tiles.Problem(8, width, side, side, 7), torch.bfloat16)
+    assert builds.per_pixel(got, tile, side) == pytest.approx(figures[0], rel=0.01)
+    assert got.registers == figures[1]
+
+
+@needs_builds
+@needs_compiler
+@pytest.mark.parametrize(
+    ("stage", "most"), [("forward", (54, 62, 82)), ("query", (72, 82, 118)), ("key", (90, 102, 140))]
+)
+def test_instructions_a_query(stage, most):
+    """Warp instructions a query at K = 7, bf16, compute capability 9.0: bounds that the kernels were written for."""
+    if builds.triton_version() not in ("3.8", "3.9"):
+        pytest.skip("the bounds hold with the compilers of triton 3.8 and 3.9: instructions are not checked here")
+    for width, bound in zip((8, 16, 32), most, strict=True):
+        side = LAYERS[width]
+        call = tiles.Problem(8, width, side, side, 7)
+        tile = tiles.tile_of(stage, call, torch.bfloat16)
+        assert builds.per_pixel(build(stage, width, torch.bfloat16, 90), tile, side) <= bound, width
+
+
+@pytest.mark.slow
+@needs_builds
+@needs_compiler
+@pytest.mark.parametrize("stage", tiles.STAGES)
+@pytest.mark.parametrize("capability", ARCHITECTURES)
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("width", LAYERS)
+@pytest.mark.parametrize(
+    "parts",
+    [{}, {"mask": False}, {"content": False}, {"relative": False}, {"fused": False}],
+    ids=lambda p: " ".join(p) or "all",
+)
+def test_every_build_keeps_to_registers_without_atomics(parts, width, dtype, capability, stage):
+    check_build(build(stage, width, HALF[dtype], capability, **parts), stage, width, HALF[dtype])
+
+
+def test_the_table_has_a_row_for_every_call():
+    for size, width, side, dtype in itertools.product(range(1, 14), range(1, 65), (1, 5, 9, 17, 500), DTYPES.values()):
+        row = tiles.table()[tiles.table_key(size, width, side, dtype)]
+        assert set(row) == set(tiles.STAGES)
+    for row in tiles.table().values():
+        for stage in row.values():
+            height, width, rows, warps, unroll = stage["tile"]
+            assert height * width >= 16  # what a product takes
+            assert all(n & (n - 1) == 0 for n in (height, width, rows, warps)) and unroll in (0, 1)
+
+
+def test_the_choice_follows_from_the_counts():
+    for key, row in tiles.table().items():
+        for stage, entry in row.items():
+            assert tuple(entry["tile"]) == tune.choose(entry["builds"]), (key, stage)
+
+
+def test_the_counts_in_the_docs_are_those_of_the_table():
+    docs = (Path(kernels.__file__).parents[2] / "docs" / "kernels.md").read_text(encoding="utf-8")
+    assert tune.show(7) in docs
+    assert tune.coverage() in docs
+
+
+def test_every_version_has_counted_every_row():
+    for key, row in tiles.table().items():
+        for stage, entry in row.items():
+            columns = set(entry["builds"][tune.name(entry["tile"])])
+            assert {"3.3 90", "3.6 90", "3.8 90", "3.9 90"} <= columns, (key, stage)
+
+
+def test_a_choice_fits_everywhere_or_is_the_cheapest():
+    a, b, c = "2 8 8 1 0", "2 8 4 1 0", "2 8 2 1 0"
+    counts = {a: {"3.8 90": [55, 200, 0, 0], "3.9 90": [55, 200, 0, 0]}, b: {"3.8 90": [59, 128, 0, 0]}}
+    counts[b]["3.9 90"] = [59, 128, 0, 0]
+    assert tune.choose(counts) == (2, 8, 8, 1, 0)
+    counts[a]["3.8 80"] = [50, 255, 65, 0]  # spills with one version on one architecture
+    assert tune.choose(counts) == (2, 8, 8, 1, 0)  # on which the other was not counted
+    counts[b]["3.8 80"] = [59, 128, 0, 0]
+    assert tune.choose(counts) == (2, 8, 4, 1, 0)
+    counts[c] = {
+        "3.8 90": [61, 64, 0, 0],
+        "3.9 90": [61, 64, 0, 0],
+        "3.8 80": [61, 64, 0, 0],
+    }  # within 5%, and twice the warps
+    assert tune.choose(counts) == (2, 8, 2, 1, 0)
+    much_cheaper = counts | {a: {v: [50, *figures[1:]] for v, figures in counts[a].items()}}
+    assert tune.choose(much_cheaper) == (2, 8, 8, 1, 0)
+    spilling = {tile: {v: [*f[:2], 99, 0] for v, f in x.items()} for tile, x in counts.items()}
+    assert tune.choose(spilling) == (2, 8, 8, 1, 0)
+
+
+def test_executed_instructions_count_loops_by_their_trips():
+    lines = ["MOV R1, R2", ".L_1:", "LDG R1", ".L_2:", "@!P0 HMMA R1", "@P1 BRA `(.L_2)", "@P0 BRA `(.L_1)", "EXIT"]
+    listing = "\n".join(x if x.endswith(":") else f"        /*0010*/   {x} ;" for x in lines)
+    found = builds.executed(listing, (8, 3))
+    assert (found["MOV"], found["LDG"], found["HMMA"]) == (1, 8, 24)
+    assert found["all"] == 2 + 8 * 2 + 24 * 2
+    assert builds.executed(listing, (8,))["HMMA"] == 8  # an inner loop whose trips are not known counts once
+
+
+@needs_builds
+@needs_compiler
+def test_products_are_as_many_as_the_pairs_need():
+    """Counted instructions stand and fall with the trips of loops: the products' number is known beforehand."""
+    assert tiles.table()[tiles.table_key(7, 16, 28, torch.bfloat16)]["forward"]["tile"] == [2, 8, 8, 1, 0]
+    for chunk in (8, 4):  # in one chunk, which another test has built, and in a loop of two
+        tile, call = (2, 8, chunk, 1, 0), tiles.Problem(8, 16, 28, 28, 7)
+        found = builds.compile_stage("forward", tile, call, torch.bfloat16).instructions["HMMA"]
+        assert found == (16 * 128 * 16 * 2 + 16 * 16 * 16) / (16 * 8 * 16)  # q.k and P.v, the embeddings
