@@ -3,6 +3,8 @@
 Every kind of change that acts through a module's call is tried on every module of every fused path.
 """
 
+import inspect
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,6 +14,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from attention import AttentionStem, LocalAttention2d
 from fused_paths import PATHS, TARGETS, build
+from sasa.kernels import plain
+from sasa.kernels.plain import is_plain_norm, is_plain_pool, is_plain_projection
+from sasa.kernels.tracing import CeilMaxPool2d
 
 # Ways to double what a module returns --------------------------------------------------------------------------------
 
@@ -185,6 +190,25 @@ def test_projections_of_other_widths_are_not_split_wrongly():
         layer(torch.randn(2, 4, 9, 10))
 
 
+@pytest.mark.parametrize("change", [("to", "meta"), ("double",)], ids=lambda c: c[-1])
+def test_a_weight_unlike_the_input_is_no_plain_projection(change):
+    """PyTorch's own convolution may read the memory of a weight on another device: the module decides, not we."""
+    projection, x = nn.Conv2d(4, 16, 1, bias=False), torch.randn(2, 4, 9, 10)
+    assert is_plain_projection(projection, 4, 16, x)
+    getattr(projection, change[0])(*change[1:])
+    assert not is_plain_projection(projection, 4, 16, x)
+
+
+@pytest.mark.parametrize("change", ["forward", "_conv_forward", "__call__", "_call_impl"])
+def test_what_another_package_replaced_before_the_import_is_not_plain(change, monkeypatch):
+    kind = nn.Conv2d if "forward" in change else nn.Module
+    before = getattr(kind, change)
+    monkeypatch.setattr(kind, change, lambda self, *x: before(self, *x))
+    later = {"__name__": "later"}
+    exec(compile(inspect.getsource(plain), "later", "exec"), later)  # as if imported now
+    assert not later["is_plain_projection"](nn.Conv2d(4, 16, 1, bias=False), 4, 16, torch.randn(2, 4, 9, 10))
+
+
 # The pooled stem's other modules --------------------------------------------------------------------------------------
 
 
@@ -280,6 +304,26 @@ def test_a_pooled_stem_is_refused_where_its_modules_are(which, training):
             call(x)
 
 
+@pytest.mark.parametrize("change", [
+    lambda y: y.to("meta"), torch.Tensor.double, lambda y: y[:1].clone()
+], ids=["device", "dtype", "channels"])  # fmt: skip
+@pytest.mark.parametrize("name", ["weight", "bias", "running_mean", "running_var"])
+def test_one_tensor_of_the_norm_unlike_the_input(name, change):
+    norm, x = nn.BatchNorm2d(16), torch.randn(2, 3, 9, 10)
+    assert is_plain_norm(norm, 16, x)
+    changed = change(getattr(norm, name).detach())
+    setattr(norm, name, nn.Parameter(changed) if name in norm._parameters else changed)
+    assert not is_plain_norm(norm, 16, x)
+
+
+@pytest.mark.parametrize("pool", [
+    CeilMaxPool2d(4), nn.MaxPool2d(4, 4, ceil_mode=True), nn.MaxPool2d((4, 4), (4, 4), (0, 0), (1, 1), ceil_mode=True)
+], ids=["ours", "PyTorch's", "pairs"])  # fmt: skip
+def test_pools_of_aligned_blocks(pool):
+    assert is_plain_pool(pool, 4)
+    assert not is_plain_pool(pool, 2)
+
+
 # And where nothing was changed, they are fused ------------------------------------------------------------------------
 
 
@@ -304,6 +348,16 @@ def test_plain_modules_are_fused(path):
         assert "local_attention_packed" in operators.seen
     if path == "pooled stem" and "stem_attention" in operators.seen:  # with a compiler
         assert "native_batch_norm" not in operators.seen and "max_pool2d_with_indices" not in operators.seen
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_weights_wider_than_the_input_are_fused_under_autocast(path):
+    """As the layers of a network in mixed precision are: the input is the output of another layer."""
+    network, x = build(path)
+    with torch.autocast("cpu", torch.bfloat16), Operators() as operators:
+        network(x.bfloat16())
+    convolutions = {"layer": 1, "layer without content": 1, "stem of convolved values": 1}.get(path, 0)
+    assert operators.seen.count("convolution") == convolutions
 
 
 @pytest.mark.parametrize("name", ["attention_weights", "attention_logits"])
