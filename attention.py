@@ -173,10 +173,8 @@ class LocalAttention2d(nn.Module):
         }  # fmt: skip
         heads = (self.num_heads, self.head_dim)
         layers = [layer for layer in (self.query, self.key, self.value) if layer is not None]
-        # A grouped product would interleave the three by head; three cost the same arithmetic.
-        if not self.grouped and all(
-            is_plain_projection(layer, self.in_channels, self.out_channels, x) for layer in layers
-        ):
+        # Grouped projections are not plain: one product would interleave the three by head, and saves no arithmetic.
+        if all(is_plain_projection(layer, self.in_channels, self.out_channels, x) for layer in layers):
             qkv = F.conv2d(x, torch.cat([layer.weight for layer in layers]))  # (B, 3 * C, H, W), one product
             out = local_attention_packed(qkv.unflatten(1, (len(layers), *heads)), rel_row, rel_col, **options)
         else:

@@ -1,10 +1,13 @@
 """torch.hub entry points, each loaded as a user does: from another folder and in a process of its own."""
 
 import inspect
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 import hubconf
 
@@ -16,19 +19,54 @@ PARAMETERS = {
     "resnet50": 16_002_442,
 }
 
-SCRIPT = """
-import sys, torch
+ROOT = Path(__file__).resolve().parents[1]
+
+# The libraries take seconds to import: a process has imported them and nothing of ours, and each program runs in a fork
+# of it. It is given folder and program by a line of JSON, and answers with the exit code.
+LIBRARIES = """
+import json, os, sys, torch, torchvision, torch._dynamo
 torch.set_num_threads(1)
-torch.manual_seed(0)
-folder = sys.argv[1]
-for name in sys.argv[2:]:
-    net = torch.hub.load(folder, name, source="local", num_classes=10, small_images=True).eval()
-    print(name, sum(p.numel() for p in net.parameters()), tuple(net(torch.randn(1, 3, 8, 8)).shape))
-net = torch.hub.load(folder, "resnet26", source="local", num_classes=7, stem=True, kernel_size=3, stem_values="plain")
-print("stem", tuple(net(torch.randn(2, 3, 32, 40)).shape))
+for line in sys.stdin:
+    folder, program = json.loads(line)
+    child = os.fork()
+    if not child:
+        os.environ["TORCH_HOME"] = folder
+        os.chdir(folder)
+        printed = os.open("printed", os.O_WRONLY | os.O_CREAT)
+        os.dup2(printed, 1), os.dup2(printed, 2)
+        exec(program, {})
+        sys.exit()
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 
-ROOT = Path(__file__).resolve().parents[1]
+
+@pytest.fixture(scope="module")
+def user():
+    """A function that runs a program in a folder as a user does: its exit code, and what it prints."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command = [sys.executable, "-c", LIBRARIES, str(ROOT)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, cwd=ROOT.parent, env=environment, **pipes) as process:
+
+        def run(folder, program):
+            print(json.dumps([str(folder), program]), file=process.stdin, flush=True)
+            return int(process.stdout.readline()), (folder / "printed").read_text()
+
+        yield run
+        process.stdin.close()
+
+
+NETWORKS = """
+import sys, torch
+torch.manual_seed(0)
+for name, count in PARAMETERS.items():
+    net = torch.hub.load(sys.argv[1], name, source="local", num_classes=10, small_images=True).eval()
+    assert sum(p.numel() for p in net.parameters()) == count, name
+    assert net(torch.randn(1, 3, 8, 8)).shape == (1, 10)
+options = {"num_classes": 7, "stem": True, "kernel_size": 3, "stem_values": "plain"}
+net = torch.hub.load(sys.argv[1], "resnet26", source="local", **options)
+assert net(torch.randn(2, 3, 32, 40)).shape == (2, 7)
+"""
 
 
 def test_every_entry_point_is_a_network_and_says_what_it_is():
@@ -37,30 +75,16 @@ def test_every_entry_point_is_a_network_and_says_what_it_is():
     assert all(inspect.getdoc(entry) for entry in entries.values())
 
 
-def test_every_network_loads_from_another_folder(tmp_path):
+def test_every_network_loads_from_another_folder(tmp_path, user):
     (tmp_path / "model.py").write_text("raise ImportError('a file of the user, not of the repository')")
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    environment["TORCH_HOME"] = str(tmp_path)
-    command = [sys.executable, "-c", SCRIPT, str(ROOT), *PARAMETERS]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    lines = [f"{name} {count} (1, 10)" for name, count in PARAMETERS.items()]
-    assert done.stdout.splitlines() == [*lines, "stem (2, 7)"]
+    code, printed = user(tmp_path, f"PARAMETERS = {PARAMETERS}\n{NETWORKS}")
+    assert code == 0, printed
 
 
-# Each case is a fork of a process that has imported the libraries only: what one imports, the others have not.
 LEFT_ALONE = """
-import os, sys, torch, torchvision, torch._dynamo
-for first in sys.argv[2:]:
-    child = os.fork()
-    if not child:
-        break
-    if os.waitpid(child, 0)[1]:
-        sys.exit(f"the user's {first} first")
-else:
-    sys.exit()
-if first != "none":
-    __import__(first)
+import os, sys, torch
+for name in first:
+    __import__(name)
 before, path = {n: sys.modules.get(n) for n in ("model", "attention", "config", "kernels")}, list(sys.path)
 net = torch.hub.load(sys.argv[1], "resnet26", source="local", num_classes=3, small_images=True, kernel_size=3)
 assert {n: sys.modules.get(n) for n in before} == before
@@ -80,22 +104,20 @@ assert torch.load(file, weights_only=False).fc.out_features == 3
 """
 
 
-def test_files_of_the_user_and_ours_leave_each_other_alone(tmp_path):
+@pytest.mark.parametrize("first", [[], ["model"], ["model", "attention", "config", "kernels"]], ids=str)
+def test_files_of_the_user_and_ours_leave_each_other_alone(tmp_path, user, first):
     """Whichever of the user's files was imported before."""
     for name in ("model", "attention", "config"):
         (tmp_path / f"{name}.py").write_text("theirs = True\n")
     (tmp_path / "kernels").mkdir()
     (tmp_path / "kernels" / "__init__.py").write_text("theirs = True\n")
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    command = [sys.executable, "-c", LEFT_ALONE, str(ROOT), "none", "model", "attention", "config", "kernels"]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    code, printed = user(tmp_path, f"first = {first}\n{LEFT_ALONE}")
+    assert code == 0, printed
 
 
-def test_another_package_of_our_name_is_refused_in_one_line(tmp_path):
+def test_another_package_of_our_name_is_refused_in_one_line(tmp_path, user):
     (tmp_path / "sasa").mkdir()
     (tmp_path / "sasa" / "__init__.py").write_text("")
-    program = "import sys, sasa, torch; torch.hub.load(sys.argv[1], 'resnet26', source='local')"
-    command = [sys.executable, "-c", program, str(ROOT)]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
-    assert "another package named sasa is imported" in done.stderr.splitlines()[-1]
+    code, printed = user(tmp_path, "import sys, sasa, torch; torch.hub.load(sys.argv[1], 'resnet26', source='local')")
+    assert code == 1
+    assert "another package named sasa is imported" in printed.splitlines()[-1]

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import model
+import small_runs
 from attention import AttentionStem, LocalAttention2d
 from model import NaiveResNet26, NaiveResNet38, ResNet26, ResNet38, ResNet50, build
 
@@ -26,6 +27,12 @@ def count(net):
 def small(stem=False, **options):
     """The cheapest network that has every part: 26 layers, small form, 3x3 windows."""
     return ResNet26(10, stem, **{"small_images": True, "kernel_size": 3, **options})
+
+
+@pytest.fixture
+def narrow(monkeypatch):
+    """Networks of five narrow blocks, for tests that need every part of one and not its size."""
+    small_runs.small_network(monkeypatch)
 
 
 # ---- parameters ----------------------------------------------------------------------------------------------------
@@ -125,6 +132,7 @@ FORMS = {
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same'")
 
 
+@pytest.mark.usefixtures("narrow")
 @pytest.mark.parametrize("which", FORMS)
 def test_every_parameter_gets_a_finite_gradient_that_is_not_zero(which):
     net = small(**FORMS[which])
@@ -137,6 +145,7 @@ def test_every_parameter_gets_a_finite_gradient_that_is_not_zero(which):
         assert p.grad.any(), name
 
 
+@pytest.mark.usefixtures("narrow")
 @pytest.mark.parametrize("which", FORMS)
 def test_evaluation_does_not_depend_on_batch_mates(which):
     net = small(**FORMS[which])
@@ -152,6 +161,7 @@ def test_evaluation_does_not_depend_on_batch_mates(which):
 # ---- initialisation ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("narrow")
 def test_the_networks_initialisation_leaves_the_layers_alone(monkeypatch):
     """Each attention layer is as its own reset_parameters left it; each other convolution is not."""
     for layer in (LocalAttention2d, AttentionStem):
@@ -174,6 +184,7 @@ def test_the_networks_initialisation_leaves_the_layers_alone(monkeypatch):
             assert 0.9 < module.weight.std() * (fan_out / 2) ** 0.5 < 1.1
 
 
+@pytest.mark.usefixtures("narrow")
 @pytest.mark.parametrize("network", [ResNet26, NaiveResNet26])
 def test_zero_init_residual_starts_every_branch_at_zero(network):
     for zero in (True, False):
@@ -187,6 +198,7 @@ def test_zero_init_residual_starts_every_branch_at_zero(network):
                     torch.testing.assert_close(module.eval()(x), x)
 
 
+@pytest.mark.usefixtures("narrow")
 @pytest.mark.parametrize("stem", [False, True])
 def test_one_seed_gives_one_network(stem):
     states = []
@@ -200,6 +212,7 @@ def test_one_seed_gives_one_network(stem):
 # ---- shapes and forms ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("narrow")
 @pytest.mark.parametrize("size", [(8, 8), (9, 8), (8, 13), (11, 17), (31, 33)], ids=str)
 @pytest.mark.parametrize("which", [w for w in FORMS if "stem" in w or w in ("small", "imagenet", "convolution")])
 def test_sizes_from_8x8_up(which, size):
@@ -295,6 +308,7 @@ def test_reset_classifier():
     assert on_meta(ResNet26, 0)(torch.empty(2, 3, 32, 32, device="meta")).shape == (2, 2048)
 
 
+@pytest.mark.usefixtures("narrow")
 def test_channels_last_gives_the_same():
     net = small(stem=True).eval()
     x = torch.randn(2, 3, 9, 10)
@@ -304,6 +318,7 @@ def test_channels_last_gives_the_same():
     torch.testing.assert_close(got, wanted, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.usefixtures("narrow")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 @pytest.mark.parametrize("which", ["small", "small, stem", "imagenet, stem", "small, conv stem"])
 def test_autocast_stays_close_to_fp64(which, dtype):
@@ -317,6 +332,7 @@ def test_autocast_stays_close_to_fp64(which, dtype):
     assert (got.double() - wanted).norm() < 16 * torch.finfo(dtype).eps * wanted.norm()
 
 
+@pytest.mark.usefixtures("narrow")
 def test_compiles_without_a_graph_break():
     torch._dynamo.reset()
     net = small(stem=True).eval()
@@ -417,6 +433,7 @@ def labelled_images():
     return images, labels
 
 
+@pytest.mark.usefixtures("narrow")
 @pytest.mark.parametrize("stem", [False, True], ids=["attention", "attention stem"])
 def test_a_network_learns_64_images_to_the_last_one(stem):
     net = ResNet26(8, stem, small_images=True, zero_init_residual=True, kernel_size=3)

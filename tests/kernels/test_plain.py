@@ -226,8 +226,13 @@ def norm(channels=16, **options):
     return change
 
 
-def set_on_norm(name, value):
-    return lambda stem: setattr(stem[1], name, value)
+def set_on(layer, name, value):
+    return lambda stem: setattr(stem[layer], name, value)
+
+
+def convolved_values(stem):
+    torch.manual_seed(2)
+    stem[0] = AttentionStem(3, 16, values="conv")
 
 
 class OtherNorm(nn.BatchNorm2d):
@@ -245,16 +250,18 @@ POOLED = {
     "hook on the norm": hooked(1),
     "hook on the pool": hooked(2),
     "hook on the ReLU": hooked(3),
+    "sliding windows": set_on(0, "window", "sliding"),
+    "convolved values": convolved_values,
     "other attention": lambda stem: setattr(stem[0], "__class__", OtherStem),
     "other forward": lambda stem: setattr(stem[0], "forward", lambda x: 2 * AttentionStem.forward(stem[0], x)),
     "other norm": lambda stem: setattr(stem[1], "__class__", OtherNorm),
     "no affine": norm(affine=False),
     "no running statistics": norm(track_running_stats=False),
-    "statistics not tracked": set_on_norm("track_running_stats", False),
+    "statistics not tracked": set_on(1, "track_running_stats", False),
     "statistics removed": lambda stem: [setattr(stem[1], n, None) for n in ("running_mean", "running_var")],
-    "no counter": set_on_norm("num_batches_tracked", None),
-    "no bias": set_on_norm("bias", None),
-    "cumulative average": set_on_norm("momentum", None),
+    "no counter": set_on(1, "num_batches_tracked", None),
+    "no bias": set_on(1, "bias", None),
+    "cumulative average": set_on(1, "momentum", None),
     "group norm": lambda stem: stem.__setitem__(1, nn.GroupNorm(4, 16)),
     "overlapping pool": lambda stem: stem.__setitem__(2, nn.MaxPool2d(4, 2, ceil_mode=True)),
     "average pool": lambda stem: stem.__setitem__(2, nn.AvgPool2d(4, 4, ceil_mode=True)),

@@ -19,19 +19,24 @@ def needs(kind):
     return pytest.mark.skipif(bool(MISSING[kind]), reason=f"not installed: {', '.join(MISSING[kind])}")
 
 
+pytestmark = pytest.mark.usefixtures("small_network")
 new_torch = pytest.mark.skipif(not export.torch_can_export(), reason=f"torch {torch.__version__} is refused")
 
 
+# Of one stage with attention, whose exports hold all that a network's do; tests/kernels/test_tracing.py has the others.
+OPTIONS = {"stem": True, "kernel_size": 3, "attention_stages": (2,)}
+
+
 @pytest.fixture(scope="module")
-def network():
+def network(small_network):
     torch.manual_seed(1)
-    network = ResNet26(10, stem=True, small_images=True, kernel_size=3)
+    network = ResNet26(10, small_images=True, **OPTIONS)
     network(torch.randn(4, 3, 16, 16))  # batch norm's statistics are no longer those of the start
     return network.eval()
 
 
 def save(folder, network, **given):
-    config = resolve({"form": "small", "name": "run", "stem": True, "kernel_size": 3} | given, "DIGITS")
+    config = resolve({"form": "small", "name": "run"} | OPTIONS | given, "DIGITS")
     identity = small_runs.identity("DIGITS", 10)
     state = checkpoint.weights_state(config, identity, network.state_dict(), 3, 77, "the last epoch")
     checkpoint.save(state, folder, "best.pt")

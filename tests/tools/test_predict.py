@@ -19,6 +19,7 @@ from model import ResNet26
 from sasa.training import checkpoint
 from tools import predict
 
+pytestmark = pytest.mark.usefixtures("small_network")
 TREE = {"img_size": 24, "eval_size": 28, "eval_crop": 0.8, "eval_interpolation": "bicubic"}
 
 
@@ -32,7 +33,7 @@ def save(folder, network, dataset, **given):
 
 
 @pytest.fixture(scope="module")
-def network():
+def network(small_network):
     torch.manual_seed(1)
     network = ResNet26(10, small_images=True).eval()
     torch.nn.init.normal_(network.fc.weight, std=0.3)  # probabilities that differ from image to image
