@@ -363,7 +363,7 @@ class AttentionStem(nn.Module):
 
     def can_pool(self, x: Tensor) -> bool:
         """Whether `pooled` serves this input: blocks, values of one pixel, and a kernel; on a CPU no autocast."""
-        if self.window != "block" or self.values == "conv" or x.dtype != accumulate_dtype(x.dtype):
+        if self.window != "block" or x.dtype != accumulate_dtype(x.dtype):
             return False
         kernel = self.kernel(x.device.type, x.dtype)
         if kernel is None or not self._is_plain(x) or (kernel == "cpu" and autocast_dtype(x.device) is not None):

@@ -29,7 +29,7 @@ def test_every_block_that_is_not_marked_runs(tmp_path, monkeypatch):
             continue
         absent = [name for name in needs(code) if not installed(name)]
         if "torch.export.export(" in code and not torch_can_export():
-            absent.append("torch 2.14")
+            absent.append("a newer torch")
         if absent:
             skipped += absent
             continue
@@ -38,7 +38,7 @@ def test_every_block_that_is_not_marked_runs(tmp_path, monkeypatch):
             warnings.simplefilter("ignore")
             exec(compile(code, "docs/library.md", "exec"), names)
         ran += 1
-    assert ran + skipped.count("torch 2.14") >= 9
+    assert ran + skipped.count("a newer torch") >= 9
     assert names["gradients"]["query.weight"].shape == (4, 8, 8, 1, 1)
     assert names["flops"] > 4e9
     if skipped:

@@ -31,7 +31,9 @@ from sasa.training.network import build_network, network_of
 
 PROG = "tools.export"
 PACKAGES = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "pt2": (), "safetensors": ("safetensors",)}
-OLDEST_TORCH = (2, 14)  # of those tried, the oldest whose exporters keep height and width free; 2.6 does not
+# Of those tried, the oldest whose exporters keep height and width free. 2.8 does not; 2.10 and 2.11 do, but for the
+# overlapping max pool after the convolution stem of the ImageNet form.
+OLDEST_TORCH, OLDEST_WITH_MAX_POOL = (2, 10), (2, 13)
 TOLERANCE = 1e-5  # of the largest output: the largest difference that rounding may make
 # Pixels of an image's side, by the form of the network: the last map has two. For torch.export one is a fixed size.
 SMALLEST = {"small": 9, "imagenet": 33}
@@ -61,9 +63,6 @@ def main(arguments: list[str] | None = None) -> int:
     missing = [name for name in PACKAGES[args.format] if not is_installed(name)]
     if missing:
         parser.error(f"--format {args.format} needs {', '.join(missing)}: pip install {' '.join(missing)}")
-    if args.format != "safetensors" and not torch_can_export():
-        wanted = ".".join(map(str, OLDEST_TORCH))
-        parser.error(f"--format {args.format} needs torch {wanted} or newer, this is torch {torch.__version__}")
     output = args.output or args.checkpoint.with_suffix(f".{args.format}")
     try:
         if os.path.lexists(output) and not args.overwrite:
@@ -71,6 +70,8 @@ def main(arguments: list[str] | None = None) -> int:
         if not output.parent.is_dir():
             raise ConfigError(f"--output {output}: there is no folder {output.parent}")
         network, config, info = network_of(checkpoint.load(args.checkpoint), backend="composite")
+        if args.format != "safetensors":
+            check_torch(args.format, config)
         facts = describe(config, info)
         content, load = EXPORTERS[args.format](network, config, info, facts)
         difference = verify(load(content), network, noise_images(config, info))
@@ -85,9 +86,27 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def torch_can_export() -> bool:
-    """Whether this torch is new enough to export a network with a free height and width."""
-    return tuple(int(part) for part in torch.__version__.split(".")[:2]) >= OLDEST_TORCH
+def oldest_torch(form: str, stem: bool) -> tuple[int, int]:
+    """The oldest torch that exports a network of that form ("small" or "imagenet") with a free height and width."""
+    return OLDEST_WITH_MAX_POOL if form == "imagenet" and not stem else OLDEST_TORCH
+
+
+def torch_can_export(form: str = "imagenet", stem: bool = False) -> bool:
+    """Whether this torch does; for any network by default."""
+    return tuple(int(part) for part in torch.__version__.split(".")[:2]) >= oldest_torch(form, stem)
+
+
+def check_torch(kind: str, config: Config) -> None:
+    """Checks that this torch can export the network of `config`.
+
+    Raises:
+        ConfigError: it is too old.
+    """
+    if not torch_can_export(config.form, config.stem):
+        oldest = oldest_torch(config.form, config.stem)
+        which = " of the ImageNet form without --stem" if oldest == OLDEST_WITH_MAX_POOL else ""
+        wanted = ".".join(map(str, oldest))
+        raise ConfigError(f"--format {kind}{which} needs torch {wanted} or newer, this is torch {torch.__version__}")
 
 
 def is_installed(name: str) -> bool:

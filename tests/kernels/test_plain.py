@@ -357,6 +357,13 @@ def test_plain_modules_are_fused(path):
         assert "native_batch_norm" not in operators.seen and "max_pool2d_with_indices" not in operators.seen
 
 
+def test_half_types_are_not_pooled_before_the_norm():
+    """Batch norm rounds to them what the kernel keeps wide."""
+    stem, x = AttentionStem(3, 16), torch.randn(2, 3, 9, 10)
+    assert stem.can_pool(x) == (stem.kernel("cpu", x.dtype) is not None)
+    assert not stem.bfloat16().can_pool(x.bfloat16())
+
+
 @pytest.mark.parametrize("path", PATHS)
 def test_weights_wider_than_the_input_are_fused_under_autocast(path):
     """As the layers of a network in mixed precision are: the input is the output of another layer."""

@@ -20,7 +20,9 @@ def needs(kind):
 
 
 pytestmark = pytest.mark.usefixtures("small_network")
-new_torch = pytest.mark.skipif(not export.torch_can_export(), reason=f"torch {torch.__version__} is refused")
+new_torch = pytest.mark.skipif(
+    not export.torch_can_export("small", True), reason=f"torch {torch.__version__} is refused"
+)
 
 
 # Of one stage with attention, whose exports hold all that a network's do; tests/kernels/test_tracing.py has the others.
@@ -107,13 +109,23 @@ def test_what_is_not_installed_is_named_with_the_command(best, monkeypatch, caps
 
 
 @pytest.mark.parametrize("kind", ["onnx", "pt2"])
-def test_an_older_torch_is_refused_in_one_line(best, monkeypatch, kind, capsys):
-    monkeypatch.setattr(torch, "__version__", "2.6.0+cpu")
+@pytest.mark.parametrize(("given", "newest_refused", "wanted"), [
+    ({"img_size": 16}, "2.9.1+cpu", "2.10"),
+    ({"img_size": 64, "form": "imagenet"}, "2.9.1+cpu", "2.10"),
+    ({"img_size": 64, "form": "imagenet", "stem": False}, "2.12.0", "2.13"),
+], ids=["small", "attention stem", "convolution stem"])  # fmt: skip
+def test_an_older_torch_is_refused_in_one_line(tmp_path, monkeypatch, kind, given, newest_refused, wanted, capsys):
+    net = ResNet26(10, small_images="form" not in given, **OPTIONS | {"stem": given.get("stem", True)})
+    save(tmp_path, net, **given)
     monkeypatch.setattr(export, "is_installed", lambda name: True)
-    assert code(best, "--format", kind) == 2
+    monkeypatch.setitem(export.EXPORTERS, kind, lambda network, *_: (b"x", lambda content: network))
+    monkeypatch.setattr(torch, "__version__", newest_refused)
+    assert code(tmp_path / "best.pt", "--format", kind) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.endswith(f"--format {kind} needs torch 2.14 or newer, this is torch 2.6.0+cpu")
-    assert not best.with_suffix(f".{kind}").exists()
+    assert line.endswith(f" needs torch {wanted} or newer, this is torch {newest_refused}")
+    assert not (tmp_path / f"best.{kind}").exists()
+    monkeypatch.setattr(torch, "__version__", f"{wanted}.0")
+    assert code(tmp_path / "best.pt", "--format", kind) == 0, capsys.readouterr().err
 
 
 @new_torch
