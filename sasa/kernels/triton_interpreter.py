@@ -56,6 +56,8 @@ def repair() -> None:
         modules = [value for value in function.__globals__.values() if value is tl or value is tl.core]
         return patch(function) if any(tl.core.is_builtin(module.arange) for module in modules) else None
 
+    if not hasattr(interpreter.InterpreterBuilder, "get_int1_ty"):
+        interpreter.InterpreterBuilder.get_int1_ty = lambda self: tl.int1
     interpreter._patch_lang = patch_once
     interpreter._patch_lang_tensor = with_index
     interpreter.InterpreterBuilder.create_dot = dot
