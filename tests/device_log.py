@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 META = torch.device("meta")
-_COPIES = ("aten::_to_copy", "aten::copy_")
+_COPIES = ("aten::_to_copy", "aten::to", "aten::copy_")  # `to` is whole in inference mode
 # Operators that queue no kernel: views, and memory that is not written.
 _QUIET = ("view", "detach", "alias", "expand", "permute", "transpose", "slice", "select", "split", "unbind", "squeeze",
           "unsqueeze", "empty", "as_strided", "t", "_reshape_alias", "unfold", "diagonal", "lift_fresh", "is_same_size",
@@ -53,7 +53,7 @@ class DeviceLog(TorchDispatchMode):
         on_device = any(x.device == META for x in tensors)
         if name == "aten::_local_scalar_dense" and on_device:
             raise AssertionError("the host reads a number of the device")
-        if name == "aten::_to_copy" and on_device and kwargs.get("device", META).type == "cpu":
+        if name in ("aten::_to_copy", "aten::to") and on_device and kwargs.get("device", META).type == "cpu":
             self._copied("device", "host", kwargs.get("non_blocking", False))
             return torch.zeros(tensors[0].shape, dtype=kwargs.get("dtype") or tensors[0].dtype)
         if name.startswith("aten::_fused_"):  # they write in place, and meta has no such kernel

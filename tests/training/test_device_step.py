@@ -22,6 +22,7 @@ from sasa.data.batches import Piece, transform
 from sasa.data.transfer import to_device
 from sasa.kernels import functional, plain
 from sasa.training.classification import loss_and_right
+from sasa.training.evaluation import evaluate
 from sasa.training.guard import Guard
 from sasa.training.optim import build_ema, build_optimizer
 from sasa.training.run import Run
@@ -110,6 +111,32 @@ def test_a_step_waits_once_and_copies_its_figures_alone(as_cuda, optimizer):
     assert wanted.items() <= log.kernels.items()
     lines = [f"{count} {name}" for name, count in log.kernels.most_common()]
     print(f"{optimizer}: {sum(log.kernels.values())} operators: {', '.join(lines)}")
+
+
+class Split:
+    """A validation split of three batches on the device, the last a shorter one."""
+
+    SIZES = (4, 4, 2)
+    bad_images = ()
+
+    def __len__(self):
+        return sum(self.SIZES)
+
+    def eval_batches(self, batch_size, rank, world_size):
+        for size in self.SIZES:
+            images = torch.empty(size, 3, 32, 32, device=META).to(memory_format=torch.channels_last)
+            yield images, torch.empty(size, dtype=torch.int64, device=META)
+
+
+@pytest.mark.parametrize("classes", [3, 1001])  # with the confusion matrix, and too many for it
+def test_an_evaluation_waits_once_a_split(as_cuda, classes):
+    with META:
+        model = build("ResNet26", classes, False)
+    with DeviceLog() as log:
+        found = evaluate(model, Split(), classes, 4, Autocast)
+    assert log.copies == {("device", "host", "wait"): 1} and log.waits == ["copy from device to host"]
+    assert found.images == 10 and (found.confusion is None) == (classes > 1000)
+    assert log.kernels["aten::topk"] == 3
 
 
 @pytest.mark.parametrize("kind", ["rand", "trivial", "auto"])
