@@ -315,7 +315,7 @@ class AttentionStem(nn.Module):
         if not self._is_plain(x):
             return self._attend_maps(x)
         conv_values = self._values(x) if self.values == "conv" else None
-        dtype = autocast_dtype(x.device)
+        dtype = None if x.dtype == torch.float64 else autocast_dtype(x.device)
         if dtype is None:
             return self._attend(x, conv_values)
         # Autocast would narrow the products behind the logits too: they stay wide, the output is narrowed.
@@ -384,7 +384,7 @@ class AttentionStem(nn.Module):
         (B, in_channels, H, W) -> (B, out_channels, ceil(H / S), ceil(W / S)), in autocast's dtype where it is on.
         """
         _check_input(x, self.in_channels)
-        dtype = autocast_dtype(x.device)
+        dtype = None if x.dtype == torch.float64 else autocast_dtype(x.device)
         with without_autocast(x.device):  # as in `forward`
             weights = (self._forms(), self._mixture(x), self._value_weight())
             out = stem_operator.attend_normalise_pool(x, *weights, self.border, norm, self.backend)

@@ -11,6 +11,7 @@ Two forms: ImageNet (7x7 stride-2 convolution and 3x3 max pool, or block attenti
 
 import contextlib
 import inspect
+from collections import OrderedDict
 from collections.abc import Collection, Iterable
 from functools import partial
 
@@ -237,13 +238,19 @@ class PooledAttentionStem(nn.Sequential):
         attention, norm, _, relu = self
         return relu(attention.pooled(x, norm))
 
+    def __getitem__(self, index: int | slice) -> nn.Module:
+        """A layer; of a slice, as with `nn.Sequential`, a row of layers, which is no stem."""
+        if isinstance(index, slice):
+            return nn.Sequential(OrderedDict([*self._modules.items()][index]))
+        return super().__getitem__(index)
+
     def _fuses(self, x: Tensor) -> bool:
         """Whether attention, norm and pool may be one, and nobody can tell; the ReLU is called in any case."""
         if is_proxy(x) or len(self) != 4 or not is_plain(self[0], AttentionStem):
             return False
         attention, norm, pool, _ = self
-        if norm.training and x.shape[0] * x.shape[2] * x.shape[3] == 1:
-            return False  # batch norm refuses one value per channel
+        if norm.training and x.numel() <= attention.in_channels:
+            return False  # batch norm refuses one value per channel, and leaves its statistics alone for none
         if not is_plain_norm(norm, attention.out_channels, x) or not is_plain_pool(pool, attention.block_size):
             return False
         return attention.can_pool(x)

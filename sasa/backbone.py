@@ -5,6 +5,7 @@ The names are those of timm and torchvision, so that code written for their ResN
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from numbers import Integral
 
 import torch
 from torch import Tensor, nn
@@ -93,7 +94,7 @@ class StagedNetwork(nn.Module):
         count = len(FEATURES)
         if indices is None:
             indices = range(count)
-        elif isinstance(indices, int):
+        elif isinstance(indices, Integral):  # NumPy's too
             if not 1 <= indices <= count:
                 raise ValueError(f"indices={indices}: a number of last maps, 1 to {count}")
             indices = range(count - indices, count)
@@ -136,7 +137,7 @@ class StagedNetwork(nn.Module):
         if trainable_layers not in range(len(FEATURES) + 1):
             raise ValueError(f"trainable_layers={trainable_layers!r}: must be an integer of 0 to {len(FEATURES)}")
         for i, name in enumerate(FEATURES):
-            getattr(self, name).requires_grad_(i >= len(FEATURES) - trainable_layers)
+            getattr(self, name).requires_grad_(i >= len(FEATURES) - int(trainable_layers))
 
     @property
     def inplanes(self) -> int:

@@ -62,7 +62,7 @@ def test_feature_info_says_what_forward_intermediates_returns(options):
 def test_chosen_intermediate_maps():
     net, x = network().eval(), torch.randn(1, 3, 16, 16)
     every = net.forward_intermediates(x, intermediates_only=True)
-    for indices, wanted in ((2, (3, 4)), ([1], (1,)), ([-1, 0], (0, 4))):
+    for indices, wanted in ((2, (3, 4)), (np.int64(2), (3, 4)), ([1], (1,)), (np.array([-1, 0]), (0, 4))):
         got = net.forward_intermediates(x, indices, intermediates_only=True)
         assert all(torch.equal(a, every[i]) for a, i in zip(got, wanted, strict=True))
     calls = []
@@ -123,7 +123,7 @@ def test_grad_checkpointing_changes_nothing_but_memory(name):
 @pytest.mark.parametrize("trainable", range(6))
 def test_freezing_freezes_what_it_says(trainable):
     net = network()
-    net.freeze(trainable)
+    net.freeze(np.int64(trainable))
     trained = {"layer4", "layer3", "layer2", "layer1", "stem"} if trainable == 5 else {
         f"layer{i}" for i in range(5 - trainable, 5)
     }  # fmt: skip

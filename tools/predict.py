@@ -112,7 +112,8 @@ def main(arguments: list[str] | None = None) -> int:
         for line in skipped:
             print(f"skipped {printable(line)}", file=sys.stderr)
         if not predictions:
-            parser.error(f"none of {len(skipped)} images could be read" if skipped else "no images")
+            none = "no image" if len(skipped) == 1 else f"none of {len(skipped)} images"
+            parser.error(f"{none} could be read" if skipped else "no images")
         if args.format == "csv":
             content = csv_of(predictions, info)
         else:
@@ -134,7 +135,7 @@ def main(arguments: list[str] | None = None) -> int:
         else:
             print("\n".join(table(predictions, info)))
             bad = f", {len(skipped)} could not be read" if skipped else ""
-            print(f"{len(predictions)} images{bad}: {printable(output)}")
+            print(f"{counted(len(predictions))}{bad}: {printable(output)}")
         sys.stdout.flush()
     except BrokenPipeError:  # `| head`; the file is written
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -256,14 +257,19 @@ def as_gray(images: Tensor) -> Tensor:
 
 def csv_of(predictions: list[Prediction], info: DataInfo) -> bytes:
     """One row an image: path, then class and probability of each of the most probable classes."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
     count = len(predictions[0].classes)
-    writer.writerow(["path", *(f"{name}_{i}" for i in range(1, count + 1) for name in ("class", "probability"))])
+    rows = [["path", *(f"{name}_{i}" for i in range(1, count + 1) for name in ("class", "probability"))]]
     for path, classes, probabilities in predictions:
         pairs = ((info.class_names[c], f"{p:.6f}") for c, p in zip(classes, probabilities, strict=True))
-        writer.writerow([path, *(cell for pair in pairs for cell in pair)])
-    return text.getvalue().encode("utf-8", "surrogateescape")  # names of any bytes, as the file system has them
+        rows.append([path, *(cell for pair in pairs for cell in pair)])
+    return "".join(map(csv_line, rows)).encode("utf-8", "surrogateescape")  # any bytes, as the file system has them
+
+
+def csv_line(cells: list[str]) -> str:
+    """The cells as a line of a CSV file, each exactly as it is."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\r\n").writerow(cells)  # older Pythons quote a \r only where lines end in one
+    return text.getvalue().removesuffix("\r\n") + "\n"
 
 
 def json_of(
@@ -312,6 +318,10 @@ def table(predictions: list[Prediction], info: DataInfo) -> Iterator[str]:
         yield "  ".join(cells).rstrip()
     if len(predictions) > len(shown):
         yield f"... and {len(predictions) - len(shown)} more"
+
+
+def counted(images: int) -> str:
+    return "1 image" if images == 1 else f"{images} images"
 
 
 def shorten(name: str) -> str:

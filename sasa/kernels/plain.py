@@ -9,6 +9,7 @@ are used. Where it says no, the modules are called.
 import sys
 from collections.abc import Callable
 
+import torch
 from torch import Tensor, nn
 
 from sasa.kernels.interface import autocast_dtype
@@ -56,17 +57,23 @@ def is_plain_projection(module: nn.Module, in_channels: int, out_channels: int, 
     """Whether a call of `module` on x is a 1x1 convolution by a weight (out_channels, in_channels, 1, 1).
 
     False with a bias, for a weight that is not exactly a `Parameter` (sharded, quantized, computed by a hook), for one
-    that lies elsewhere (offloaded), and for one of another dtype, which a convolution refuses without autocast.
+    that lies elsewhere (offloaded), and for one of another dtype, which a convolution refuses, but for those that
+    autocast narrows.
     """
     if not is_plain(module, nn.Conv2d) or nn.Conv2d._conv_forward is not _CONVOLVE:
         return False
-    weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
+    weight, bias = module.weight, module.bias  # as its forward finds them: a bias may also be a buffer or an attribute
     if type(weight) is not nn.Parameter or bias is not None or weight.device != x.device:
         return False
-    if weight.dtype != x.dtype and autocast_dtype(x.device) is None:
+    if weight.dtype != x.dtype and not (_is_narrowed(weight) and _is_narrowed(x)):
         return False
     geometry = module.stride == (1, 1) and module.padding == (0, 0) and module.groups == 1
     return geometry and weight.shape == (out_channels, in_channels, 1, 1)
+
+
+def _is_narrowed(y: Tensor) -> bool:
+    """Whether autocast is on and brings y to its dtype."""
+    return autocast_dtype(y.device) is not None and y.is_floating_point() and y.dtype != torch.float64
 
 
 def is_plain_norm(module: nn.Module, channels: int, x: Tensor) -> bool:
@@ -76,12 +83,10 @@ def is_plain_norm(module: nn.Module, channels: int, x: Tensor) -> bool:
     """
     if not is_plain(module, nn.BatchNorm2d) or module.momentum is None or not module.track_running_stats:
         return False
-    numbers = (module._parameters.get("weight"), module._parameters.get("bias"))
-    statistics = (module._buffers.get("running_mean"), module._buffers.get("running_var"))
+    numbers, statistics = (module.weight, module.bias), (module.running_mean, module.running_var)
     if any(type(y) is not nn.Parameter for y in numbers) or any(type(y) is not Tensor for y in statistics):
         return False
-    counter = module._buffers.get("num_batches_tracked")
-    return counter is not None and all(
+    return module.num_batches_tracked is not None and all(
         y.dtype == x.dtype and y.device == x.device and y.shape == (channels,) for y in (*numbers, *statistics)
     )
 

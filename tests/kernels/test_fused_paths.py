@@ -278,13 +278,29 @@ def test_parameters_given_for_one_call_are_those_that_count():
         torch.testing.assert_close(got, changed(x), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("path", PATHS)
-def test_a_weight_of_another_dtype_is_refused_as_a_convolution_refuses_it(path):
-    for name in PROJECTIONS[path]:
-        network, x = build(path)
-        network.get_submodule(name).double()
-        with pytest.raises((RuntimeError, ValueError)):
-            network(x)
+def test_another_dtype_is_refused_as_a_convolution_refuses_it(path, autocast):
+    """Autocast narrows neither fp64 nor integers."""
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        for name in PROJECTIONS[path]:
+            network, x = build(path)
+            network.get_submodule(name).double()
+            with pytest.raises((RuntimeError, ValueError)):
+                network(x)
+        for change in (torch.Tensor.double, torch.Tensor.byte):
+            network, x = build(path)
+            with pytest.raises((RuntimeError, ValueError)):
+                network(change(x))
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_fp64_stays_under_autocast(path):
+    network, x = build(path)
+    network, x = network.double(), x.double()
+    with torch.autocast("cpu", torch.bfloat16):
+        got = network(x)
+    torch.testing.assert_close(got, network(x))
 
 
 def test_one_value_per_channel_is_refused_as_batch_norm_refuses_it():
@@ -292,3 +308,29 @@ def test_one_value_per_channel_is_refused_as_batch_norm_refuses_it():
     with pytest.raises(ValueError, match="more than 1 value per channel"):
         network(torch.randn(1, 3, 1, 1))
     assert network.eval()(torch.randn(1, 3, 1, 1)).shape == (1, 16, 1, 1)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_no_images_leave_the_statistics_as_they_are(training):
+    network, _ = build("pooled stem")
+    before = {name: buffer.clone() for name, buffer in network.named_buffers() if "tracked" not in name}
+    assert network.train(training)(torch.randn(0, 3, 9, 10)).shape == (0, 16, 3, 3)
+    torch.testing.assert_close(dict(network.named_buffers()), dict(network.named_buffers()) | before)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("shape", [(3,), (3, 9), (3, 9, 10), (2, 4, 9, 10), (1, 2, 3, 9, 10)], ids=str)
+def test_a_pooled_stem_names_the_shape_that_it_takes(shape, training):
+    network, _ = build("pooled stem")
+    with pytest.raises(ValueError, match=r"\(B, 3, H, W\)|in_channels=3"):
+        network.train(training)(torch.randn(shape))
+
+
+def test_parts_of_a_pooled_stem():
+    """Sequential's slices, under the names that the layers have."""
+    network, x = build("pooled stem")
+    attention, norm, *_ = network.eval()
+    torch.testing.assert_close(network[:2](x), norm(attention(x)))
+    assert [name for name, _ in network[1:-1].named_children()] == ["1", "2"]
+    torch.testing.assert_close(network[:](x), network(x))
+    assert network[-1] is network[3]

@@ -137,6 +137,32 @@ def test_what_doubles_a_projection_is_honoured(path, name, double, monkeypatch):
     assert wanted.abs().max() > 0
 
 
+def an_attribute(module, bias):
+    del module.bias
+    module.bias = bias
+
+
+def a_buffer(module, bias):
+    del module.bias
+    module.register_buffer("bias", bias)
+
+
+def shadowing(module, bias):
+    module.__dict__["bias"] = bias
+
+
+@pytest.mark.parametrize("added", [an_attribute, a_buffer, shadowing], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(("path", "name"), TARGETS)
+def test_a_bias_that_is_no_parameter_is_added(path, name, added):
+    shift = torch.randn(build(path)[0].get_submodule(name).out_channels)
+    results = []
+    for add in (lambda module, bias: setattr(module, "bias", nn.Parameter(bias)), added):
+        network, x = build(path)
+        add(network.get_submodule(name), shift)
+        results.append(network(x))
+    torch.testing.assert_close(*results)
+
+
 @pytest.mark.parametrize(("path", "name"), TARGETS)
 def test_a_bias_is_added(path, name):
     network, x = build(path)

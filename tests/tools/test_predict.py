@@ -205,9 +205,18 @@ def test_names_of_any_bytes_on_any_terminal(digits, folder, monkeypatch):
     out, err = terminal(monkeypatch, "stdout"), terminal(monkeypatch, "stderr")
     assert predict.main([digits, name, os.fsdecode(b"gone\xff.png")]) == 0
     assert b"\x1b" not in written(out) + written(err)
-    assert b"1 images, 1 could not be read: predictions.csv" in written(out)
+    assert b"1 image, 1 could not be read: predictions.csv" in written(out)
     assert b"skipped gone\\xff.png: " in written(err)
     assert [row["path"] for row in rows("predictions.csv")] == [name]
+
+
+@pytest.mark.parametrize("name", ["=1+1.png", "-1.png", "@a.png", "a\rb.png", "a\nb.png", "\r\n.png", ' a" .png'])
+def test_the_path_in_the_file_is_the_path_given(digits, folder, name, capsys):
+    """Also where a spreadsheet would take it for a formula: what reads the file must find the image."""
+    (folder / "pictures" / "5.png").rename(folder / name)
+    assert predict.main([digits, "--", name]) == 0
+    assert [row["path"] for row in rows("predictions.csv")] == [name]
+    assert capsys.readouterr().out.splitlines()[-1] == "1 image: predictions.csv"
 
 
 def test_only_its_own_files_are_replaced(digits, folder, capsys):
