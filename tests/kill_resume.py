@@ -3,7 +3,7 @@
     python tests/kill_resume.py [--kills 30] [--epochs 4] [--train-images N] [--seed 0]
 
 Exits 0 when all kills hit the run before its end, and its final weights, optimizer, generators and log rows are bitwise
-equal; 1 when not. test_kill_resume.py runs a short form of it.
+equal; 1 when not. training/test_resume.py runs a short form of it.
 """
 
 import argparse

@@ -17,6 +17,11 @@ from sasa.training.cli import parse_command_line
 from sasa.training.signals import STOP_SIGNALS
 
 # A run of 2 epochs of 4 steps: everything that has a state is on, in-memory digits cut down to 32 + 8 images.
+# Every regularisation on.
+EVERYTHING = (
+    "--drop-path 0.5 --repeats 2 --random-erase 0.5 --auto-augment trivial --loss bce --class-weights balanced "
+)
+EVERYTHING += "--optimizer lamb --min-lr 1e-4 --layer-decay 0.9 --mixup 0.2 --weight-decay 0.02 "
 FLAGS = "--dataset DIGITS --epochs 2 --batch-size 4 --accumulate 2 --optimizer adamw --ema 0.9 --mixup 0.2 --holdout 8 "
 FLAGS += "--no-progress --save-every 1 --save-minutes 0 --stem --name run"
 

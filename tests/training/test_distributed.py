@@ -75,6 +75,14 @@ def test_three_ranks_train_as_one_does(tmp_path, alone):
     assert_same_training(alone, go(tmp_path, 3, f"{FLAGS} --batch-size 4"), 3)
 
 
+def test_two_ranks_train_as_one_does_with_every_regularisation_on(tmp_path):
+    flags = "--sync-bn --lr 0.01 --warmup-epochs 0 --epochs 2 --max-steps 20 --ema 0.9 --holdout 25 "
+    flags += f"{small_runs.EVERYTHING} --save-minutes 0"
+    one = go(tmp_path / "one", 1, f"{flags} --batch-size 12", None, True, 3)
+    two = go(tmp_path / "two", 2, f"{flags} --batch-size 6", None, True, 3)
+    assert_same_training(one, two, 2)
+
+
 def test_the_test_split_is_counted_once_whatever_the_ranks(tmp_path, alone, pair):
     summaries = [json.loads((output / "run/summary.json").read_text()) for output in (alone, pair)]
     assert [summary["test_images"] for summary in summaries] == [37, 37]

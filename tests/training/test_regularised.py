@@ -1,4 +1,4 @@
-"""Runs with every regularisation on: bitwise over a resume in the middle of an epoch, and the same on any ranks."""
+"""Runs with every regularisation on, bitwise over a resume in the middle of an epoch; on ranks: test_distributed.py."""
 
 import json
 import os
@@ -6,17 +6,13 @@ import signal
 
 import pytest
 import torch
-from test_distributed import assert_same_training, go
 from test_resume import assert_same_run, kill_at_step
 
 import model
 import small_runs
 from ranks import Small
+from small_runs import EVERYTHING
 
-EVERYTHING = (
-    "--drop-path 0.5 --repeats 2 --random-erase 0.5 --auto-augment trivial --loss bce --class-weights balanced "
-)
-EVERYTHING += "--optimizer lamb --min-lr 1e-4 --layer-decay 0.9 --mixup 0.2 --weight-decay 0.02 "
 SHORT = "--dataset DIGITS --name run --no-progress --device cpu --epochs 2 --batch-size 8 --lr 0.01 --save-minutes 0"
 
 
@@ -46,14 +42,6 @@ def test_each_of_them_changes_the_weights(tmp_path, blocks, less):
         assert small_runs.run(tmp_path / str(i), *flags, *more.split()) == 0
         states.append(torch.load(tmp_path / str(i) / "run" / "best.pt", weights_only=True)["model"])
     assert small_runs.differences(*states) != []
-
-
-def test_two_ranks_train_as_one_does(tmp_path):
-    flags = f"--sync-bn --lr 0.01 --warmup-epochs 0 --epochs 2 --max-steps 20 --ema 0.9 --holdout 25 {EVERYTHING}"
-    flags += "--save-minutes 0"
-    one = go(tmp_path / "one", 1, f"{flags} --batch-size 12", None, True, 3)
-    two = go(tmp_path / "two", 2, f"{flags} --batch-size 6", None, True, 3)
-    assert_same_training(one, two, 2)
 
 
 def test_weights_of_a_file_are_kept_in_the_run(tmp_path, blocks, capsys):

@@ -5,6 +5,8 @@ import os
 import shutil
 import signal
 import struct
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
@@ -20,6 +22,7 @@ from sasa.training.signals import StopRequest
 from small_runs import FLAGS
 
 STRAIGHT = FLAGS.split()
+KILL_RESUME = Path(__file__).parents[1] / "kill_resume.py"
 
 
 @pytest.fixture(scope="module")
@@ -497,3 +500,19 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path, capsys):
     error = capsys.readouterr().err
     assert "weights are not finite at step 1" in error and error.count("\n") == 1
     assert not list((tmp_path / "run").glob("*.pt")) and not (tmp_path / "run/summary.json").exists()
+
+
+# ---- real processes, real SIGKILLs -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kills", [2, pytest.param(30, marks=pytest.mark.slow)])
+def test_a_run_killed_at_random_moments_ends_bitwise_equal(kills):
+    """tests/kill_resume.py, with few kills in its short form."""
+    # Seed 1 kills in the run's first third and second half, wherever a loaded machine stretches it.
+    size = ["--epochs", "3", "--train-images", "80", "--seed", "1"] if kills < 10 else []
+    done = subprocess.run(
+        [sys.executable, str(KILL_RESUME), "--kills", str(kills), *size],
+        capture_output=True, text=True, check=False, timeout=900,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "bitwise equal" in done.stdout
