@@ -23,13 +23,15 @@ _QUIET = ("view", "detach", "alias", "expand", "permute", "transpose", "slice", 
 class DeviceLog(TorchDispatchMode):
     """Attributes:
     kernels: operator on the device -> how often it was queued.
+    bytes: operator -> what it read and wrote, each of its tensors once.
     copies: (from, to, whether the host waits) -> how often.
     waits: what the host waited for.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.kernels, self.copies, self.waits = collections.Counter(), collections.Counter(), []
+        self.kernels, self.bytes, self.copies = (collections.Counter() for _ in range(3))
+        self.waits = []
 
     def __enter__(self):
         self._tensor = torch.tensor
@@ -57,7 +59,7 @@ class DeviceLog(TorchDispatchMode):
             self._copied("device", "host", kwargs.get("non_blocking", False))
             return torch.zeros(tensors[0].shape, dtype=kwargs.get("dtype") or tensors[0].dtype)
         if name.startswith("aten::_fused_"):  # they write in place, and meta has no such kernel
-            self.kernels[name] += 1
+            self._queued(name, tensors)
             return None
         out = function(*args, **kwargs)
         results = [x for x in tree_leaves(out) if isinstance(x, torch.Tensor)]
@@ -70,8 +72,12 @@ class DeviceLog(TorchDispatchMode):
         elif any(x.device.type == "cpu" and x.ndim for x in tensors):
             self._copied("host", "device", False)  # an operator that takes both
         if name.removeprefix("aten::").removesuffix("_copy") not in _QUIET:
-            self.kernels[name] += 1
+            self._queued(name, tensors + results)
         return out
+
+    def _queued(self, name: str, tensors: list[torch.Tensor]) -> None:
+        self.kernels[name] += 1
+        self.bytes[name] += sum(x.numel() * x.element_size() for x in tensors if x.device == META)
 
     def _copied(self, source: str, target: str, waits_not: bool) -> None:
         self.copies[source, target, "no wait" if waits_not else "wait"] += 1

@@ -12,9 +12,11 @@ import torch
 
 from sasa.kernels import triton_tiles
 from sasa.training.cli import parse_command_line
+from sasa.training.optim import learning_rate
+from sasa.training.saving import TrainingError
 from tools.gpu import __main__ as gpu
 from tools.gpu import kernels, page, stem, training
-from tools.gpu.predictions import PREDICTIONS, verdict
+from tools.gpu.predictions import CYCLES, PREDICTIONS, WORK, Work, step_ms, verdict
 from tools.gpu.stage import DeviceLost, Lab, Stage, Unmet
 from tools.gpu.timer import StubTimer
 
@@ -79,9 +81,53 @@ def test_its_page_says_that_it_was_dry_and_holds_every_prediction(walked):
     text = (folder / "docs" / "page.md").read_text()
     assert "dry run" in text.split("##")[0]
     assert all(f"## {title}" in text for title in page.TITLES.values())
-    assert sum(line.startswith("| times | ") for line in text.splitlines()) == sum(
-        prediction.stage == "times" for prediction in PREDICTIONS
-    )
+    for stage in ("machine", "times", "steps", "compiled"):
+        lines = [line for line in text.splitlines() if line.startswith(f"| {stage} | ")]
+        assert len(lines) == sum(prediction.stage == stage for prediction in PREDICTIONS) > 0
+
+
+@pytest.mark.parametrize("stage", ["steps", "compiled"])
+def test_every_step_is_predicted(walked, stage):
+    """A dry run walks ResNet26 alone; the units of ResNet50 have the same names but for it."""
+    folder, *_ = walked
+    results = json.loads((folder / "r.json").read_text())
+    rows = [verdict(p, results) for p in PREDICTIONS if p.stage == stage and p.key == "step_ms"]
+    assert {row["unit"] for row in rows if row["measured"] is not None} == results[stage]["units"].keys()
+    assert {row["unit"].replace("ResNet50", "ResNet26") for row in rows} == results[stage]["units"].keys()
+    assert all(0 < row["low"] < row["high"] for row in rows)
+
+
+def test_the_predicted_times_in_the_docs_are_those_that_are_printed():
+    docs = (Path(gpu.ROOT) / "docs" / "kernels.md").read_text(encoding="utf-8")
+    for (name, kind), work in WORK.items():
+        times = (f"{low:.0f} to {high:.0f}" for low, high in (step_ms(work, False), step_ms(work, True)))
+        counts = f"{work.tflop:.2f} | {work.product_gb:.1f} | {work.other_gb:.1f} | {work.instructions:.2f}"
+        assert f"| {name} {kind} | {counts} | {' | '.join(times)} |" in docs
+
+
+def test_a_predicted_time_follows_from_what_a_step_does():
+    """Of 850 TFLOP at the highest rate a second; of 2 x 3100 GB two more; of 4 instructions a cycle another."""
+    work = Work(850, 3000, 6200, 4 * CYCLES / 1e9)
+    assert step_ms(work, False)[0] == pytest.approx(4000)
+    assert step_ms(work, True)[0] == pytest.approx(3000)
+    assert step_ms(work, True)[1] == pytest.approx(1e3 * (850 * 4 / 550 + (3000 + 1.6 * 6200) / 2300 + 4 / 1.8))
+
+
+@pytest.mark.parametrize("ema", [0.0, 0.9])
+def test_what_is_timed_is_what_is_trained(ema):
+    """The rate of the schedule, clipping and the moving average are the run's, and its guard ends it."""
+    lab = Lab(CPU, "tiled", StubTimer(), gpu.stub_shell, dry=True)
+    run = training.make_run(lab, "ResNet26", "attention", ema, False)
+    step = training.training_step(run)
+    for index in range(2):
+        step()
+        assert run.optimizer.param_groups[0]["lr"] == learning_rate(run.config, index, run.steps_per_epoch) > 0
+    assert all(state["momentum_buffer"].any() for state in run.optimizer.state.values())
+    assert (run.ema is None) == (ema == 0) and (run.ema is None or run.ema.n_averaged.item() == 2)
+    with torch.no_grad():
+        run.model.fc.weight.fill_(float("nan"))
+    with pytest.raises(TrainingError, match="the loss is nan at step 3"):
+        step()
 
 
 def test_done_units_are_kept_and_chosen_stages_alone_run(walked, tmp_path, capsys):

@@ -11,24 +11,32 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
+from attention import AttentionStem, LocalAttention2d
 from config import resolve
 from device_log import META, Autocast, DeviceLog
 from model import build
 from preprocess import info_without_files
+from sasa.analysis.flops import count_flops
 from sasa.data import erasing
 from sasa.data.augment import AugmentConfig, draw, draw_mix
 from sasa.data.batches import Piece, transform
 from sasa.data.transfer import to_device
-from sasa.kernels import functional, plain
+from sasa.kernels import functional, plain, stem_operator
+from sasa.kernels.triton_tiles import STAGES
 from sasa.training.classification import loss_and_right
 from sasa.training.evaluation import evaluate
 from sasa.training.guard import Guard
 from sasa.training.optim import build_ema, build_optimizer
 from sasa.training.run import Run
 from sasa.training.step import Requests, train_step
+from tools.gpu.kernels import Form, counted
+from tools.gpu.predictions import COUNTED_WITH, STEM_INSTRUCTIONS, WORK, Work
+from tools.gpu.training import BATCH, KINDS
 
 IMAGES, SIDE = 4, 224
+PRODUCTS = ("aten::convolution", "aten::convolution_backward", "aten::mm", "aten::addmm")
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "kernels.md"
 
 
@@ -74,10 +82,10 @@ class Images:
         return 100
 
 
-def make_run(optimizer: str) -> Run:
+def make_run(optimizer: str, name: str = "ResNet50", **options) -> Run:
     with META:
-        model = build("ResNet50", 1000, False).to(memory_format=torch.channels_last).train()
-    config = resolve({"model_name": "ResNet50", "optimizer": optimizer, "batch_size": IMAGES}, "IMAGENET")
+        model = build(name, 1000, **{"stem": False, **options}).to(memory_format=torch.channels_last).train()
+    config = resolve({"model_name": name, "optimizer": optimizer, "batch_size": IMAGES}, "IMAGENET")
     ema = build_ema(model, 0.999)
     ema._has_begun = True  # which only its first update reads of the device
     return Run(
@@ -87,11 +95,15 @@ def make_run(optimizer: str) -> Run:
     )  # fmt: skip
 
 
-def logged_step(optimizer: str) -> DeviceLog:
+def batch_of(count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Images and labels."""
+    images = torch.empty(count, 3, SIDE, SIDE, device=META).to(memory_format=torch.channels_last)
+    return images, torch.empty(count, dtype=torch.int64, device=META)
+
+
+def logged_step(run: Run) -> DeviceLog:
     """A step after the first, which makes the optimizer's state; its figures are read at the end."""
-    run = make_run(optimizer)
-    images = torch.empty(IMAGES, 3, SIDE, SIDE, device=META).to(memory_format=torch.channels_last)
-    pair = images, torch.empty(IMAGES, dtype=torch.int64, device=META)
+    pair = batch_of(IMAGES)
     with DeviceLog():
         train_step(run, iter([pair]), 0, Requests, loss_and_right)
     with DeviceLog() as log:
@@ -103,7 +115,7 @@ def logged_step(optimizer: str) -> DeviceLog:
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw", "lamb"])
 def test_a_step_waits_once_and_copies_its_figures_alone(as_cuda, optimizer):
-    log = logged_step(optimizer)
+    log = logged_step(make_run(optimizer))
     assert log.waits == [] and Event.waits == 1  # for the figures, when all else is queued
     assert log.copies == {("device", "host", "no wait"): 1}
     wanted = {"aten::convolution": 53, "aten::native_batch_norm": 53, "sasa::local_attention_packed": 16,
@@ -111,6 +123,52 @@ def test_a_step_waits_once_and_copies_its_figures_alone(as_cuda, optimizer):
     assert wanted.items() <= log.kernels.items()
     lines = [f"{count} {name}" for name, count in log.kernels.most_common()]
     print(f"{optimizer}: {sum(log.kernels.values())} operators: {', '.join(lines)}")
+
+
+def work_of(name: str, kind: str) -> Work:
+    """What a step of `tools.gpu` does, without a moving average."""
+    run = make_run("sgd", name, **KINDS[kind])
+    run.ema = None
+    flops = count_flops(run.model, SIDE).by_kind
+    with DeviceLog() as log:
+        train_step(run, iter([batch_of(BATCH)]), 0, Requests, loss_and_right)
+    products = sum(moved for operator, moved in log.bytes.items() if operator in PRODUCTS)
+    others = sum(moved for operator, moved in log.bytes.items() if not operator.startswith(("sasa::", *PRODUCTS)))
+    has_stem = any(isinstance(module, AttentionStem) for module in run.model.modules())
+    return Work(
+        3 * BATCH * sum(flops.get(part, 0) for part in ("convolution", "linear", "projection")) / 1e12,
+        products / 1e9,
+        others / 1e9,
+        attention_instructions(run.model) / 1e9 + STEM_INSTRUCTIONS * has_stem,
+    )
+
+
+def attention_instructions(model: nn.Module) -> float:
+    """Warp instructions of all local attention, forward and backward, by the committed table."""
+    found = []
+
+    def note(layer, inputs):
+        side = inputs[0].shape[-1]
+        each = [counted(stage, Form(layer.head_dim, side, 1), torch.bfloat16, COUNTED_WITH) for stage in STAGES]
+        found.append(sum(each) * layer.num_heads * side**2 * BATCH)
+
+    for layer in model.modules():
+        if isinstance(layer, LocalAttention2d):
+            layer.register_forward_pre_hook(note)
+    with torch.no_grad():
+        model.eval()(torch.empty(1, 3, SIDE, SIDE, device=META))
+    return sum(found)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [pytest.param(*key, marks=[] if key == ("ResNet26", "attention + stem") else pytest.mark.slow) for key in WORK],
+)
+def test_predictions_rest_on_what_a_step_is_counted_to_do(as_cuda, name, kind, monkeypatch):
+    monkeypatch.setattr(stem_operator, "kernel_for", lambda *_: "triton")
+    work = work_of(name, kind)
+    print(name, kind, *(f"{x:.4g}" for x in work))
+    assert tuple(work) == pytest.approx(tuple(WORK[name, kind]), rel=0.01)
 
 
 class Split:

@@ -11,11 +11,14 @@ from functools import partial
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
+from torch import Tensor
 
 from config import resolve
+from sasa.training.classification import loss_and_right
 from sasa.training.network import build_network
-from sasa.training.optim import build_ema, build_optimizer
+from sasa.training.resume import RunSpec
+from sasa.training.run import Run, assemble, prepare_machine, seeded
+from sasa.training.step import QueuedStep, Requests, check_finite, train_step
 from tools.gpu.stage import Lab, Stage, Unmet, checked
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -27,6 +30,7 @@ KINDS = {
 }
 BATCH, SIDE, CLASSES = 128, 224, 1000
 DRY = (2, 8, 10)
+IMAGENET_IMAGES = 1_281_167
 WARM_STEPS, TIMED_STEPS = 5, 20
 CRASH_STEPS = 20
 
@@ -67,7 +71,8 @@ def _all_steps(lab: Lab, stage: Stage, is_compiled: bool) -> None:
 
 def measure_step(lab: Lab, name: str, kind: str, ema: float, is_compiled: bool) -> dict:
     """images/s, peak memory, waits of the host in a step, and the share of the time that the GPU has nothing to do."""
-    step, batch = training_step(lab, name, kind, ema, is_compiled)
+    run = make_run(lab, name, kind, ema, is_compiled)
+    step, batch = training_step(run), run.global_batch
     for _ in range(0 if lab.dry else WARM_STEPS):
         step()
     if lab.device.type == "cuda":
@@ -81,32 +86,56 @@ def measure_step(lab: Lab, name: str, kind: str, ema: float, is_compiled: bool) 
     return found
 
 
-def training_step(lab: Lab, name: str, kind: str, ema: float, is_compiled: bool) -> tuple[Callable[[], object], int]:
-    """A step as train.py's on images in memory: bf16, channels-last, the run's optimizer and moving average."""
+class SameBatch:
+    """The data of a run (`RunData`) whose training set, as long as ImageNet's, is one batch on the device repeated."""
+
+    def __init__(self, batch: int, side: int, classes: int, device: torch.device) -> None:
+        images = torch.randn(batch, 3, side, side, device=device).contiguous(memory_format=torch.channels_last)
+        self.pair: tuple[Tensor, Tensor] = images, torch.randint(classes, (batch,), device=device)
+        self.train = self
+
+    def __len__(self) -> int:
+        return IMAGENET_IMAGES
+
+    def steps_per_epoch(self, global_batch: int) -> int:
+        """Whole ones."""
+        return len(self) // global_batch
+
+    def identity(self) -> dict:
+        """Nothing: no checkpoint is written."""
+        return {}
+
+
+def make_run(lab: Lab, name: str, kind: str, ema: float, is_compiled: bool) -> Run:
+    """A run as train.py sets one up by ImageNet's recipe, in bf16, without data on a disk."""
     batch, side, classes = DRY if lab.dry else (BATCH, SIDE, CLASSES)
-    form = "small" if lab.dry else "imagenet"
-    config = resolve({"model_name": name, "form": form, "img_size": side, **KINDS[kind]}, "IMAGENET")
-    torch.manual_seed(0)
-    model = build_network(config, classes).to(lab.device, memory_format=torch.channels_last).train()
-    average, optimizer = build_ema(model, ema), build_optimizer(model, config, lab.device)
-    network = torch.compile(model) if is_compiled and not lab.dry else model
-    images = torch.randn(batch, 3, side, side, device=lab.device).contiguous(memory_format=torch.channels_last)
-    labels = torch.randint(classes, (batch,), device=lab.device)
+    given = {"model_name": name, "form": "small" if lab.dry else "imagenet", "img_size": side, "batch_size": batch,
+             "backend": lab.backend, "device": str(lab.device), "amp": "bf16", "ema": ema, **KINDS[kind]}  # fmt: skip
+    config = resolve(given, "IMAGENET")
+    device, amp = prepare_machine(config)
+    model = seeded(lambda: build_network(config, classes), config, device)
+    data, spec = SameBatch(batch, side, classes, device), RunSpec(config, Path(), {})
+    run = assemble(Run, spec, config, data, model, device, amp, batch, is_compiled and not lab.dry)
+    run.network.train()
+    return run
+
+
+def training_step(run: Run) -> Callable[[], None]:
+    """The next step of a run, as train.py's loop does it: the figures of a guarded one are read a step late."""
+    unread: list[QueuedStep] = []
+    numbers = itertools.count()
 
     def step() -> None:
-        optimizer.zero_grad(set_to_none=True)
-        with torch.autocast(lab.device.type, dtype=torch.bfloat16):
-            logits = network(images)
-        F.cross_entropy(logits.float(), labels).backward()
-        optimizer.step()
-        if average is not None:
-            average.update_parameters(model)
+        queued = train_step(run, iter([run.data.pair]), next(numbers), Requests, loss_and_right)
+        unread.append(queued)
+        while len(unread) > queued.is_guarded:
+            run.progress.skipped = check_finite(run, unread.pop(0).read())
 
-    return step, batch
+    return step
 
 
 def waits_of(step: Callable[[], object]) -> int:
-    """How often the host waits for the device in one step."""
+    """How often the host waits for the device in one step, but for the event behind the last step's figures."""
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("warn")
     try:
