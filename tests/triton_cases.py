@@ -292,6 +292,29 @@ def bf16_in_the_interpreter():
     return (rounded, product, integers), (x.bfloat16(), x.bfloat16().float() @ y.float(), counted)
 
 
+# ---- numbers that are not finite -----------------------------------------------------------------------------------
+
+
+def finite_by_mistake(case, name, value, row, col):
+    """Result -> how many numbers are finite that are not by the definition.
+
+    Args:
+        case: the call, by the programs of half types in fp32.
+        name: the map that holds `value`: "query", "key", "value" or "grad" (of the output).
+        value: NaN or an infinity, of the last head's first channel.
+        row: its pixel.
+        col: its pixel.
+    """
+    inputs, direction = draw(case)
+    (direction if name == "grad" else inputs[name])[0, -1, 0, row, col] = value
+    exact = gradients(functools.partial(local_attention, **options(case, "reference")), inputs, direction)
+    assert any(not x.isfinite().all() for x in exact.values())
+    with half_programs():
+        function = functools.partial(local_attention, **options(case, "triton"))
+        got = gradients(function, cast(inputs, torch.float32), direction)
+    return {n: int((got[n].isfinite() & ~x.isfinite()).sum()) for n, x in exact.items() if n in ("out", *NAMES[:3])}
+
+
 # ---- layouts -------------------------------------------------------------------------------------------------------
 
 

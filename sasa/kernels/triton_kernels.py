@@ -211,7 +211,7 @@ def forward_kernel(
                 total = total * fade + tl.sum(weights, 1)
                 mixed = _product(weights.to(v.dtype), v, mixed * fade[:, None])
                 maximum = highest
-        total = tl.maximum(total, 1e-30)  # 0 for pixels of a ragged tile alone, which are not stored
+        total = tl.maximum(total, 1e-30, propagate_nan=tl.PropagateNan.ALL)  # 0 for pixels of a ragged tile: not stored
         tl.store(out + out_at, (mixed * (1.0 / total)[:, None]).to(out.dtype.element_ty), mask=own)
         tl.store(lse + pixel // TW * W + pixel % TW, maximum * scale + tl.log2(total) * LN2, mask=inside)
         query += D

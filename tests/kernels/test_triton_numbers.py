@@ -128,6 +128,18 @@ def test_a_fused_projection_in_another_layout_is_right_too(interpreter):
     assert copies > 0
 
 
+NAN, INF = float("nan"), float("inf")
+LOST = [("query", INF), ("key", NAN), ("key", INF), ("value", NAN), ("grad", NAN)]
+
+
+@needs_triton
+@pytest.mark.parametrize(("name", "value"), LOST)
+def test_what_is_not_finite_is_lost_nowhere(name, value, interpreter):
+    """A window that holds it gives no finite number, nor does a gradient that comes from such a window."""
+    found = interpreter(triton_cases.finite_by_mistake, case(1, 8, 7, 4, 10), name, value, 2, 5)
+    assert not any(found.values()), found
+
+
 # ---- sizes ---------------------------------------------------------------------------------------------------------
 
 
