@@ -362,11 +362,10 @@ class AttentionStem(nn.Module):
             )
 
     def can_pool(self, x: Tensor) -> bool:
-        """Whether `pooled` serves this input: blocks, values of one pixel, and a kernel; on a CPU no autocast."""
+        """Whether `pooled` serves this input: blocks, values of one pixel, no half type, and a kernel."""
         if self.window != "block" or x.dtype != accumulate_dtype(x.dtype):
             return False
-        kernel = self.kernel(x.device.type, x.dtype)
-        if kernel is None or not self._is_plain(x) or (kernel == "cpu" and autocast_dtype(x.device) is not None):
+        if self.kernel(x.device.type, x.dtype) is None or not self._is_plain(x):
             return False
         return not composite_serves(self.backend, x, self.emb_row, self.emb_col, self.emb_mix)
 

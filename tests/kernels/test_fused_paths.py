@@ -288,7 +288,7 @@ def test_another_dtype_is_refused_as_a_convolution_refuses_it(path, autocast):
             network.get_submodule(name).double()
             with pytest.raises((RuntimeError, ValueError)):
                 network(x)
-        for change in (torch.Tensor.double, torch.Tensor.byte):
+        for change in (torch.Tensor.double, torch.Tensor.byte, *(() if autocast else (torch.Tensor.bfloat16,))):
             network, x = build(path)
             with pytest.raises((RuntimeError, ValueError)):
                 network(change(x))

@@ -216,7 +216,7 @@ def test_projections_of_other_widths_are_not_split_wrongly():
         layer(torch.randn(2, 4, 9, 10))
 
 
-@pytest.mark.parametrize("change", [("to", "meta"), ("double",)], ids=lambda c: c[-1])
+@pytest.mark.parametrize("change", [("to", "meta"), ("double",), ("bfloat16",)], ids=lambda c: c[-1])
 def test_a_weight_unlike_the_input_is_no_plain_projection(change):
     """PyTorch's own convolution may read the memory of a weight on another device: the module decides, not we."""
     projection, x = nn.Conv2d(4, 16, 1, bias=False), torch.randn(2, 4, 9, 10)
