@@ -246,7 +246,7 @@ class PooledAttentionStem(nn.Sequential):
 
     def _fuses(self, x: Tensor) -> bool:
         """Whether attention, norm and pool may be one, and nobody can tell; the ReLU is called in any case."""
-        if is_proxy(x) or len(self) != 4 or not is_plain(self[0], AttentionStem):
+        if len(self) != 4 or not is_plain(self[0], AttentionStem):  # in a trace of torch.fx no module is plain
             return False
         attention, norm, pool, _ = self
         if norm.training and x.numel() <= attention.in_channels:
