@@ -249,8 +249,8 @@ class PooledAttentionStem(nn.Sequential):
         if len(self) != 4 or not is_plain(self[0], AttentionStem):  # in a trace of torch.fx no module is plain
             return False
         attention, norm, pool, _ = self
-        if norm.training and x.numel() <= attention.in_channels:
-            return False  # batch norm refuses one value per channel, and leaves its statistics alone for none
+        if x.numel() <= attention.in_channels:
+            return False  # training, batch norm refuses one value per channel, and leaves its statistics alone for none
         if not is_plain_norm(norm, attention.out_channels, x) or not is_plain_pool(pool, attention.block_size):
             return False
         return attention.can_pool(x)
