@@ -7,6 +7,7 @@ import functools
 
 import pytest
 import torch
+from torch import nn
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, jvp, vmap
 from torch.utils.checkpoint import checkpoint
@@ -129,6 +130,20 @@ def test_layers_have_derivatives_of_both_modes(which):
     assert gradcheck(layer, x.requires_grad_(), check_forward_ad=True)
     if "pooled" not in which:  # the ReLU has corners
         assert gradgradcheck(layer, x)
+
+
+@pytest.mark.parametrize("which", ["pooled stem", "pooled stem, eval"])
+def test_second_derivatives_of_the_pooled_stem_are_those_of_its_modules(which):
+    layer, x = build(which)
+    inputs, results = [x.requires_grad_(), *layer.parameters()], []
+    for call in (layer, functools.partial(nn.Sequential.forward, layer)):
+        out = call(x)
+        loss = (out * torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)).sum()
+        first = torch.autograd.grad(loss, inputs, create_graph=True)
+        penalty = sum(y.square().sum() for y in first)
+        results.append((first, torch.autograd.grad(penalty, inputs, materialize_grads=True)))
+    torch.testing.assert_close(*results)
+    assert results[0][1][0].any()
 
 
 @pytest.mark.parametrize("which", LAYERS)

@@ -149,8 +149,10 @@ def test_json_holds_the_same_and_how_it_was_made(digits, folder):
 
 
 def test_bad_files_are_named_and_counted(digits, folder, capsys):
+    assert predict.main([digits, "pictures", "--output", "before.csv"]) == 0
+    capsys.readouterr()
     whole = Path("pictures/0.png").read_bytes()
-    (folder / "pictures" / "cut.png").write_bytes(whole[: len(whole) // 2])
+    (folder / "pictures" / "3 cut.png").write_bytes(whole[: len(whole) // 2])
     os.mkfifo(folder / "pictures" / "pipe.png")
     (folder / "empty").mkdir()
     paths = ["pictures", "absent.png", "empty", "pictures/pipe.png", "/dev/zero", "*.tif"]
@@ -159,9 +161,10 @@ def test_bad_files_are_named_and_counted(digits, folder, capsys):
     lines = err.splitlines()
     assert all(line.startswith("skipped ") for line in lines)
     names = {line.removeprefix("skipped ").split(":")[0] for line in lines}
-    assert names == {"pictures/cut.png", "absent.png", "empty", "pictures/pipe.png", "/dev/zero", "*.tif"}
+    assert names == {"pictures/3 cut.png", "absent.png", "empty", "pictures/pipe.png", "/dev/zero", "*.tif"}
     assert out.splitlines()[-1] == "9 images, 6 could not be read: predictions.csv"
-    assert len(rows("predictions.csv")) == 9
+    assert rows("predictions.csv") == rows("before.csv")  # each image has kept its own
+    assert len(rows("before.csv")) == 9
 
 
 def test_where_nothing_can_be_read_nothing_is_written(digits, folder, capsys):
