@@ -120,15 +120,6 @@ def cast(inputs, dtype):
     return {n: None if x is None else x.to(dtype) for n, x in inputs.items()}
 
 
-def assert_close(got, wanted, tolerance):
-    """Within `tolerance` of the largest value, and of 1 where all values are smaller."""
-    assert got.keys() == wanted.keys()
-    for name, value in wanted.items():
-        assert got[name].shape == value.shape, name
-        error = (got[name].double() - value).abs().max().item()
-        assert error <= tolerance * max(1.0, value.abs().max().item()), f"{name}: off by {error}"
-
-
 def channels_innermost(x):
     """The same numbers, heads and channels innermost in memory, as a channels_last convolution makes them."""
     return x.permute(0, 3, 4, 1, 2).contiguous().permute(0, 3, 4, 1, 2)

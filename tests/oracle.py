@@ -250,3 +250,12 @@ def plain_local_attention(query, key, value, rel_row, rel_col, *, kernel_size, b
     for weight, v in zip(attn, shifted, strict=True):
         out = out + weight[:, :, None] * v
     return out
+
+
+def assert_close(got, wanted, tolerance):
+    """Within `tolerance` of the largest value, and of 1 where all values are smaller."""
+    assert got.keys() == wanted.keys()
+    for name, value in wanted.items():
+        assert got[name].shape == value.shape, name
+        error = (got[name].double() - value).abs().max().item()
+        assert error <= tolerance * max(1.0, value.abs().max().item()), f"{name}: off by {error}"

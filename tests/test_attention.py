@@ -12,6 +12,7 @@ from torch import nn
 import attention
 import oracle
 from attention import LocalAttention2d
+from oracle import assert_close
 from sasa import kernels
 from sasa.kernels import dispatch
 from sasa.kernels.interface import CallKind
@@ -66,14 +67,6 @@ def both(layer, x):
     parameters, wide = parameters_of(layer), x.detach().double().requires_grad_()
     loops = functools.partial(oracle.layer, parameters=parameters, **oracle_options(layer))
     return ours, run(loops, wide, parameters, direction)
-
-
-def assert_close(got, wanted, tolerance):
-    assert got.keys() == wanted.keys()
-    for name, value in wanted.items():
-        assert got[name].shape == value.shape, name
-        error = (got[name].double() - value).abs().max().item()
-        assert error <= tolerance * max(1.0, value.abs().max().item()), f"{name}: off by {error}"
 
 
 # ---- against the loops ---------------------------------------------------------------------------------------------

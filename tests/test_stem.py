@@ -8,6 +8,7 @@ import torch
 
 import oracle
 from attention import AttentionStem
+from oracle import assert_close
 from sasa import kernels
 
 SMALL = {"in_channels": 3, "out_channels": 8, "block_size": 4, "num_heads": 2, "num_mixtures": 3}
@@ -40,14 +41,6 @@ def loops(stem, x, direction, dtype=torch.float64):
 
 def ours(stem, x, direction, call=None):
     return run(stem if call is None else call, x.detach().requires_grad_(), dict(stem.named_parameters()), direction)
-
-
-def assert_close(got, wanted, tolerance):
-    assert got.keys() == wanted.keys()
-    for name, value in wanted.items():
-        assert got[name].shape == value.shape, name
-        error = (got[name].double() - value).abs().max().item()
-        assert error <= tolerance * max(1.0, value.abs().max().item()), f"{name}: off by {error}"
 
 
 # ---- against the loops ---------------------------------------------------------------------------------------------

@@ -10,7 +10,6 @@ from local_attention_cases import (
     CASES,
     LAYOUTS,
     NAMES,
-    assert_close,
     cast,
     channels_innermost,
     draw,
@@ -22,6 +21,7 @@ from local_attention_cases import (
     packed_innermost,
     skip_unless_taken,
 )
+from oracle import assert_close
 from sasa.kernels import local_attention, local_attention_packed
 
 

@@ -16,7 +16,6 @@ from local_attention_cases import (
     BACKENDS,
     CASES,
     NAMES,
-    assert_close,
     case,
     cast,
     channels_innermost,
@@ -28,6 +27,7 @@ from local_attention_cases import (
     options,
     skip_unless_taken,
 )
+from oracle import assert_close
 from sasa import kernels
 from sasa.kernels import dispatch, local_attention, local_attention_packed, reference
 from sasa.kernels.interface import AttentionOptions, CallKind
