@@ -52,8 +52,8 @@ def test_each_row_of_the_recipe_changes_one_thing():
 def test_rows_that_tables_share_are_one_run_and_others_have_names_of_their_own():
     chosen = [row for table in TABLES.values() for row in rows_for(table, "ResNet26")]
     different = unique(chosen)
-    # 3 + 8 + 5 + 3 + 2 + 3 + 3 + 12 rows; the default is in all of 1, 3, 4, 5, 6, port, recipe
-    assert len(chosen) == 39 and len(different) == 39 - 6 - 1 - 3
+    # 3 + 8 + 5 + 3 + 2 + 3 + 3 + 12 + 2 rows; the default is in all of 1, 3, 4, 5, 6, port, recipe, strong
+    assert len(chosen) == 41 and len(different) == 41 - 7 - 1 - 3
     configs = {str(Trial(row, 0).config(Budget("DIGITS"))) for row in different}
     assert len(configs) == len({run_name(row, 0) for row in different}) == len(different)
 
