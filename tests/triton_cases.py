@@ -211,8 +211,8 @@ def half_programs():
     """fp32 is computed by the programs that half types have: their tiles and their sums, without their rounding."""
     tile_of, constants = tiles.tile_of, tiles.constants
 
-    def constants_of_half(stage, tile, problem, dtype, heads=1):
-        return constants(stage, tile, problem, torch.bfloat16, heads)
+    def constants_of_half(stage, tile, problem, dtype, heads=1, confine=False):
+        return constants(stage, tile, problem, torch.bfloat16, heads, confine)
 
     with tile_settings({
         "tile_of": lambda stage, problem, dtype: tile_of(stage, problem, torch.bfloat16),
@@ -255,14 +255,30 @@ def error_of_far_rows(height, stride):
     return ((out - exact).abs().max() / exact.abs().max()).item()
 
 
-def errors_of_mutant(path, settings, case):
-    """`errors_with` in fp32 with the device side loaded from the file `path`."""
-    name = "sasa.kernels.triton_kernels"
-    spec = importlib.util.spec_from_file_location(name, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+DEVICE_FILES = ("triton_parts", "triton_kernels", "triton_gradients")
+
+
+@contextlib.contextmanager
+def device_side(folder):
+    """The kernels of the files in `folder`, all of DEVICE_FILES."""
+    modules = {}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cuda, "_kernels", lambda: module)
+        for file in DEVICE_FILES:
+            name = f"sasa.kernels.{file}"
+            spec = importlib.util.spec_from_file_location(name, folder / f"{file}.py")
+            modules[file] = importlib.util.module_from_spec(spec)
+            patch.setitem(sys.modules, name, modules[file])  # where the next one's imports find it
+            spec.loader.exec_module(modules[file])
+        kernels = {"forward": modules["triton_kernels"].forward_kernel}
+        kernels |= {stage: getattr(modules["triton_gradients"], f"{stage}_kernel") for stage in ("query", "key")}
+        cuda.load()
+        patch.setattr(cuda, "_kernels", lambda: kernels)
+        yield
+
+
+def errors_of_mutant(folder, settings, case):
+    """`errors_with` in fp32 with the device side of the files in `folder`."""
+    with device_side(folder):
         return errors_with(settings, case)
 
 
@@ -295,7 +311,34 @@ def bf16_in_the_interpreter():
 # ---- numbers that are not finite -----------------------------------------------------------------------------------
 
 
-def finite_by_mistake(case, name, value, row, col):
+@contextlib.contextmanager
+def confining(on):
+    """Whether the kernels keep NaN in the windows that hold it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cuda, "_confines", lambda *_: on)
+        yield
+
+
+def results(case, inputs, direction, dtype, fused=False):
+    """out and the gradients; of three maps, or of slices of one projection."""
+    settings, inputs = options(case, "triton"), cast(inputs, dtype)
+    if not fused:
+        return gradients(functools.partial(local_attention, **settings), inputs, direction)
+    names = [n for n in NAMES[:3] if inputs[n] is not None]
+    qkv = torch.stack([inputs[n] for n in names], 1).permute(0, 4, 5, 1, 2, 3).contiguous().permute(0, 3, 4, 5, 1, 2)
+    tables = {n: inputs[n] for n in NAMES[3:]}
+    found = gradients(functools.partial(local_attention_packed, **settings), {"qkv": qkv} | tables, direction)
+    return found | dict(zip(names, found.pop("qkv").unbind(1), strict=True))
+
+
+def with_number(case, name, value, row, col):
+    """The inputs and the direction with `value` in the last head's first channel of a map ("grad": the direction)."""
+    inputs, direction = draw(case)
+    (direction if name == "grad" else inputs[name])[-1, -1, 0, row, col] = value
+    return inputs, direction
+
+
+def finite_by_mistake(case, name, value, row, col, confine=True):
     """Result -> how many numbers are finite that are not by the definition.
 
     Args:
@@ -304,15 +347,53 @@ def finite_by_mistake(case, name, value, row, col):
         value: NaN or an infinity, of the last head's first channel.
         row: its pixel.
         col: its pixel.
+        confine: whether the kernels keep it in its windows.
     """
-    inputs, direction = draw(case)
-    (direction if name == "grad" else inputs[name])[0, -1, 0, row, col] = value
+    inputs, direction = with_number(case, name, value, row, col)
     exact = gradients(functools.partial(local_attention, **options(case, "reference")), inputs, direction)
     assert any(not x.isfinite().all() for x in exact.values())
-    with half_programs():
-        function = functools.partial(local_attention, **options(case, "triton"))
-        got = gradients(function, cast(inputs, torch.float32), direction)
+    with half_programs(), confining(confine):
+        got = results(case, inputs, direction, torch.float32)
     return {n: int((got[n].isfinite() & ~x.isfinite()).sum()) for n, x in exact.items() if n in ("out", *NAMES[:3])}
+
+
+def spread(case, name, values, row, col, dtype=torch.float32, fused=False, settings=None, confine=True):
+    """Result -> how many numbers change, of those that do not depend on the one number that is not finite.
+
+    Which depend on it is found by the definition, with another finite number in its place. fp32 is computed by the
+    programs of half types. Arguments are those of `finite_by_mistake`.
+    """
+    reference = functools.partial(local_attention, **options(case, "reference"))
+    exact = expected(case)
+    other = gradients(reference, *with_number(case, name, 3.0, row, col))
+    apart = {n: exact[n] == x for n, x in other.items() if n in ("out", *NAMES[:3])}
+    assert any(x.any() and not x.all() for x in apart.values())
+    changed = dict.fromkeys(apart, 0)
+    programs = half_programs() if dtype == torch.float32 else contextlib.nullcontext()
+    with tile_settings(settings or {}), programs, confining(confine):
+        wanted = results(case, *draw(case), dtype, fused)
+        for value in values:
+            got = results(case, *with_number(case, name, value, row, col), dtype, fused)
+            for n, x in apart.items():
+                changed[n] += int((x & (got[n] != wanted[n])).sum())
+    return changed
+
+
+def lost_by_mutant(folder, settings, case, name, value, spreads):
+    """`spread`, or else `finite_by_mistake`, with the device side of the files in `folder`."""
+    with device_side(folder):
+        if spreads:
+            return spread(case, name, (value,), 1, 2, settings=settings)
+        return finite_by_mistake(case, name, value, 1, 2)
+
+
+def confined_and_not(case, dtype):
+    """Whether finite inputs give the same bits with kernels that keep NaN in its windows and with those that do not."""
+    found = []
+    for confine in (True, False):
+        with confining(confine):
+            found.append(results(case, *draw(case), dtype))
+    return all(torch.equal(found[0][n], x) for n, x in found[1].items())
 
 
 # ---- layouts -------------------------------------------------------------------------------------------------------

@@ -11,7 +11,8 @@ backward adds delta, a number per pixel and head, and one partial sum of the emb
 Sums have a fixed order: results repeat bit for bit. There is no host synchronisation, so that CUDA graphs can capture a
 call.
 
-A number that is not finite makes its whole tile NaN, not only the windows that hold it.
+A number that is not finite stays in the windows that hold it where `triton_tiles.confines` says so; elsewhere it makes
+its whole tile NaN.
 
 Shapes: B batch, N heads, D head width, H x W map, K window side. Source: Ramachandran et al. 2019, equation 3.
 """
@@ -74,6 +75,12 @@ def _version_in(file: str) -> tuple[int, int]:
     """The version in triton/__init__.py: the name of the package that brought it differs (triton, pytorch-triton)."""
     found = re.search(r"__version__ = ['\"](\d+)\.(\d+)", Path(file).read_text(encoding="utf-8"))
     return (int(found[1]), int(found[2])) if found else (0, 0)
+
+
+@functools.cache
+def _version() -> str:
+    """Of the installed triton."""
+    return "{}.{}".format(*_version_in(importlib.util.find_spec("triton").origin))
 
 
 def unusable() -> str | None:
@@ -167,10 +174,23 @@ def compiler_options() -> dict[str, bool]:
 @functools.cache
 def _kernels():
     """The device side, on first use."""
-    from sasa.kernels import triton_kernels
+    from sasa.kernels import triton_gradients, triton_kernels
 
     load()
-    return triton_kernels
+    return {
+        "forward": triton_kernels.forward_kernel,
+        "query": triton_gradients.query_kernel,
+        "key": triton_gradients.key_kernel,
+    }
+
+
+def _confines(stage: str, problem: tiles.Problem, query: Tensor) -> bool:
+    """Whether the kernel keeps NaN in its windows; the interpreter's, which costs no instructions, always do."""
+    if query.device.type != "cuda":
+        return True
+    row = tiles.table_key(problem.kernel_size, problem.head_dim, max(problem.height, problem.width), query.dtype)
+    major, minor = torch.cuda.get_device_capability(query.device)
+    return tiles.confines(stage, row, _version(), 10 * major + minor)
 
 
 def _launch(
@@ -184,12 +204,12 @@ def _launch(
     tile, batch = tiles.tile_of(stage, problem, query.dtype), query.shape[0]
     tiles_h, tiles_w = -(-problem.height // tile[0]), -(-problem.width // tile[1])
     heads = 1 if stage == "query" else tiles.heads_per_program(problem.num_heads, batch * tiles_h * tiles_w)
-    constant = tiles.constants(stage, tile, problem, query.dtype, heads)
+    constant = tiles.constants(stage, tile, problem, query.dtype, heads, _confines(stage, problem, query))
     reason = tiles.exceeded(constant, problem, strides)
     if reason is not None:
         raise ValueError(f"backend='triton' does not take this call: {reason}")
     strips = -(-tiles_h // tiles.STRIP)
-    kernel = getattr(_kernels(), f"{stage}_kernel")
+    kernel = _kernels()[stage]
     options = constant | {"num_warps": tile[3], "num_stages": 1} | compiler_options()
     rows = strips if stage == "query" else tiles_h
     sizes = (tiles_h, strips) if stage == "query" else ()

@@ -55,6 +55,7 @@ def compile_stage(
     *,
     capability: int = 90,
     heads: int = 8,
+    confine: bool = False,
 ) -> Build:
     """Compiles a kernel of triton_kernels.py for a compute capability, times ten.
 
@@ -65,9 +66,10 @@ def compile_stage(
         dtype: of the maps.
         capability: 80, 90, 100, ...
         heads: of a program, a divisor of problem.num_heads; the query kernel serves one.
+        confine: see `triton_tiles.confines`; what runs only after a NaN is not counted.
     """
     heads = 1 if stage == "query" else heads
-    constant = tiles.constants(stage, tile, problem, dtype, heads)
+    constant = tiles.constants(stage, tile, problem, dtype, heads, confine)
     absent = set()
     if problem.fused:
         absent |= {"key", "value"} | ({"grad_value"} if problem.content else set())
@@ -92,10 +94,10 @@ def _compile(
     capability: int,
     loop_trips: tuple[int, ...],
 ) -> Build:
-    from sasa.kernels import triton_kernels
+    from sasa.kernels import triton_gradients, triton_kernels, triton_parts
 
-    function = getattr(triton_kernels, f"{stage}_kernel")
-    kernel = _source(function, dict(constants), absent & set(function.arg_names), triton_kernels.SIZES, dtype)
+    function = getattr(triton_kernels if stage == "forward" else triton_gradients, f"{stage}_kernel")
+    kernel = _source(function, dict(constants), absent & set(function.arg_names), triton_parts.SIZES, dtype)
     return _build(kernel, warps, capability, loop_trips)
 
 
@@ -143,7 +145,7 @@ def _build(kernel_source, warps: int, capability: int, loop_trips: tuple[int, ..
         registers=int(re.search(r"REG:(\d+)", usage)[1]),
         stack=int(re.search(r"STACK:(\d+)", usage)[1]),
         shared=kernel.metadata.shared,
-        instructions=executed(listing, loop_trips),
+        instructions=executed(usual_way(listing), loop_trips),
         widest_load=max(widths),
         atomics=len(re.findall(r"\b(?:atom|red)\.", ptx)),
     )
@@ -173,6 +175,19 @@ def trips(stage: str, constant: dict, heads: int) -> tuple[int, ...]:
     outer = (tiles.STRIP,) if stage == "query" else (heads,) if heads > 1 else ()
     rolled = constant["CHUNKS"] > 1 and not constant.get("UNROLL", False)
     return outer + ((constant["CHUNKS"],) if rolled else ())
+
+
+def usual_way(listing: str) -> str:
+    """A disassembly without the function that only a number that is not finite calls (`_repair_...`), if it has one.
+
+    Raises:
+        ValueError: the function is there, but not called from one place behind a conditional exit.
+    """
+    head, *repair = re.split(r"(?m)^\s*\.type\s+\S*_repair_", listing, maxsplit=1)
+    calls = re.findall(r"@!?\w+ EXIT ;(?:(?!EXIT|BRA).)*?CALL\S* `\(\S*_repair_", head, re.S)
+    if len(calls) != bool(repair) or head.count("_repair_") != len(calls):
+        raise ValueError("windows are not repaired by a function that is called once, at the end")
+    return head
 
 
 def executed(listing: str, loop_trips: tuple[int, ...]) -> dict[str, float]:

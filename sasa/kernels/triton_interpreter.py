@@ -2,7 +2,7 @@
 
 bf16 is kept as raw 16-bit numbers: the interpreter's product multiplies those, its rounding from fp32 cuts the last
 bits off, and an integer becomes the number of that bit pattern. A GPU does none of this. Up to 3.6 a computed bound of
-a loop, an array of one number, cannot become an integer under numpy 2.4.
+a loop, an array of one number, cannot become an integer under numpy 2.4. Up to 3.8 it has no constants in bf16.
 """
 
 import functools
@@ -47,6 +47,9 @@ def repair() -> None:
             return interpreter.TensorHandle(narrow(x.data.astype(np.float32)), tl.bfloat16)
         return self.cast_impl(x, target)
 
+    def constant(self, value):
+        return interpreter.TensorHandle(narrow(np.array([value], np.float32)), tl.bfloat16)
+
     def with_index(tensor, *scope):
         patch_tensor(tensor, *scope)
         tensor.__index__ = lambda self: int(self.handle.data.item())
@@ -58,6 +61,7 @@ def repair() -> None:
 
     if not hasattr(interpreter.InterpreterBuilder, "get_int1_ty"):
         interpreter.InterpreterBuilder.get_int1_ty = lambda self: tl.int1
+    interpreter.InterpreterBuilder.get_bf16 = constant
     interpreter._patch_lang = patch_once
     interpreter._patch_lang_tensor = with_index
     interpreter.InterpreterBuilder.create_dot = dot

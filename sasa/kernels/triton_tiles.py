@@ -16,6 +16,7 @@ import torch
 TABLE = Path(__file__).with_name("triton_table.json")
 STAGES = ("forward", "query", "key")  # the kernels; the last two are the backward
 STRIP = 8  # tiles of a strip: long enough that partial sums are small, short enough to fill the GPU
+MAX_STACK = 64  # bytes a thread of a build
 HEADS = (8, 4, 2, 1)  # that one program serves in turn, sharing what does not depend on the head
 ENOUGH = 4096  # programs of a launch: four times what the largest GPUs hold at once
 LARGEST = 2**31 - 1  # of an offset inside a patch, in elements: 32 bits
@@ -42,7 +43,7 @@ class Problem(NamedTuple):
 
 @functools.cache
 def table() -> dict[str, dict]:
-    """Row (see `table_key`) -> stage -> the chosen "tile" and the "builds" that were counted."""
+    """Row (see `table_key`) -> stage -> the chosen "tile", the "builds" counted, and those "confining"."""
     return json.loads(TABLE.read_text(encoding="utf-8"))
 
 
@@ -69,13 +70,49 @@ def tile_of(stage: str, problem: Problem, dtype: torch.dtype) -> TileConfig:
     return tuple(row[stage]["tile"])
 
 
+CONFINING = 1.03  # of the instructions without it: what keeping NaN in its windows may cost
+
+
+@functools.cache
+def confines(stage: str, row: str, version: str, capability: int) -> bool:
+    """Whether a kernel keeps NaN and infinity in the windows that hold them: where the counts say that it is cheap.
+
+    Args:
+        stage: one of STAGES.
+        row: of the table.
+        version: of triton, major and minor.
+        capability: compute capability, times ten.
+
+    Returns:
+        Whether the chosen tile was counted for these, and then takes at most CONFINING of its instructions, and no more
+        stack than it does anyway or MAX_STACK.
+    """
+    entry, column = table()[row][stage], f"{version} {capability}"
+    before = entry["builds"][" ".join(map(str, entry["tile"]))].get(column)
+    after = entry.get("confining", {}).get(column)
+    if before is None or after is None:
+        return False
+    return after[0] <= CONFINING * before[0] and after[2] <= max(MAX_STACK, before[2])
+
+
 def power(value: int) -> int:
     """The smallest power of two that `value` does not exceed."""
     return 1 << (value - 1).bit_length()
 
 
-def constants(stage: str, tile: TileConfig, problem: Problem, dtype: torch.dtype, heads: int = 1) -> dict[str, int]:
-    """What a kernel is compiled for; `heads` of N are served by one program (the query kernel always serves one)."""
+def constants(
+    stage: str, tile: TileConfig, problem: Problem, dtype: torch.dtype, heads: int = 1, confine: bool = False
+) -> dict[str, int]:
+    """What a kernel is compiled for.
+
+    Args:
+        stage: one of STAGES.
+        tile: how the kernel cuts its map.
+        problem: the call.
+        dtype: of the maps.
+        heads: of N, that one program serves in turn (the query kernel always serves one).
+        confine: see `confines`.
+    """
     tile_h, tile_w, rows, _, unroll = tile
     span_h, span_w = tile_h + problem.kernel_size - 1, tile_w + problem.kernel_size - 1
     if problem.mask or stage == "key":  # the patch need not reach over the border
@@ -89,7 +126,7 @@ def constants(stage: str, tile: TileConfig, problem: Problem, dtype: torch.dtype
         "D": problem.head_dim, "DP": max(power(problem.head_dim), 16), "TH": tile_h, "TW": tile_w, "ROWS": rows,
         "PW": patch_w, "CHUNKS": chunks, "MASK": problem.mask, "CONTENT": problem.content,
         "RELATIVE": problem.relative, "FUSED": problem.fused, "STRIP": STRIP, "SUMS": sums,
-        "COLS": max(patch_w, 16) if sums else patch_w, "UNROLL": bool(unroll),
+        "COLS": max(patch_w, 16) if sums else patch_w, "UNROLL": bool(unroll), "CONFINE": confine,
     }  # fmt: skip
     of_query = ("STRIP", "SUMS", "COLS")
     leave_out = {"forward": (*of_query, "UNROLL"), "query": ("HEADS",), "key": (*of_query, "MASK")}[stage]

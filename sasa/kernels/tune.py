@@ -14,7 +14,9 @@ A whole table takes one `count` with each version of triton, then `choose`:
     PYTHONPATH=<where triton 3.6 is> python -m sasa.kernels.tune count
     python -m sasa.kernels.tune choose
     python -m sasa.kernels.tune count --chosen --capability 80 100 120
+    python -m sasa.kernels.tune count --confining --capability 80 90 100 120
     python -m sasa.kernels.tune show
+    python -m sasa.kernels.tune confining
     python -m sasa.kernels.tune coverage
     python -m sasa.kernels.tune roofline
 """
@@ -33,12 +35,15 @@ from sasa.kernels import triton_roofline
 from sasa.kernels import triton_tiles as tiles
 
 CHOOSING = 90  # compute capability, times ten, whose instructions count
-MAX_REGISTERS, MAX_STACK, MAX_SHARED = 255, 64, 48 * 1024
+MAX_REGISTERS, MAX_STACK, MAX_SHARED = 255, tiles.MAX_STACK, 48 * 1024
 CLOSE = 1.05  # instructions within which occupancy decides
 WORTH = 0.92  # of the instructions of the best that fits: so few are worth more spilled bytes
 HEADS = 8  # of a program in the counted builds
 MAPS = {4: 4, 8: 7, 56: 56}  # bucket of the table -> the side of a ResNet's map that stands for it
 DTYPES = {"half": torch.bfloat16, "float": torch.float32}
+# Rows that are counted with NaN kept in its windows too: width, map, kind. On maps of one patch a program of four warps
+# pays more for the look (11.8% and more where that was counted).
+CONFINED = [(width, 56, kind) for width in tiles.WIDTHS for kind in DTYPES]
 FIGURES = ("instructions", "registers", "stack", "shared")  # of a build in the table, in this order
 
 # Candidates by window and map, found by hand to be worth a build: the patches of others are larger.
@@ -73,13 +78,17 @@ def table_rows() -> list[tuple[str, tuple[int, int, int, str]]]:
     ]
 
 
-def count(tile: tiles.TileConfig, stage: str, row: tuple[int, int, int, str], capability: int) -> list[float] | None:
+def count(
+    tile: tiles.TileConfig, stage: str, row: tuple[int, int, int, str], capability: int, confine: bool = False
+) -> list[float] | None:
     """`FIGURES` of a build with the installed version of triton; None where its compiler fails."""
     size, width, bucket, kind = row
     side = MAPS[bucket]
     problem = tiles.Problem(HEADS, width, side, side, size)
     try:
-        build = builds.compile_stage(stage, tile, problem, DTYPES[kind], capability=capability, heads=HEADS)
+        build = builds.compile_stage(
+            stage, tile, problem, DTYPES[kind], capability=capability, heads=HEADS, confine=confine
+        )
     except RuntimeError:
         return None
     return [round(builds.per_pixel(build, tile, side), 1), build.registers, build.stack, build.shared]
@@ -143,18 +152,25 @@ def write(table: dict[str, dict]) -> None:
     files.write_text(tiles.TABLE, text + "\n")
 
 
-def count_missing(version: str, capabilities: list[int], sizes: list[int], only_chosen: bool, seconds: float) -> int:
-    """Counts what the table lacks for this version, for at most `seconds`; -> how many builds it made."""
+def count_missing(
+    version: str, capabilities: list[int], sizes: list[int], only_chosen: bool, seconds: float, confine: bool = False
+) -> int:
+    """Counts what the table lacks for this version, for at most `seconds`; -> how many builds it made.
+
+    confine: builds of the chosen tiles that keep NaN in its windows, for `triton_tiles.confines`; the rows of CONFINED.
+    """
     start, made, table = time.monotonic(), 0, read()
     for (key, row), stage in itertools.product(table_rows(), tiles.STAGES):
-        if row[0] not in sizes:
+        if row[0] not in sizes or (confine and row[1:] not in CONFINED):
             continue
         entry = table.setdefault(key, {}).setdefault(stage, {"builds": {}})
-        wanted = [tile for tile in candidates(stage, *row) if not only_chosen or list(tile) == entry["tile"]]
+        of_chosen = only_chosen or confine
+        wanted = [tile for tile in candidates(stage, *row) if not of_chosen or list(tile) == entry["tile"]]
         for tile, capability in itertools.product(wanted, capabilities):
-            column, built = f"{version} {capability}", entry["builds"].setdefault(name(tile), {})
+            column = f"{version} {capability}"
+            built = entry.setdefault("confining", {}) if confine else entry["builds"].setdefault(name(tile), {})
             if column not in built and time.monotonic() - start < seconds:
-                built[column] = count(tile, stage, row, capability)
+                built[column] = count(tile, stage, row, capability, confine)
                 made += 1
                 print(f"{column}  {key}  {stage} {tile}: {built[column]}", flush=True)
         write(table)  # an interrupted run keeps what it has
@@ -207,6 +223,30 @@ def coverage() -> str:
     return "\n".join(lines)
 
 
+def confining(kernel_size: int = 7) -> str:
+    """Instructions that keeping NaN in its windows adds, in per cent, as a Markdown table; "no": it is left off.
+
+    A cell holds compute capabilities 8.0, 9.0, 10.0 and 12.0 in turn.
+    """
+    versions, table = ("3.3", "3.6", "3.8", "3.9"), read()
+    lines = [f"| row | kernel | {' | '.join(versions)} |", "|---|---|" + "---|" * len(versions)]
+    for (key, row), stage in itertools.product(table_rows(), tiles.STAGES):
+        entry = table[key][stage]
+        if row[0] != kernel_size or "confining" not in entry:
+            continue
+        cells = []
+        for version in versions:
+            cell = []
+            for capability in (80, 90, 100, 120):
+                column = f"{version} {capability}"
+                before, after = entry["builds"][name(entry["tile"])].get(column), entry["confining"].get(column)
+                added = "-" if None in (before, after) else f"{100 * (after[0] / before[0] - 1):.1f}"
+                cell.append(added if added == "-" or tiles.confines(stage, key, version, capability) else f"{added} no")
+            cells.append(", ".join(cell))
+        lines.append(f"| {key} | {stage} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def _column_order(column: tuple[str, str]) -> tuple[tuple[int, ...], int]:
     version, capability = column
     return tuple(map(int, version.split("."))), int(capability)
@@ -218,7 +258,7 @@ def _column_order(column: tuple[str, str]) -> tuple[tuple[int, ...], int]:
 def main(argv: list[str] | None = None) -> int:
     """The command line; -> exit code."""
     parser = console.Parser(prog="python -m sasa.kernels.tune", description=__doc__.splitlines()[0])
-    parser.add_argument("command", choices=("count", "choose", "show", "coverage", "roofline"))
+    parser.add_argument("command", choices=("count", "choose", "show", "coverage", "confining", "roofline"))
     parser.add_argument(
         "--capability", type=int, nargs="+", default=[CHOOSING], help="count: compute capabilities, times ten"
     )
@@ -226,11 +266,16 @@ def main(argv: list[str] | None = None) -> int:
         "--kernel-size", type=int, nargs="+", default=tiles.WINDOWS, choices=tiles.WINDOWS, help="only these rows"
     )
     parser.add_argument("--chosen", action="store_true", help="count: the chosen tiles alone")
+    parser.add_argument(
+        "--confining",
+        action="store_true",
+        help="count: the chosen tiles' builds that keep NaN in the windows that hold it",
+    )
     parser.add_argument("--seconds", type=float, default=float("inf"), help="count: start no build after so long")
     args = parser.parse_args(argv)
     if args.command == "count":
         version = builds.triton_version()
-        made = count_missing(version, args.capability, args.kernel_size, args.chosen, args.seconds)
+        made = count_missing(version, args.capability, args.kernel_size, args.chosen, args.seconds, args.confining)
         print(f"{made} builds with triton {version}")
     elif args.command == "choose":
         table = read()
@@ -241,6 +286,9 @@ def main(argv: list[str] | None = None) -> int:
         write(table)
     elif args.command == "coverage":
         print(coverage())
+    elif args.command == "confining":
+        for size in args.kernel_size:
+            print(confining(size), end="\n\n")
     elif args.command == "roofline":
         print(triton_roofline.markdown())
     else:

@@ -14,6 +14,7 @@ import triton_cases
 from sasa import kernels
 from sasa.kernels import dispatch
 from sasa.kernels import triton_backend as cuda
+from sasa.kernels import triton_tiles as tiles
 from sasa.kernels.interface import CallKind
 from triton_cases import DTYPES, case, needs_compiler, needs_triton, refused
 
@@ -87,6 +88,19 @@ def test_the_next_best_backend_serves_what_it_refuses(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
     dispatch.forget()
     assert kernels.choose_backend(on_gpu(64), 13) == "tiled"
+
+
+@needs_compiler
+def test_a_launch_keeps_nan_in_its_windows_where_the_table_says_so(monkeypatch):
+    """By the version of triton, the GPU, the kernel and the call: asked for at each launch, of the table's row."""
+    asked = []
+    monkeypatch.setattr(tiles, "confines", lambda *question: asked.append(question) or True)
+    monkeypatch.setattr(cuda, "_version", lambda: "3.8")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    query = SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16)
+    assert cuda._confines("key", tiles.Problem(8, 8, 14, 28, 7), query)
+    assert asked == [("key", "K7 d16 map56 half", "3.8", 90)]
+    assert cuda._confines("key", tiles.Problem(8, 8, 14, 28, 7), torch.zeros(1)) and len(asked) == 1
 
 
 @needs_compiler

@@ -90,6 +90,22 @@ def test_the_table_holds_the_instructions_of_this_version(width, stage):
 
 @needs_builds
 @needs_compiler
+@pytest.mark.parametrize("stage", tiles.STAGES)
+def test_the_table_holds_what_keeping_nan_in_its_windows_adds(stage):
+    """Counted without the function that a NaN calls; that it is there, `usual_way` checks."""
+    entry = tiles.table()[tiles.table_key(7, 16, 56, torch.bfloat16)][stage]
+    figures = entry["confining"].get(f"{builds.triton_version()} 90")
+    if figures is None:
+        pytest.skip(f"the table has no column for triton {builds.triton_version()}: its instructions are not checked")
+    tile = tuple(entry["tile"])
+    got = builds.compile_stage(stage, tile, tiles.Problem(8, 16, 56, 56, 7), torch.bfloat16, confine=True)
+    assert builds.per_pixel(got, tile, 56) == pytest.approx(figures[0], rel=0.01)
+    assert got.registers == figures[1] <= tune.MAX_REGISTERS
+    assert got.stack <= tune.MAX_STACK and got.atomics == 0
+
+
+@needs_builds
+@needs_compiler
 @pytest.mark.parametrize(
     ("stage", "most"), [("forward", (54, 62, 82)), ("query", (72, 82, 118)), ("key", (90, 102, 140))]
 )
@@ -137,8 +153,41 @@ def test_the_choice_follows_from_the_counts():
             assert tuple(entry["tile"]) == tune.choose(entry["builds"]), (key, stage)
 
 
+def test_nan_is_kept_in_its_windows_where_the_counts_allow_it():
+    for key, row in tiles.table().items():
+        for stage, entry in row.items():
+            before = entry["builds"][tune.name(entry["tile"])]
+            for column, after in entry.get("confining", {}).items():
+                version, capability = column.split()
+                allowed = after[0] / before[column][0] <= 1.03 and after[2] <= max(64, before[column][2])
+                assert tiles.confines(stage, key, version, int(capability)) == allowed, (key, stage, column)
+
+
+def test_nan_is_kept_in_its_windows_where_it_was_counted_only():
+    large, patch = (tiles.table_key(7, 16, side, torch.bfloat16) for side in (56, 7))
+    assert tiles.confines("forward", large, "3.8", 90)
+    assert not tiles.confines("forward", patch, "3.8", 90)
+    assert not tiles.confines("forward", large, "3.8", 89)
+    assert not tiles.confines("forward", large, "3.10", 90)
+
+
+def test_dearer_or_spilling_builds_do_not_keep_nan_in_its_windows(monkeypatch):
+    entry = {"tile": [2, 8, 8, 1, 0], "builds": {"2 8 8 1 0": {"3.8 90": [100.0, 168, 0, 0]}}}
+
+    def confines(*figures):
+        tiles.confines.cache_clear()
+        monkeypatch.setattr(tiles, "table", lambda: {"row": {"key": entry | {"confining": {"3.8 90": figures}}}})
+        return tiles.confines("key", "row", "3.8", 90)
+
+    assert confines(103.0, 255, 64, 0)
+    assert not confines(103.1, 168, 0, 0)
+    assert not confines(90.0, 168, 72, 0)
+    tiles.confines.cache_clear()
+
+
 def test_the_counts_in_the_docs_are_those_of_the_table():
     docs = (Path(kernels.__file__).parents[2] / "docs" / "kernels.md").read_text(encoding="utf-8")
+    assert tune.confining(7) in docs
     assert tune.show(7) in docs
     assert tune.coverage() in docs
 
@@ -178,6 +227,17 @@ def test_executed_instructions_count_loops_by_their_trips():
     assert (found["MOV"], found["LDG"], found["HMMA"]) == (1, 8, 24)
     assert found["all"] == 2 + 8 * 2 + 24 * 2
     assert builds.executed(listing, (8,))["HMMA"] == 8  # an inner loop whose trips are not known counts once
+
+
+def test_the_repair_after_a_nan_is_not_counted():
+    """But is there: a function that one call reaches, behind a conditional exit."""
+    kernel = "MOV R1, R2 ;\n@!P0 EXIT ;\nMOV R3, R4 ;\nCALL.REL.NOINC `($key_kernel$a_repair_key_x) ;\nEXIT ;\n"
+    function = "  .type  $key_kernel$a_repair_key_x,@function\n$key_kernel$a_repair_key_x:\nFADD R1, R2 ;\n"
+    assert builds.usual_way(kernel + function) == kernel
+    assert builds.usual_way("MOV R1, R2 ;\nEXIT ;\n") == "MOV R1, R2 ;\nEXIT ;\n"
+    for wrong in (kernel, kernel.replace("@!P0 EXIT", "MOV") + function, "EXIT ;\n" + function, kernel * 2 + function):
+        with pytest.raises(ValueError, match="not repaired"):
+            builds.usual_way(wrong)
 
 
 @needs_builds

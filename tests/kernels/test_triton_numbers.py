@@ -129,15 +129,64 @@ def test_a_fused_projection_in_another_layout_is_right_too(interpreter):
 
 
 NAN, INF = float("nan"), float("inf")
+# Both windows, both borders, an even window, one in several chunks, without keys, without embeddings.
+CONFINED = [
+    case(1, 8, 3, 5, 9),
+    case(1, 16, 7, 3, 10),
+    case(1, 16, 7, 3, 10, "zero"),
+    case(1, 8, 4, 3, 9),
+    case(1, 8, 9, 2, 11),
+    case(1, 8, 3, 3, 9, content=False),
+    case(1, 8, 3, 3, 9, embeddings=False),
+]
 LOST = [("query", INF), ("key", NAN), ("key", INF), ("value", NAN), ("grad", NAN)]
 
 
 @needs_triton
+@pytest.mark.parametrize("confine", [True, False])
 @pytest.mark.parametrize(("name", "value"), LOST)
-def test_what_is_not_finite_is_lost_nowhere(name, value, interpreter):
+def test_what_is_not_finite_is_lost_nowhere(name, value, confine, interpreter):
     """A window that holds it gives no finite number, nor does a gradient that comes from such a window."""
-    found = interpreter(triton_cases.finite_by_mistake, case(1, 8, 7, 4, 10), name, value, 2, 5)
+    found = interpreter(triton_cases.finite_by_mistake, case(1, 8, 7, 4, 10), name, value, 2, 5, confine)
     assert not any(found.values()), found
+
+
+@needs_triton
+@pytest.mark.parametrize("name", ["query", "key", "value", "grad"])
+@pytest.mark.parametrize("c", CONFINED, ids=str)
+def test_what_is_not_finite_stays_in_the_windows_that_hold_it(c, name, interpreter):
+    """All others, and the gradients that come from others alone, have the bits that they have without it."""
+    if name != "key" or c.content:
+        found = interpreter(triton_cases.spread, c, name, (NAN, INF, -INF), 1, 2)
+        assert not any(found.values()), found
+
+
+@needs_triton
+@pytest.mark.parametrize("name", ["query", "key", "value", "grad"])
+def test_it_stays_there_in_bf16_and_a_fused_projection(name, interpreter):
+    found = interpreter(triton_cases.spread, case(1, 16, 7, 3, 10), name, (NAN, INF), 1, 2, torch.bfloat16, True)
+    assert not any(found.values()), found
+
+
+@needs_triton
+@pytest.mark.parametrize("name", ["query", "key", "value", "grad"])
+def test_it_stays_in_its_head_where_a_program_serves_several(name, interpreter):
+    found = interpreter(
+        triton_cases.spread, case(2, 8, 3, 2, 9), name, (NAN,), 1, 2, torch.float32, False, {"ENOUGH": 1}
+    )
+    assert not any(found.values()), found
+
+
+@needs_triton
+def test_without_that_it_spreads_over_its_tile(interpreter):
+    found = interpreter(triton_cases.spread, CONFINED[0], "key", (NAN,), 1, 2, torch.float32, False, None, False)
+    assert all(found.values()), found
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_finite_inputs_give_the_same_bits_with_and_without_that(dtype, interpreter):
+    assert interpreter(triton_cases.confined_and_not, case(1, 8, 3, 5, 9), DTYPES[dtype])
 
 
 # ---- sizes ---------------------------------------------------------------------------------------------------------
