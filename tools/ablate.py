@@ -224,8 +224,8 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, Budget]:
         description="Run the rows of the paper's tables by train.py, resume what was interrupted, print the scores.",
         epilog="Flags of train.py after -- go to every run: python -m tools.ablate --table 5 -- --train-images 10000",
     )
-    parser.add_argument("--table", nargs="+", required=True, type=table_name, choices=TABLES,
-                        help="tables whose rows are run: 1, 3 to 7 of the paper, the port's, the recipe's, the strong recipe's")  # fmt: skip
+    tables = "tables whose rows are run: 1, 3 to 7 of the paper, the port's, the recipe's, the strong recipe's"
+    parser.add_argument("--table", nargs="+", required=True, type=table_name, choices=TABLES, help=tables)
     parser.add_argument("--dataset", default="DIGITS", type=one_of(DATASETS), choices=DATASETS, help="default: DIGITS")
     parser.add_argument("--data-dir", metavar="DIR", help="folder of the data sets")
     parser.add_argument("--epochs", type=positive, metavar="N", help="of every run (default: the recipe's)")
