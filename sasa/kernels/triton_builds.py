@@ -184,7 +184,7 @@ def usual_way(listing: str) -> str:
         ValueError: the function is there, but not called from one place behind a conditional exit.
     """
     head, *repair = re.split(r"(?m)^\s*\.type\s+\S*_repair_", listing, maxsplit=1)
-    calls = re.findall(r"@!?\w+ EXIT ;(?:(?!EXIT|BRA).)*?CALL\S* `\(\S*_repair_", head, re.S)
+    calls = re.findall(r"@!?\w+ EXIT\b(?:(?!EXIT|BRA).)*?CALL\S* `\(\S*_repair_", head, re.S)
     if len(calls) != bool(repair) or head.count("_repair_") != len(calls):
         raise ValueError("windows are not repaired by a function that is called once, at the end")
     return head

@@ -31,7 +31,7 @@ MUTANTS = {
     "no border mask, rows": ("takes_part(top, place, H, MASK)", "(place >= 0)", case(1, 8, 3, 5, 4)),
     "no border mask, columns": ("takes_part(left, place, W, MASK)", "(place >= 0)", case(1, 8, 3, 4, 5)),
     "border always masked": ("takes_part(top, place, H, MASK)", "(top + place < H)", case(1, 8, 3, 5, 6, "zero")),
-    "keys outside a zero border": ("(top + row >= 0) &", "(top + row >= -9) &", case(1, 8, 3, 5, 6, "zero")),
+    "keys outside a zero border": ("(top + row >= 0) &", "(top + row >= -9) &", case(1, 8, 3, 5, 6, "zero", batch=2)),
     "queries outside the map": ("mask=inside, other=-FLOOR", "mask=inside, other=0.0", case(1, 8, 3, 5, 4)),
     "swapped embeddings": ("tl.load(rel_row + channel", "tl.load(rel_col + channel", case(1, 8, 3, 5, 6)),
     "swapped halves of their gradient": ("tl.where(channel < half, slot,", "tl.where(channel >= half, slot,",
