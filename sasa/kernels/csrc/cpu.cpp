@@ -447,6 +447,7 @@ struct Kernel {
         Scratch s{};
         k.lay_out(reinterpret_cast<T*>(memory), s);
         k.run_rows(s, b, g * k.G, from, std::min(k.H, from + k.strip_rows));
+        S::end_streams();
     }
 
     void run_rows(const Scratch& s, i64 b, i64 n, i64 from, i64 until) const {

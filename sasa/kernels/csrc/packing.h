@@ -63,6 +63,12 @@ struct Packing {
                 for (i64 c = 0; c < depth; c += L) {
                     const i64 n_c = std::min<i64>(L, depth - c);
                     V v[L];
+                    if (n == L && n_c == L) {  // as below, without the questions
+                        for (int l = 0; l < L; ++l) v[l] = S::load(soon(lane[l] + c, m.y));
+                        S::template interleave<L>(v);
+                        for (int k = 0; k < L; ++k) S::store(to + (c + k) * step + at, v[k] * factor);
+                        continue;
+                    }
                     for (int l = 0; l < L; ++l)
                         v[l] = l >= n ? V{} : n_c == L ? S::load(soon(lane[l] + c, m.y)) : S::load(lane[l] + c, n_c);
                     S::template interleave<L>(v);
@@ -132,16 +138,22 @@ struct Packing {
                     V v[L];
                     for (int c = 0; c < C; ++c) v[c] = S::load(from + c * step + at) * factor;
                     S::template separate<C, L>(v);
-                    for (int i = 0; i < C && i * (L / C) < n; ++i) S::store(lane[i * (L / C)], v[i]);
+                    for (int i = 0; i < C && i * (L / C) < n; ++i) S::stream(lane[i * (L / C)], v[i]);
                 }))
                 for (i64 c = 0; c < depth; c += L) {
                     const i64 n_c = std::min<i64>(L, depth - c);
                     V v[L];
+                    if (n == L && n_c == L) {
+                        for (int k = 0; k < L; ++k) v[k] = S::load(from + (c + k) * step + at) * factor;
+                        S::template interleave<L>(v);
+                        for (int l = 0; l < L; ++l) S::stream(lane[l] + c, v[l]);
+                        continue;
+                    }
                     for (int k = 0; k < L; ++k) v[k] = k < n_c ? S::load(from + (c + k) * step + at) * factor : V{};
                     S::template interleave<L>(v);
                     for (int l = 0; l < n; ++l) {
                         if (n_c == L)
-                            S::store(lane[l] + c, v[l]);
+                            S::stream(lane[l] + c, v[l]);
                         else
                             S::store(lane[l] + c, v[l], n_c);
                     }

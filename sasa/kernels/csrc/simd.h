@@ -61,6 +61,20 @@ struct Simd {
 #endif
         return v;
     }
+    // A store past the caches, where a line is whole: its old content is not read, and nothing else leaves the caches.
+    static INLINE void stream(T* p, V v) {
+#if defined(__AVX512F__)
+        if constexpr (sizeof(V) == 64)
+            if (reinterpret_cast<std::uintptr_t>(p) % 64 == 0)
+                return _mm512_stream_si512(reinterpret_cast<__m512i*>(p), (__m512i)v);
+#endif
+        store(p, v);
+    }
+    static INLINE void end_streams() {  // before another thread may read what was streamed
+#if defined(__AVX512F__)
+        _mm_sfence();
+#endif
+    }
     static INLINE V fill(T x) { return V{} + x; }
     static INLINE V pick(Mask m, V yes, V no) { return m ? yes : no; }
     static INLINE V larger(V a, V b) { return a > b ? a : b; }  // b where either is NaN
