@@ -41,13 +41,15 @@ from sasa.kernels import (
     check_backend,
     local_attention,
     local_attention_packed,
+    local_attention_pooled,
+    pools,
     stem_operator,
 )
 from sasa.kernels import flops as kernel_flops
 from sasa.kernels import stem as stem_kernels
 from sasa.kernels.functional import composite_serves
 from sasa.kernels.interface import accumulate_dtype, autocast_dtype, without_autocast
-from sasa.kernels.plain import fused_kind, is_plain_projection
+from sasa.kernels.plain import fused_kind, is_plain_average, is_plain_projection
 from sasa.kernels.reference import reach, window_softmax
 from sasa.kernels.tracing import CeilAvgPool2d, as_leaf, is_proxy
 
@@ -176,12 +178,21 @@ class LocalAttention2d(nn.Module):
         # Grouped projections are not plain: one product would interleave the three by head, and saves no arithmetic.
         if all(is_plain_projection(layer, self.in_channels, self.out_channels, x) for layer in layers):
             qkv = F.conv2d(x, torch.cat([layer.weight for layer in layers]))  # (B, 3 * C, H, W), one product
-            out = local_attention_packed(qkv.unflatten(1, (len(layers), *heads)), rel_row, rel_col, **options)
+            qkv = qkv.unflatten(1, (len(layers), *heads))
+            if self._pools_inside(qkv, rel_row, rel_col):
+                return local_attention_pooled(qkv, rel_row, rel_col, **options).flatten(1, 2)
+            out = local_attention_packed(qkv, rel_row, rel_col, **options)
         else:
             query, *key, value = (layer(x).unflatten(1, heads) for layer in layers)
             out = local_attention(query, key[0] if key else None, value, rel_row, rel_col, **options)
         out = out.flatten(1, 2)  # (B, N, D, H, W) -> (B, C, H, W)
         return out if self.pool is None else self.pool(out)
+
+    def _pools_inside(self, qkv: Tensor, rel_row: Tensor | None, rel_col: Tensor | None) -> bool:
+        """Whether the kernel may pool, and nobody can tell: the map before the pool is then never written."""
+        if self.pool is None or not is_plain_average(self.pool, 2):
+            return False
+        return pools(qkv, rel_row, rel_col, self.kernel_size, self.backend)
 
     def _placed(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """The input, checked and with its absolute positions, and each head's embedding tables."""

@@ -6,7 +6,13 @@ attention of the stem, stem_operator.py its kernels.
 """
 
 from sasa.kernels.dispatch import backends, check_backend, choose_backend
-from sasa.kernels.functional import attention_logits, local_attention, local_attention_packed
+from sasa.kernels.functional import (
+    attention_logits,
+    local_attention,
+    local_attention_packed,
+    local_attention_pooled,
+    pools,
+)
 from sasa.kernels.interface import BORDERS
 
 __all__ = [
@@ -17,4 +23,6 @@ __all__ = [
     "choose_backend",
     "local_attention",
     "local_attention_packed",
+    "local_attention_pooled",
+    "pools",
 ]

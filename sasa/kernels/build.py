@@ -35,7 +35,10 @@ from sasa.kernels.stop_signals import StopSignals
 
 _CSRC = Path(__file__).parent / "csrc"
 SOURCES = [_CSRC / name for name in ("cpu.cpp", "stem.cpp")]
-HEADERS = [_CSRC / f"{name}.h" for name in ("maps", "packing", "planes", "products", "simd", "threads")]
+HEADERS = [
+    _CSRC / f"{name}.h"
+    for name in ("frame", "maps", "packing", "pairs", "planes", "products", "simd", "threads", "tiles")
+]
 BUILD_SECONDS = {torch.float32: 9, torch.float64: 3}  # measured with g++ 12; only for the message
 _LEVEL = {torch.float32: "-O3", torch.float64: "-O1"}  # fp64 is for checking gradients: it need not be fast
 # Passes of GCC that take a third of the time to build and gain nothing.

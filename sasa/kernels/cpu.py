@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from sasa.kernels.build import library
-from sasa.kernels.interface import AttentionOptions, CallKind, Gradients, Targets, empty_like_map
+from sasa.kernels.interface import AttentionOptions, CallKind, Gradients, Targets, empty_like_map, empty_map
 
 MAX_KERNEL_SIZE = 13  # kMaxWindow of cpu.cpp
 STEM_CHANNELS = 3  # C of stem.cpp
@@ -50,19 +50,23 @@ def forward(
     rel_row: Tensor | None,
     rel_col: Tensor | None,
     options: AttentionOptions,
+    pooled: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """See `interface.Backend.forward`; `out` has query's layout.
+
+    With `pooled`, H and W even, `out` is the average of each 2 x 2 block, (B, N, D, H/2, W/2).
 
     Raises:
         MemoryError: there is none for the scratch.
     """
-    out = empty_like_map(query)
+    b, n, d, h, w = query.shape
+    size = (h // 2, w // 2) if pooled else (h, w)
+    out = empty_map(query, (n, d), size)
     q, k, v, rows, cols = (_widen(x) for x in (query, key, value, rel_row, rel_col))
-    wide_out = out if out.dtype == q.dtype else empty_like_map(q)
-    b, n, _, h, w = query.shape
+    wide_out = out if out.dtype == q.dtype else empty_map(q, (n, d), size)
     lse = q.new_empty((b, n, h, w))
     if query.numel():
-        _attend(q, k, v, rows, cols, wide_out, lse, options)
+        _attend(q, k, v, rows, cols, wide_out, lse, options, pooled)
     return (out if wide_out is out else out.copy_(wide_out)), lse
 
 
@@ -73,12 +77,13 @@ def backward(
     value: Tensor,
     rel_row: Tensor | None,
     rel_col: Tensor | None,
-    out: Tensor,
+    out: Tensor | None,
     lse: Tensor,
     options: AttentionOptions,
     into: Targets | None = None,
+    pooled: bool = False,
 ) -> Gradients:
-    """See `interface.Backend.backward`.
+    """See `interface.Backend.backward`. With `pooled`, grad_out is that of the averages, and `out` is not needed.
 
     Raises:
         MemoryError: there is none for the scratch.
@@ -89,7 +94,7 @@ def backward(
     wide_rel = tuple(None if x is None else x.new_zeros(x.shape) for x in (rows, cols))
     if query.numel():
         grads = (g, *wide, *wide_rel)
-        _attend(q, k, v, rows, cols, o, lse.to(q.dtype).contiguous(), options, grads)
+        _attend(q, k, v, rows, cols, o, lse.to(q.dtype).contiguous(), options, pooled, grads)
     for target, source in zip(targets, wide, strict=True):
         if target is not source:
             target.copy_(source)
@@ -112,7 +117,7 @@ class AttentionCall(ctypes.Structure):
 
     _fields_ = (
         *((name, _Int) for name in ("batch", "heads", "width", "height", "columns", "window", "zero_border")),
-        *((name, _Int) for name in ("threads", "parallel")),
+        *((name, _Int) for name in ("pooled", "threads", "parallel")),
         *((name, _Map) for name in ("query", "key", "value", "out", "lse")),
         *((name, _Embedding) for name in ("rel_row", "rel_col")),
         *((name, _Map) for name in ("grad_out", "grad_query", "grad_key", "grad_value")),
@@ -173,9 +178,10 @@ def _attend(
     value: Tensor,
     rel_row: Tensor | None,
     rel_col: Tensor | None,
-    out: Tensor,
+    out: Tensor | None,
     lse: Tensor,
     options: AttentionOptions,
+    pooled: bool,
     grads: tuple[Tensor | None, ...] = (None,) * 6,
 ) -> None:
     """Calls the kernel of local attention: backward where `grads` (of out, then of the five inputs) are given."""
@@ -183,7 +189,7 @@ def _attend(
     grad_out, grad_query, grad_key, grad_value, grad_row, grad_col = grads
     call = AttentionCall(
         batch=b, heads=n, width=d, height=h, columns=w,
-        window=options.kernel_size, zero_border=options.border == "zero",
+        window=options.kernel_size, zero_border=options.border == "zero", pooled=pooled,
         threads=torch.get_num_threads(), parallel=_parallel_region(),
         query=_strided(_Map, query), key=_strided(_Map, key), value=_strided(_Map, value), out=_strided(_Map, out),
         lse=_strided(_Map, lse.unsqueeze(2)),

@@ -77,6 +77,10 @@ def _packed_backward(grad_out, qkv, rel_row, rel_col, out, lse, kernel_size, bor
     return 2 * _attention((qkv[0], *qkv[2:]), qkv[1] == 3, rel_row, kernel_size, scale)
 
 
+def _pooled_backward(grad_out, qkv, rel_row, rel_col, lse, kernel_size, border, scale, *rest, **others) -> int:
+    return 2 * _attention((qkv[0], *qkv[2:]), qkv[1] == 3, rel_row, kernel_size, scale)
+
+
 def _stem(x, forms, mixture, value_weight, window: str) -> int:
     batch, in_channels, height, width = x
     positions, num_matrices = mixture
@@ -98,6 +102,8 @@ _FORMULAS = {
     "local_attention_backward": _backward,
     "local_attention_packed": _packed,
     "local_attention_packed_backward": _packed_backward,
+    "local_attention_pooled": _packed,
+    "local_attention_pooled_backward": _pooled_backward,
     "stem_attention": _stem_forward,
     "stem_attention_backward": _stem_backward,
 }

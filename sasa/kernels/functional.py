@@ -11,9 +11,16 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from sasa.kernels import operators, reference
-from sasa.kernels.dispatch import check_name, named_backend
-from sasa.kernels.interface import BORDERS, AttentionOptions, autocast_dtype, channels_innermost, without_autocast
-from sasa.kernels.tracing import constant_when_compiled
+from sasa.kernels.dispatch import check_name, choose_for, named_backend
+from sasa.kernels.interface import (
+    BORDERS,
+    AttentionOptions,
+    CallKind,
+    autocast_dtype,
+    channels_innermost,
+    without_autocast,
+)
+from sasa.kernels.tracing import constant_when_compiled, has_free_size
 
 
 def local_attention(
@@ -90,6 +97,47 @@ def local_attention_packed(
     if composite_serves(backend, qkv, rel_row, rel_col):
         return _composite(*operators.split_packed(qkv), rel_row, rel_col, options)
     return operators.local_attention_packed(qkv, rel_row, rel_col, *options, backend)[0]
+
+
+def local_attention_pooled(
+    qkv: Tensor,
+    rel_row: Tensor | None,
+    rel_col: Tensor | None,
+    *,
+    kernel_size: int,
+    border: str = "mask",
+    scale: float = 1.0,
+    backend: str = "auto",
+) -> Tensor:
+    """The averages of the 2 x 2 blocks of `local_attention_packed`, where `pools` says that a kernel makes them.
+
+    Returns:
+        (B, N, D, H/2, W/2): what an average pool makes of the other's result, which is never written.
+
+    Raises:
+        ValueError: as `local_attention_packed`.
+    """
+    options = AttentionOptions(kernel_size, border, float(scale))
+    _check(qkv[:, 0], qkv.shape[1] == 3, rel_row, rel_col, options, backend)
+    _check_dtypes(qkv, None, None, rel_row, rel_col)
+    return operators.local_attention_pooled(qkv, rel_row, rel_col, *options, backend)[0]
+
+
+def pools(qkv: Tensor, rel_row: Tensor | None, rel_col: Tensor | None, kernel_size: int, backend: str) -> bool:
+    """Whether `local_attention_pooled` serves: fp32 or fp64 on a CPU by the C++ kernel, with sides that 2 divides.
+
+    Half types are rounded before a pool: they are pooled outside, as are sizes that a compiler keeps free.
+    """
+    if qkv.device.type != "cpu" or qkv.dtype not in (torch.float32, torch.float64) or autocast_dtype(qkv.device):
+        return False
+    if has_free_size(qkv) or qkv.shape[-1] % 2 or qkv.shape[-2] % 2 or composite_serves(backend, qkv, rel_row, rel_col):
+        return False
+    return _cpu_serves(qkv.dtype, kernel_size, backend)
+
+
+@constant_when_compiled  # it asks whether there is a kernel here
+def _cpu_serves(dtype: torch.dtype, kernel_size: int, backend: str) -> bool:
+    return choose_for(CallKind(torch.device("cpu"), dtype, 1, kernel_size), backend) == "cpu"
 
 
 def attention_logits(

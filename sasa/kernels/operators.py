@@ -1,5 +1,7 @@
 """Local attention as operators of torch.library: `sasa::local_attention` and, of a fused projection, `.._packed`.
 
+`.._pooled` has the average pool of a layer with stride 2 inside; it is of backend "cpu" alone.
+
 Whatever the backend, torch.compile, torch.export, autocast and autograd see the same operator. The backend is chosen
 inside it, from device, dtype and shape. Backward is an operator too, so that a compiler sees it as one call.
 
@@ -10,15 +12,17 @@ for query and value.
 from typing import Optional
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from sasa.kernels import reference
+from sasa.kernels import cpu, reference
 from sasa.kernels.dispatch import choose_backend, module
 from sasa.kernels.interface import (
     AttentionOptions,
     Targets,
     accumulate_dtype,
     empty_like_map,
+    empty_map,
     to_layout,
     without_autocast,
 )
@@ -186,6 +190,60 @@ def _(grad_out, qkv, rel_row, rel_col, out, lse, kernel_size, border, scale, bac
     return empty_like_map(qkv), *_empty_embeddings(qkv, rel_row, rel_col)
 
 
+# A fused projection, and the average of each 2 x 2 block -------------------------------------------------------------
+
+
+@torch.library.custom_op("sasa::local_attention_pooled", mutates_args=())
+def local_attention_pooled(
+    qkv: Tensor,
+    rel_row: Optional[Tensor],
+    rel_col: Optional[Tensor],
+    kernel_size: int,
+    border: str,
+    scale: float,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """-> averages (B, N, D, H/2, W/2), log-sum-exp (B, N, H, W); `functional.pools` says of which calls."""
+    options = AttentionOptions(kernel_size, border, scale)
+    return cpu.forward(*split_packed(qkv), rel_row, rel_col, options, pooled=True)
+
+
+@local_attention_pooled.register_fake
+def _(qkv, rel_row, rel_col, kernel_size, border, scale, backend):
+    query = qkv.select(1, 0)
+    size = (query.shape[-2] // 2, query.shape[-1] // 2)
+    return empty_map(query, query.shape[1:3], size), _empty_outputs(query)[1]
+
+
+@torch.library.custom_op("sasa::local_attention_pooled_backward", mutates_args=())
+def local_attention_pooled_backward(
+    grad_out: Tensor,
+    qkv: Tensor,
+    rel_row: Optional[Tensor],
+    rel_col: Optional[Tensor],
+    lse: Tensor,
+    kernel_size: int,
+    border: str,
+    scale: float,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """-> gradients of qkv, rel_row, rel_col, from that of the averages; the output itself is not needed."""
+    grads = (empty_like_map(qkv), *_empty_embeddings(qkv, rel_row, rel_col))
+    into, options = split_packed(grads[0]), AttentionOptions(kernel_size, border, scale)
+    _, _, _, *gradients = cpu.backward(
+        grad_out, *split_packed(qkv), rel_row, rel_col, None, lse, options, into, pooled=True
+    )
+    if rel_row is not None:
+        for target, gradient in zip(grads[1:], gradients, strict=True):
+            target.copy_(gradient)
+    return grads
+
+
+@local_attention_pooled_backward.register_fake
+def _(grad_out, qkv, rel_row, rel_col, lse, kernel_size, border, scale, backend):
+    return empty_like_map(qkv), *_empty_embeddings(qkv, rel_row, rel_col)
+
+
 # Autograd ------------------------------------------------------------------------------------------------------------
 
 _OPTIONS = 4  # arguments after the tensors: kernel_size, border, scale, backend
@@ -197,16 +255,24 @@ def _setup_context(ctx, inputs, output):
     ctx.set_materialize_grads(False)
 
 
-def _gradients(operator):
-    """The backward that register_autograd takes, by the operator that computes it."""
+def _setup_pooled_context(ctx, inputs, output):
+    _setup_context(ctx, inputs, output[1:])  # without out
+
+
+def _gradients(operator, kept: int = 2):
+    """The backward that register_autograd takes, by the operator that computes it.
+
+    kept: outputs of the forward that it is given: out and lse, or with the pool inside lse alone.
+    """
+    pooled = kept == 1
 
     def backward(ctx, grad_out, grad_lse):
         saved = ctx.saved_tensors  # once: a second look would make checkpointing compute them again
-        inputs = saved[:-2]  # without out and lse
+        inputs = saved[:-kept]
         if grad_out is None:
             return (None,) * (len(inputs) + _OPTIONS)
         if torch.is_grad_enabled():  # create_graph=True
-            grads = _differentiable_gradients(grad_out, inputs, AttentionOptions(*ctx.options[:-1]))
+            grads = _differentiable_gradients(grad_out, inputs, AttentionOptions(*ctx.options[:-1]), pooled)
         else:
             grads = operator(grad_out, *saved, *ctx.options)
             grads = [None if x is None else grad for x, grad in zip(inputs, grads, strict=True)]
@@ -215,11 +281,13 @@ def _gradients(operator):
     return backward
 
 
-def _differentiable_gradients(grad_out: Tensor, inputs, options: AttentionOptions) -> list[Tensor | None]:
+def _differentiable_gradients(grad_out: Tensor, inputs, options: AttentionOptions, pooled: bool) -> list[Tensor | None]:
     """Gradients that can be differentiated again: those of the reference's forward, with its K * K copies."""
     maps = inputs[:3] if len(inputs) == 5 else split_packed(inputs[0])
     with without_autocast(grad_out.device):
         out, _ = reference.forward(*maps, *inputs[-2:], options)
+        if pooled:
+            out = F.avg_pool2d(out.flatten(1, 2), 2).unflatten(1, out.shape[1:3])
     wanted = [x for x in inputs if x is not None and x.requires_grad]
     grads = iter(torch.autograd.grad(out, wanted, grad_out, create_graph=True))
     return [next(grads) if x is not None and x.requires_grad else None for x in inputs]
@@ -227,3 +295,6 @@ def _differentiable_gradients(grad_out: Tensor, inputs, options: AttentionOption
 
 local_attention.register_autograd(_gradients(local_attention_backward), setup_context=_setup_context)
 local_attention_packed.register_autograd(_gradients(local_attention_packed_backward), setup_context=_setup_context)
+local_attention_pooled.register_autograd(
+    _gradients(local_attention_pooled_backward, kept=1), setup_context=_setup_pooled_context
+)

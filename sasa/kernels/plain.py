@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from sasa.kernels.interface import autocast_dtype
-from sasa.kernels.tracing import CeilMaxPool2d
+from sasa.kernels.tracing import CeilAvgPool2d, CeilMaxPool2d
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _GLOBAL_HOOKS = tuple(getattr(nn.modules.module, f"_global{name}") for name in _HOOKS)
@@ -28,7 +28,10 @@ def _pytorchs_own(kind: type, name: str) -> Callable | None:
 
 _CALL, _CALL_IMPL = (_pytorchs_own(nn.Module, name) for name in ("__call__", "_call_impl"))
 _CONVOLVE = _pytorchs_own(nn.Conv2d, "_conv_forward")
-_FORWARDS = {kind: _pytorchs_own(kind, "forward") for kind in (nn.Conv2d, nn.BatchNorm2d, nn.MaxPool2d, CeilMaxPool2d)}
+_FORWARDS = {
+    kind: _pytorchs_own(kind, "forward")
+    for kind in (nn.Conv2d, nn.BatchNorm2d, nn.MaxPool2d, CeilMaxPool2d, nn.AvgPool2d, CeilAvgPool2d)
+}
 
 
 def fused_kind(kind: type[nn.Module]) -> type[nn.Module]:
@@ -99,6 +102,16 @@ def is_plain_pool(module: nn.Module, side: int) -> bool:
         and _both_are(side, module.kernel_size) and _both_are(side, module.stride)
         and _both_are(0, module.padding) and _both_are(1, module.dilation)
         and module.ceil_mode and not module.return_indices
+    )  # fmt: skip
+
+
+def is_plain_average(module: nn.Module, side: int) -> bool:
+    """Whether `module` averages the aligned side x side blocks of a map whose sides are multiples of `side`."""
+    kind = CeilAvgPool2d if type(module) is CeilAvgPool2d else nn.AvgPool2d
+    return (
+        is_plain(module, kind)
+        and _both_are(side, module.kernel_size) and _both_are(side, module.stride)
+        and _both_are(0, module.padding) and module.divisor_override is None
     )  # fmt: skip
 
 

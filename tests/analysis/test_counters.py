@@ -8,7 +8,7 @@ import model
 from attention import AttentionStem, LocalAttention2d
 from sasa.analysis.counters import ptflops_rules, thop_rules
 from sasa.analysis.flops import count_flops
-from sasa.kernels import cpu, local_attention_packed, stem_operator
+from sasa.kernels import cpu, local_attention_packed, local_attention_pooled, stem_operator
 
 SHARED = {"convolution", "linear", "projection", "logits", "softmax", "weighted sum", "value mixture"}
 NETWORKS = {
@@ -59,6 +59,19 @@ def test_the_packed_operator_agrees_and_backward_counts_twice():
     kinds = count_flops(layer, 6, in_channels=8).by_kind
     assert counts["sasa.local_attention_packed"] == 2 * (sum(kinds.values()) - kinds["projection"])
     assert counts["sasa.local_attention_packed_backward"] == 2 * counts["sasa.local_attention_packed"]
+
+
+@pytest.mark.skipif(cpu.unusable() is not None, reason=f"no CPU kernel: {cpu.unusable()}")
+def test_with_the_pool_inside_attention_counts_as_without():
+    layer = LocalAttention2d(8, 16, 3, num_heads=2, scale=0.5)
+    qkv = torch.randn(2, 3, 2, 8, 6, 6, requires_grad=True)
+    counts = {}
+    for function in (local_attention_packed, local_attention_pooled):
+        with FlopCounterMode(display=False) as counter:
+            function(qkv, layer.rel_row, layer.rel_col, kernel_size=3, scale=0.5).sum().backward()
+        counts |= {str(op): n for op, n in counter.get_flop_counts()["Global"].items()}
+    for part in ("", "_backward"):
+        assert counts[f"sasa.local_attention_pooled{part}"] == counts[f"sasa.local_attention_packed{part}"] > 0
 
 
 def test_backward_of_the_layer_counts_twice_the_forward():

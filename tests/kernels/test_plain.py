@@ -375,10 +375,11 @@ def test_plain_modules_are_fused(path):
     network, x = build(path)
     with Operators() as operators:
         network(x)
-    convolutions = {"layer": 1, "layer without content": 1, "stem of convolved values": 1}.get(path, 0)
-    assert operators.seen.count("convolution") == convolutions
+    assert operators.seen.count("convolution") == ("layer" in path or path == "stem of convolved values")
     if path.startswith("layer"):
         assert "local_attention_packed" in operators.seen
+    if path == "pooled layer" and "local_attention_pooled" in operators.seen:  # with a compiler
+        assert "avg_pool2d" not in operators.seen
     if path == "pooled stem" and "stem_attention" in operators.seen:  # with a compiler
         assert "native_batch_norm" not in operators.seen and "max_pool2d_with_indices" not in operators.seen
 
@@ -396,8 +397,7 @@ def test_weights_wider_than_the_input_are_fused_under_autocast(path):
     network, x = build(path)
     with torch.autocast("cpu", torch.bfloat16), Operators() as operators:
         network(x.bfloat16())
-    convolutions = {"layer": 1, "layer without content": 1, "stem of convolved values": 1}.get(path, 0)
-    assert operators.seen.count("convolution") == convolutions
+    assert operators.seen.count("convolution") == ("layer" in path or path == "stem of convolved values")
 
 
 @pytest.mark.parametrize("name", ["attention_weights", "attention_logits"])
