@@ -21,8 +21,10 @@ Decisions where the paper is silent or ambiguous; each has a switch where ports 
                          pool); a ragged last block attends within what there is of it. `window="sliding"`: the 4x4
                          window around each pixel, values mixed by the offset in it (small-image form, no pool), since
                          aligned blocks without a pool give equal pixels of a block equal features.
-    stem values          m = 4 value matrices, e = D; the mixture is shared by the heads. `values="plain"` has one
-                         matrix and no mixture; `values="conv"` takes them from a 4x4 convolution (Table 7).
+    stem values          m = 4 value matrices, in the small-image form of `ResNet` one for each position of the window:
+                         with fewer it sees small images too blurred (docs/recipes.md). e = D; the mixture is shared by
+                         the heads. `values="plain"` has one matrix and no mixture; `values="conv"` takes them from a
+                         4x4 convolution (Table 7).
     precision            logits and softmax in at least fp32 (fp32 for half types, fp64 for fp64).
     initialisation       see `reset_parameters` of each layer.
 """
@@ -34,7 +36,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sasa.initialise import normal_weight, set_initialiser
+from sasa.initialise import normal_weight, set_initialiser, spread_mixtures
 from sasa.kernels import (
     BORDERS,
     attention_logits,
@@ -307,16 +309,14 @@ class AttentionStem(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Normal weights: q.k and the mixture's logits have standard deviation 1, each value matrix keeps variance 1.
+        """Normal weights: for inputs of unit variance q.k has standard deviation 1, each value matrix keeps variance 1.
 
-        As in `LocalAttention2d.reset_parameters`, for inputs of unit variance; (emb_row + emb_col) . emb_mix is a sum
-        of 2 * e products.
+        The mixtures start each at a place of its own in the window (`initialise.spread_mixtures`).
         """
         for layer in (self.query, self.key, self.value):
             layer.reset_parameters()
         if self.emb_row is not None:
-            for embedding in (self.emb_row, self.emb_col, self.emb_mix):
-                nn.init.normal_(embedding, std=(2 * self.head_dim) ** -0.25)
+            spread_mixtures(self.emb_row, self.emb_col, self.emb_mix)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, in_channels, H, W) -> (B, out_channels, H, W)."""

@@ -66,7 +66,14 @@ class Config(Settings):
     stem_values: str = option(
         "mixture", "set how the attention stem makes its values (Table 7)", choices=("mixture", "plain", "conv")
     )
-    stem_mixtures: int = option(4, "set how many value matrices the attention stem mixes", low=1, high=1024)
+    stem_mixtures: int | None = option(
+        None,
+        "set how many value matrices the attention stem mixes",
+        otherwise="16 in the small form, else 4",
+        kind=int,
+        low=1,
+        high=1024,
+    )
     zero_init_residual: bool | None = from_recipe("start each residual branch at zero", bool)
     backend: str = option("auto", "compute attention by this kernel (python -m tools.backends lists them)", free=True)
 
@@ -299,7 +306,9 @@ class Config(Settings):
         same = ("kernel_size", "num_heads", "position", "content", "border", "scale", "grouped", "share_embeddings",
                 "embedding_std", "zero_init_residual", "backend", "stem_values")  # fmt: skip
         options = {key: getattr(self, key) for key in same}
-        options |= {"stem_backend": self.backend, "stem_border": self.border, "stem_num_mixtures": self.stem_mixtures}
+        options |= {"stem_backend": self.backend, "stem_border": self.border}
+        if self.stem_mixtures is not None:
+            options["stem_num_mixtures"] = self.stem_mixtures
         if self.stem_window != "auto":
             options["stem_window"] = self.stem_window
         if self.attention_stages is not None:

@@ -261,7 +261,10 @@ def make_stem(
 ) -> nn.Sequential:
     """The layers before stage 1. ImageNet form: stride 4 in all; small images: stride 1."""
     if attention:
-        layer = AttentionStem(in_chans, out_channels, **{"window": "sliding" if small_images else "block"} | options)
+        if small_images:  # a mixture for each position of the window: with fewer, small images are seen too blurred
+            positions = options.get("block_size", 4) ** 2
+            options = {"window": "sliding", "num_mixtures": positions} | options
+        layer = AttentionStem(in_chans, out_channels, **options)
         if not small_images:
             return PooledAttentionStem(layer)
     else:

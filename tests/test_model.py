@@ -41,6 +41,7 @@ CIFAR, IMAGENET = {"num_classes": 10, "small_images": True}, {}
 # Attention stem of 4 heads and 4 mixtures: q, k 192 each, values 768, embeddings 64 + 64 + 64; the convolutions that
 # it takes the place of have 1728 (3x3) and 9408 (7x7) weights.
 STEM = 192 + 192 + 768 + 192
+SMALL_STEM = 192 + 192 + 16 * 192 + (64 + 64 + 256)  # 16 mixtures
 COUNTS = [
     ("ResNet26", CIFAR, 8_306_442),
     ("ResNet38", CIFAR, 12_154_442),
@@ -50,7 +51,7 @@ COUNTS = [
     ("ResNet26", CIFAR | {"attention_stages": ()}, 11_660_362),
     ("ResNet38", CIFAR | {"attention_stages": ()}, 17_590_602),
     ("ResNet50", CIFAR | {"attention_stages": ()}, 23_520_842),
-    ("ResNet26", CIFAR | {"stem": True}, 8_306_442 - 1728 + STEM),
+    ("ResNet26", CIFAR | {"stem": True}, 8_306_442 - 1728 + SMALL_STEM),
     ("ResNet26", IMAGENET, 10_342_632),
     ("ResNet38", IMAGENET, 14_190_632),
     ("ResNet50", IMAGENET, 18_038_632),

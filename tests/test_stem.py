@@ -201,24 +201,88 @@ def test_parameters_are_pinned(values, shapes, window):
 
 @pytest.mark.parametrize(("channels", "heads"), [(64, 8), (64, 1)], ids=["D8", "D64"])
 def test_logits_and_mixture_have_a_spread_of_one_at_initialisation(channels, heads):
-    """Each of the two sums runs over a width of D: without care its spread would grow with it."""
+    """Each of the two sums runs over a width of D: without care its spread would grow with it.
+
+    Of the mixture's embeddings without the three channels that hold the grid.
+    """
     draws = []
     for _ in range(40):
         stem = AttentionStem(3, channels, num_heads=heads)
         query, key = (p(torch.randn(1, 3, 12, 12)).unflatten(1, (heads, -1)) for p in (stem.query, stem.key))
         content = (query * key).sum(2)
-        mixture = (stem.emb_row[:, None, :, None] + stem.emb_col[:, None, None, :]) * stem.emb_mix.t()[..., None, None]
+        row, col, mix = stem.emb_row[3:], stem.emb_col[3:], stem.emb_mix[:, 3:]
+        mixture = (row[:, None, :, None] + col[:, None, None, :]) * mix.t()[..., None, None]
         draws.append((content.var().item(), mixture.sum(0).var().item()))
     content, mixture = torch.tensor(draws).mean(0).sqrt()
     assert 0.7 < content < 1.4
     assert 0.7 < mixture < 1.4
 
 
+# Mixtures -> the grid of their places over a window of 4 x 4.
+GRIDS = {1: (1, 1), 2: (2, 1), 3: (3, 1), 4: (2, 2), 6: (3, 2), 7: (7, 1), 8: (4, 2), 16: (4, 4)}
+
+
+@pytest.mark.parametrize("mixtures", GRIDS)
+def test_each_mixture_starts_at_a_place_of_its_own(mixtures):
+    """Without the normal channels, p is the softmax of -4 * squared distance in steps of the grid, by hand."""
+    stem, (rows, columns) = AttentionStem(num_mixtures=mixtures).double(), GRIDS[mixtures]
+    with torch.no_grad():
+        for embedding in (stem.emb_row[3:], stem.emb_col[3:]):
+            embedding.zero_()
+    logits = torch.empty(4, 4, mixtures, dtype=torch.float64)
+    for a, b, m in itertools.product(range(4), range(4), range(mixtures)):
+        down = (a + 0.5) * rows / 4 - (m // columns + 0.5)
+        right = (b + 0.5) * columns / 4 - (m % columns + 0.5)
+        logits[a, b, m] = -4 * (down**2 + right**2)
+    torch.testing.assert_close(stem._mixture(torch.ones(1)).unflatten(0, (4, 4)), logits.softmax(-1))
+
+
+def test_with_a_mixture_for_each_position_each_starts_as_the_matrix_of_its_own():
+    stem = AttentionStem(window="sliding", num_mixtures=16)
+    assert torch.equal(stem._mixture(torch.ones(1)).argmax(1), torch.arange(16))
+
+
+@pytest.mark.parametrize("heads", [32, 64], ids=["D2", "D1"])
+def test_mixtures_of_heads_too_narrow_for_a_grid_start_at_random(heads):
+    """A grid takes three channels."""
+    torch.manual_seed(0)
+    a, b = (AttentionStem(num_heads=heads).emb_mix for _ in range(2))
+    assert a.shape == (4, 64 // heads) and (a != b).all() and 0.1 < a.std() < 2
+
+
 def test_reset_parameters_draws_all_of_them_again():
+    """But for the channels of the embeddings that hold the grid: those are the same again."""
     stem = AttentionStem()
     before = {name: p.clone() for name, p in stem.named_parameters()}
+    with torch.no_grad():
+        for p in stem.parameters():
+            p.zero_()
     stem.reset_parameters()
-    assert all((p != before[name]).all() for name, p in stem.named_parameters())
+    for name, p in stem.named_parameters():
+        was, now = (x.t() if name == "emb_mix" else x for x in (before[name], p))
+        grid = 3 if name.startswith("emb") else 0
+        assert torch.equal(was[:grid], now[:grid]) and (was[grid:] != now[grid:]).all(), name
+
+
+def test_a_stem_that_fully_shard_has_split_starts_as_a_whole_one(tmp_path):
+    """fully_shard calls reset_parameters of modules whose parameters are DTensors."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
+    try:
+        with torch.device("meta"):
+            stem = AttentionStem(num_mixtures=8)
+        fully_shard(stem, mesh=init_device_mesh("cpu", (1,)))
+        stem.to_empty(device="cpu")
+        stem.reset_parameters()
+        whole = AttentionStem(num_mixtures=8)
+        for name in ("emb_row", "emb_col"):
+            assert torch.equal(getattr(stem, name).full_tensor()[:3], getattr(whole, name)[:3])
+        assert torch.equal(stem.emb_mix.full_tensor()[:, :3], whole.emb_mix[:, :3])
+        assert (stem.emb_mix.full_tensor()[:, 3:] != 0).all()
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -70,6 +70,8 @@ def differing(saved: dict[str, Any], config: Config) -> list[str]:
     ours = config.to_dict()
     names = []
     for f in dataclasses.fields(Config):
+        if f.name == "stem_mixtures" and not (ours["stem"] and ours["stem_values"] == "mixture"):
+            continue  # of a stem that the run does not have; it was 4 by default
         open_value = f.name in SETTLED and ours[f.name] in ("auto", None)
         before = saved.get(f.name, ADDED.get(f.name, f.default))
         if not f.metadata["free"] and not open_value and before != ours[f.name]:

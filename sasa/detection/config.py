@@ -58,7 +58,7 @@ class DetectionConfig(Settings):
     share_embeddings: bool = same("share_embeddings")
     embedding_std: float | None = same("embedding_std")
     stem_values: str = same("stem_values")
-    stem_mixtures: int = same("stem_mixtures")
+    stem_mixtures: int | None = same("stem_mixtures")
     head_std: float = option(0.01, "standard deviation of the heads' weights at the start", above=0)
     head_shortcuts: bool | None = from_recipe("add the input to the output of each layer of the heads", bool)
     zero_init_residual: bool | None = from_recipe("start each residual branch at zero", bool)
@@ -169,7 +169,9 @@ class DetectionConfig(Settings):
             "share_embeddings", "embedding_std", "zero_init_residual", "backend", "stem_values",
         )}  # fmt: skip
         options |= {"backbone": self.model_name, "scales": self.anchor_scales, "image_size": self.img_size}
-        options |= {"stem_backend": self.backend, "stem_border": self.border, "stem_num_mixtures": self.stem_mixtures}
+        options |= {"stem_backend": self.backend, "stem_border": self.border}
+        if self.stem_mixtures is not None:
+            options["stem_num_mixtures"] = self.stem_mixtures
         return options if self.attention_stages is None else options | {"attention_stages": self.attention_stages}
 
 

@@ -103,16 +103,18 @@ def _compile(
 
 @functools.cache
 def compile_stem(stage: str, form: str, *, capability: int = 90) -> Build:
-    """Compiles a kernel of triton_stem_kernels.py for the paper's stem: 4 heads of 16, 4 mixtures, blocks of 4 x 4.
+    """Compiles a kernel of triton_stem_kernels.py for the stem of `ResNet`: 4 heads of 16, windows of 4 x 4.
 
     Args:
         stage: "forward" or "backward".
-        form: "pooled", "block" or "sliding".
+        form: "pooled" or "block", with 4 mixtures, or "sliding", with 16.
         capability: compute capability, times ten.
     """
     from sasa.kernels import triton_stem, triton_stem_kernels
 
-    sizes = triton_stem.Sizes.of((1, 3, 224, 224), heads=4, depth=16, mixtures=4, side=4, sliding=form == "sliding")
+    sliding = form == "sliding"
+    mixtures = 16 if sliding else 4
+    sizes = triton_stem.Sizes.of((1, 3, 224, 224), heads=4, depth=16, mixtures=mixtures, side=4, sliding=sliding)
     constant = triton_stem.constants(sizes, mask=True, pooled=form == "pooled")
     absent = set() if form == "pooled" else {"signs", "place", "slopes", "moments"}
     if stage == "backward":
@@ -120,7 +122,7 @@ def compile_stem(stage: str, form: str, *, capability: int = 90) -> Build:
         absent |= {"grad_image"}
     function = getattr(triton_stem_kernels, f"stem_{stage}_kernel")
     kernel = _source(function, constant, absent & set(function.arg_names), triton_stem_kernels.SIZES, torch.float32)
-    queries = 1 if form == "sliding" else 16
+    queries = 1 if sliding else 16
     return _build(kernel, triton_stem.warps(sizes), capability, (4, queries) if queries > 1 else (4,))
 
 

@@ -20,7 +20,7 @@ from sasa.kernels.reference import sum_windows
 from sasa.kernels.triton_tiles import LARGEST, power
 
 CHANNELS = 3
-MAX_POSITIONS, MAX_MIXED, MAX_HEAD_DIM = 64, 32, 64  # of P, M * C and D: what a program's registers hold
+MAX_POSITIONS, MAX_MIXED, MAX_HEAD_DIM = 64, 48, 64  # of P, M * C and D: what a program's registers hold
 UNITS = 32  # blocks or pixels of a program, a lane each
 
 

@@ -25,6 +25,7 @@ CASES = [
     ((1, 7, 5), {"out_channels": 20, "num_heads": 1, "block_size": 5, "values": "plain"}),
     ((1, 6, 7), SMALL | {"window": "sliding", "block_size": 3, "num_mixtures": 3}),
     ((2, 3, 5), SMALL | {"window": "sliding", "border": "zero"}),
+    ((1, 3, 4), SMALL | {"window": "sliding", "num_mixtures": 16}),
     ((1, 4, 3), {"out_channels": 2, "num_heads": 2, "window": "sliding", "block_size": 1}),
 ]
 
@@ -107,7 +108,7 @@ def test_the_choice_on_a_gpu(monkeypatch):
 def test_what_it_does_not_take_is_named():
     taken = (3, 4, 4, 16, torch.float32)
     assert triton_stem.unsupported(*taken) is None
-    for at, value, named in ((0, 4, "3 channels"), (1, 9, "up to 8"), (2, 11, "10 mixtures"), (3, 65, "width of 64")):
+    for at, value, named in ((0, 4, "3 channels"), (1, 9, "up to 8"), (2, 17, "16 mixtures"), (3, 65, "width of 64")):
         assert named in triton_stem.unsupported(*taken[:at], value, *taken[at + 1 :])
     assert "fp32" in triton_stem.unsupported(*taken[:4], torch.float64)
 
