@@ -182,7 +182,7 @@ def test_two_images_are_learned():
         images[0][label, y1:y2, x1:x2] += 0.8
     optimizer = torch.optim.AdamW(detector.parameters(), lr=2e-3, fused=True)
     detector.train()
-    for _ in range(40):
+    for _ in range(60):  # after 40, boxes are off by more than the limit with some seeds
         optimizer.zero_grad()
         sum(detector(images, wanted).values()).backward()
         optimizer.step()
