@@ -22,7 +22,7 @@ from config import DATASETS, MODELS
 from sasa.console import one_line, printable
 from sasa.files import json_text, open_regular, write_text
 from tools.paper import Row, rows_for
-from tools.trials import TABLES, Budget, run_name, table_name
+from tools.trials import TABLES, Budget, run_name, table_name, varied
 
 ABOUT = "ablation.json"
 LARGEST_FILE = 64 << 20  # bytes of a configuration, a summary or a log
@@ -96,14 +96,20 @@ def is_whole(summary: dict[str, Any]) -> bool:
 
 
 def read(path: Path) -> Folder:
-    """Raises RunsError: not a folder of runs, or its runs were not of one length, average and test set."""
+    """Raises RunsError: not a folder of runs, or its runs were not of one length and test set.
+
+    Nor of one moving average, unless the rows of its tables set that, or the recipe that says it.
+    """
     budget, tables = read_about(path)
     summaries, configs = {}, {}
     for folder in sorted(p for p in path.iterdir() if p.is_dir()):
         summary, config = read_json(folder / "summary.json"), read_json(folder / "config.json")
         if summary is not None and config is not None and is_whole(summary):
             summaries[folder.name], configs[folder.name] = summary, config
-    for key, of in (("epochs", summaries), ("test_images", summaries), ("ema", configs)):
+    compared = [("epochs", summaries), ("test_images", summaries)]
+    if not varied(row for name, model in tables for row in rows_for(TABLES[name], model)) & {"ema", "recipe"}:
+        compared.append(("ema", configs))
+    for key, of in compared:
         kinds = {str(record.get(key)): name for name, record in of.items()}
         if len(kinds) > 1:
             what = ", ".join(f"{value} in {printable(name)}" for value, name in kinds.items())

@@ -32,6 +32,9 @@ def test_runs_of_other_moving_averages_make_no_table(made):
     path.write_text(json.dumps(json.loads(path.read_text()) | {"ema": 0.5}))
     with pytest.raises(runs.RunsError, match=r"cannot be compared, ema"):
         runs.read(made)
+    about = json.loads((made / "ablation.json").read_text())
+    (made / "ablation.json").write_text(json.dumps(about | {"tables": [["strong", "ResNet26"]]}))
+    assert len(runs.read(made).configs) == 5  # the rows' recipes say it
 
 
 @pytest.mark.parametrize("change", [{"epochs": 2}, {"test_images": 12}])
