@@ -132,12 +132,12 @@ def pools(qkv: Tensor, rel_row: Tensor | None, rel_col: Tensor | None, kernel_si
         return False
     if has_free_size(qkv) or qkv.shape[-1] % 2 or qkv.shape[-2] % 2 or composite_serves(backend, qkv, rel_row, rel_col):
         return False
-    return _cpu_serves(qkv.dtype, kernel_size, backend)
+    return _cpu_serves(qkv.dtype, qkv.shape[3], kernel_size, backend)
 
 
 @constant_when_compiled  # it asks whether there is a kernel here
-def _cpu_serves(dtype: torch.dtype, kernel_size: int, backend: str) -> bool:
-    return choose_for(CallKind(torch.device("cpu"), dtype, 1, kernel_size), backend) == "cpu"
+def _cpu_serves(dtype: torch.dtype, head_dim: int, kernel_size: int, backend: str) -> bool:
+    return choose_for(CallKind(torch.device("cpu"), dtype, head_dim, kernel_size), backend) == "cpu"
 
 
 def attention_logits(

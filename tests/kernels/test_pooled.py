@@ -288,6 +288,14 @@ def test_half_types_are_pooled_outside():
     assert not run(layer.bfloat16(), x.bfloat16())[1]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_under_autocast_the_pool_is_called(dtype):
+    qkv, tables = torch.randn(1, 3, 2, 4, 4, 4, dtype=dtype), torch.zeros(2, 2, 3, dtype=dtype)
+    assert kernels.pools(qkv, tables, tables, 3, "cpu")
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not kernels.pools(qkv, tables, tables, 3, "cpu")
+
+
 def test_forward_mode_and_transforms_of_functions_see_the_parts():
     layer, x = make_layer(), torch.randn(1, 8, 4, 4, dtype=torch.float64)
     _, tangent = torch.func.jvp(layer, (x,), (torch.ones_like(x),))
