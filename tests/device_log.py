@@ -58,7 +58,7 @@ class DeviceLog(TorchDispatchMode):
         if name in ("aten::_to_copy", "aten::to") and on_device and kwargs.get("device", META).type == "cpu":
             self._copied("device", "host", kwargs.get("non_blocking", False))
             return torch.zeros(tensors[0].shape, dtype=kwargs.get("dtype") or tensors[0].dtype)
-        if name.startswith("aten::_fused_"):  # they write in place, and meta has no such kernel
+        if name.startswith(("aten::_fused_", "aten::_amp_")):  # they write in place, and meta has no such kernel
             self._queued(name, tensors)
             return None
         out = function(*args, **kwargs)

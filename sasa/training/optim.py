@@ -145,9 +145,9 @@ class MovingAverage(AveragedModel):
                 first update.
         """
         averages, values = ([*m.parameters(), *m.buffers()] for m in (self.module, model))
-        pairs = list(zip(averages, values, strict=True))
-        copied = [pair for pair in pairs if not self.has_begun or not pair[0].is_floating_point()]
-        moved = [pair for pair in pairs if self.has_begun and pair[0].is_floating_point()]
+        pairs, has_begun = list(zip(averages, values, strict=True)), self.has_begun
+        copied = [pair for pair in pairs if not has_begun or not pair[0].is_floating_point()]
+        moved = [pair for pair in pairs if has_begun and pair[0].is_floating_point()]
         if copied:
             torch._foreach_copy_(*map(list, zip(*copied, strict=True)))
         if moved and flag is None:
@@ -158,6 +158,7 @@ class MovingAverage(AveragedModel):
             torch._foreach_mul_(steps, (1 - self.decay) * (1 - flag))
             torch._foreach_add_(averages, steps)
         self.n_averaged += 1 if flag is None else (1 - flag).to(self.n_averaged.dtype)
+        self._has_begun = True
 
 
 def build_ema(model: nn.Module, decay: float) -> MovingAverage | None:

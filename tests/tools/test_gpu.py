@@ -6,6 +6,7 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -46,6 +47,7 @@ def test_a_dry_run_walks_all_stages(walked):
     folder, _, kept = walked
     results = json.loads((folder / "r.json").read_text())
     assert list(results) == list(gpu.STAGES)
+    assert "tests/kernels/test_triton_numbers.py" in results["tests"]["units"]
     for stage, result in results.items():
         assert result["units"], stage
         assert not any("error" in unit for unit in result["units"].values()), result
@@ -183,6 +185,46 @@ def test_a_stage_ends_in_its_time_and_goes_on_later():
         again.unit(name, slow)
     assert now[0] == 900.0  # only c
     assert "figure" in again.found["c"]
+
+
+def test_a_command_that_outlasts_the_stage_is_an_error_only_where_it_had_all_of_it():
+    """Else a hang would never be one, and what merely came late always."""
+
+    def hangs():
+        raise subprocess.TimeoutExpired("pytest", 500)
+
+    stage = stage_at(lambda: 0.0)
+    assert "timed out" in stage.unit("a", hangs)["error"]
+    assert stage.unit("b", hangs).keys() == {"not_reached", "seconds"}
+
+
+def test_every_network_of_a_process_is_compiled(monkeypatch):
+    """torch.compile gives up a function's code, the forward of all of them, after eight different networks."""
+    compiled = []
+
+    class Chain(torch.nn.Module):
+        def __init__(self, length):
+            super().__init__()
+            self.parts = torch.nn.ModuleList(torch.nn.Linear(2, 2) for _ in range(length))
+
+        def forward(self, x):
+            for part in self.parts:
+                x = part(x)
+            return x
+
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return graph
+
+    def make_run(lab, length, *_):
+        return SimpleNamespace(network=torch.compile(Chain(length), backend=backend), global_batch=1)
+
+    monkeypatch.setattr(training, "make_run", make_run)
+    monkeypatch.setattr(training, "training_step", lambda run: lambda: run.network(torch.zeros(1, 2)))
+    lab = Lab(CPU, "tiled", StubTimer(), gpu.stub_shell, dry=True)
+    for length in range(1, 11):
+        training.measure_step(lab, length, "", 0.0, True)
+        assert len(compiled) == length
 
 
 def test_errors_are_results_and_a_lost_device_ends_the_process():

@@ -125,6 +125,16 @@ def test_a_step_waits_once_and_copies_its_figures_alone(as_cuda, optimizer):
     print(f"{optimizer}: {sum(log.kernels.values())} operators: {', '.join(lines)}")
 
 
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw", "lamb"])
+def test_fp16s_scaler_adds_no_wait_and_no_copy(as_cuda, optimizer):
+    run = make_run(optimizer, "ResNet26")
+    run.scaler = torch.amp.GradScaler("meta")
+    log = logged_step(run)
+    assert log.waits == [] and Event.waits == 1 and log.copies == {("device", "host", "no wait"): 1}
+    assert log.kernels["aten::_amp_foreach_non_finite_check_and_unscale_"] == 1
+    assert log.kernels["aten::_amp_update_scale_"] == 1
+
+
 def work_of(name: str, kind: str) -> Work:
     """What a step of `tools.gpu` does, without a moving average."""
     run = make_run("sgd", name, **KINDS[kind])
@@ -132,6 +142,7 @@ def work_of(name: str, kind: str) -> Work:
     flops = count_flops(run.model, SIDE).by_kind
     with DeviceLog() as log:
         train_step(run, iter([batch_of(BATCH)]), 0, Requests, loss_and_right)
+    assert log.waits == []
     products = sum(moved for operator, moved in log.bytes.items() if operator in PRODUCTS)
     others = sum(moved for operator, moved in log.bytes.items() if not operator.startswith(("sasa::", *PRODUCTS)))
     has_stem = any(isinstance(module, AttentionStem) for module in run.model.modules())

@@ -1,6 +1,9 @@
 """Steps whose figures are read after their update is queued, as on CUDA: here by the CPU's fused optimizers."""
 # ruff: noqa: F401, F811 (fixtures)
 
+import copy
+import functools
+import itertools
 import os
 import signal
 
@@ -12,7 +15,8 @@ import model
 import small_runs
 import train
 from config import resolve
-from sasa.training import step
+from sasa.training import classification, step
+from sasa.training import run as runs
 from sasa.training.guard import Guard
 from sasa.training.optim import build_ema, build_optimizer
 from test_train import BASE, Tiny, TinyWithNorm, go, model_of, read, seen, spoiled_gradient, spoiled_loss, tiny
@@ -63,6 +67,76 @@ def test_a_bad_step_and_those_queued_behind_it_change_nothing(
     assert seen[1].guard.flag == 1
 
 
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def fp16(request, monkeypatch, late):
+    """Flags of a run under fp16, with its scaler: on a GPU, and on a CPU, which otherwise refuses it."""
+    if request.param == "cpu":
+        monkeypatch.setattr(runs, "pick_amp", lambda name, device: torch.float16)
+        monkeypatch.setattr(torch.amp, "GradScaler", functools.partial(torch.amp.GradScaler, "cpu"))
+    return f"{FLAGS} --amp fp16 --device {request.param}"
+
+
+@pytest.fixture
+def after_steps(monkeypatch):
+    """What `state_of` gives after each step's update, its progress when the step's figures were read."""
+    states, sums = [], []
+    update, record_step = step.update, train.record_step
+
+    def updated(run, flag):
+        update(run, flag)
+        states.append(copy.deepcopy(state_of(run)) | {"scale": run.scaler.get_scale()})
+
+    def recorded(run, *more):
+        requests = record_step(run, *more)
+        sums.append(state_of(run)["progress"])
+        return requests
+
+    monkeypatch.setattr(step, "update", updated)
+    monkeypatch.setattr(train, "record_step", recorded)
+    return states, sums
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw", "lamb"])
+def test_under_fp16_a_loss_that_is_not_finite_ends_the_run_and_changes_nothing(
+    tmp_path, fp16, seen, after_steps, monkeypatch, capsys, optimizer
+):
+    monkeypatch.setattr(Tiny, "spoil", staticmethod(spoiled_loss))
+    assert small_runs.run(tmp_path, *BASE.split(), *fp16.split(), "--optimizer", optimizer) == 1
+    error = capsys.readouterr().err
+    assert "the loss is nan" in error and "step 3," in error
+    (run,), (states, sums) = seen, after_steps
+    assert run.guard.flag == 1 and run.model.calls == len(states) == 4  # step 4 was queued by then
+    wanted = {key: value for key, value in states[1].items() if key != "scale"} | {"progress": sums[1]}
+    assert len(sums) == 2 and small_runs.differences(state_of(run), wanted) == []
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw", "lamb"])
+def test_under_fp16_an_infinite_gradient_skips_its_own_step_alone(
+    tmp_path, fp16, seen, after_steps, monkeypatch, optimizer
+):
+    monkeypatch.setattr(Tiny, "spoil", staticmethod(spoiled_gradient))
+    go(tmp_path, f"{fp16} --optimizer {optimizer} --max-steps 5")
+    (run,), (states, sums) = seen, after_steps
+    for part, kept in (("optimizer", "momentum_buffer" if optimizer == "sgd" else "exp_avg"), ("model", "conv.weight")):
+        values = [s[part][0][kept] if part == "optimizer" else s[part][kept] for s in states]
+        same = [torch.equal(a, b) for a, b in itertools.pairwise(values)]
+        assert same == [False, True, False, False], part
+    assert [b["scale"] / a["scale"] for a, b in itertools.pairwise(states)] == [1, 0.5, 1, 1]
+    assert run.guard.flag == 0 and run.progress.skipped == 0 and [x["step"] for x in sums] == [1, 2, 3, 4, 5]
+
+
+def test_under_fp16_ten_skipped_steps_in_a_row_end_the_run(tmp_path, fp16, seen, monkeypatch, capsys):
+    def spoil(logits, call):
+        if call >= 3:
+            logits.register_hook(lambda grad: grad * float("inf"))
+        return logits
+
+    monkeypatch.setattr(Tiny, "spoil", staticmethod(spoil))
+    assert small_runs.run(tmp_path, *BASE.split(), *fp16.split()) == 1
+    assert "gradient's norm is" in (error := capsys.readouterr().err) and "step 12," in error
+    assert seen[0].progress.step == 11
+
+
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw", "lamb"])
 def test_a_run_whose_steps_are_finite_is_the_same_either_way(tmp_path, late, seen, monkeypatch, optimizer):
     flags = f"{FLAGS} --optimizer {optimizer}"
@@ -94,19 +168,26 @@ def test_a_signal_is_noticed_a_step_late_and_the_resume_is_bitwise(tmp_path, lat
     assert small_runs.log_rows(straight) == small_runs.log_rows(tmp_path / "run")
 
 
-def test_nothing_is_saved_while_a_steps_figures_are_unread(tmp_path, late, monkeypatch):
+def test_nothing_is_saved_or_evaluated_while_a_steps_figures_are_unread(tmp_path, late, seen, monkeypatch):
     """With a save after every step there is one for each two."""
-    saved = []
-    original = train.Saver.save
+    found = {"save": [], "evaluate": [], "row": []}
 
-    def save(self, run):
-        saved.append((run.progress.step, run.model.calls))
-        return original(self, run)
+    def watch(owner, name, kind):
+        original = getattr(owner, name)
 
-    monkeypatch.setattr(train.Saver, "save", save)
-    go(tmp_path, f"{FLAGS} --save-minutes 1e-9 --epochs 1 --warmup-epochs 0.5")
-    assert len(saved) > 4 and all(step == calls for step, calls in saved)
-    assert read(tmp_path / "run")["steps"] == 10
+        def watched(*args, **kwargs):
+            found[kind].append((seen[0].progress.step, seen[0].model.calls))
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, watched)
+
+    watch(train.Saver, "save", "save")
+    watch(classification, "evaluate", "evaluate")
+    watch(train.Monitor, "epoch", "row")
+    go(tmp_path, f"{FLAGS} --save-minutes 1e-9")
+    assert all(step == calls for pairs in found.values() for step, calls in pairs)
+    assert len(found["save"]) > 8 and found["evaluate"] == found["row"] == [(10, 10), (20, 20)]
+    assert read(tmp_path / "run")["steps"] == 20
 
 
 def test_momentum_of_a_first_step_that_is_skipped_is_zero():

@@ -50,6 +50,7 @@ class Stage:
     keeps_errors: bool = False
     report: Callable[[str], None] = print
     clock: Callable[[], float] = time.monotonic
+    has_run: bool = False  # a unit has, and so the next one has not the whole time
 
     @property
     def left(self) -> float:
@@ -76,9 +77,12 @@ class Stage:
                 result = run()
             except Unmet as reason:
                 result = {"unmet": str(reason)}
+            except subprocess.TimeoutExpired as error:  # after what was left of the stage
+                result = {"not_reached": NOT_REACHED} if self.has_run else {"error": one_line(error, OUTPUT_TAIL)}
             except Exception as error:  # whatever a kernel, a compiler or a driver raises
                 result = {"error": f"{type(error).__name__}: {one_line(error, OUTPUT_TAIL)}"}
             result["seconds"] = round(self.clock() - start, 2)
+            self.has_run = True
         self.found[name] = result
         self.keep()
         self.report(f"  {name}: {line_of(result)}")

@@ -1,5 +1,6 @@
 """Stages about training: the test suite, steps of whole networks, and short runs of train.py in every mode."""
 
+import gc
 import itertools
 import shutil
 import statistics
@@ -39,9 +40,17 @@ CRASH_STEPS = 20
 
 
 def tests(lab: Lab, stage: Stage) -> None:
-    """pytest -m gpu."""
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", str(ROOT / "tests")]
-    stage.unit("pytest -m gpu", lambda: {"result": last_line(checked(lab.shell(command, stage.left)))})
+    """pytest -m gpu, file by file."""
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider"]
+    for path in gpu_test_files():
+        whole = [*command, str(ROOT / path)]
+        stage.unit(path, lambda whole=whole: {"result": last_line(checked(lab.shell(whole, stage.left)))})
+
+
+def gpu_test_files() -> list[str]:
+    """The files of tests that need a GPU, below the repository's root."""
+    paths = (ROOT / "tests").rglob("test_*.py")
+    return sorted(str(x.relative_to(ROOT)) for x in paths if "pytest.mark.gpu" in x.read_text(encoding="utf-8"))
 
 
 def last_line(text: str) -> str:
@@ -71,6 +80,8 @@ def _all_steps(lab: Lab, stage: Stage, is_compiled: bool) -> None:
 
 def measure_step(lab: Lab, name: str, kind: str, ema: float, is_compiled: bool) -> dict:
     """images/s, peak memory, waits of the host in a step, and the share of the time that the GPU has nothing to do."""
+    torch._dynamo.reset()  # else the ninth network that a process compiles would run uncompiled
+    gc.collect()  # what the network before this one held would count as this one's memory
     run = make_run(lab, name, kind, ema, is_compiled)
     step, batch = training_step(run), run.global_batch
     for _ in range(0 if lab.dry else WARM_STEPS):
