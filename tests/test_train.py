@@ -1,5 +1,6 @@
 """Runs of train.py, in this process. What is about the loop uses a network of 300 weights in place of ResNet26."""
 
+import dataclasses
 import gzip
 import json
 import multiprocessing
@@ -18,8 +19,11 @@ import model
 import preprocess
 import small_runs
 import train
+from config import resolve
 from sasa.training import checkpoint, classification
+from sasa.training import run as runs
 from sasa.training.lamb import Lamb
+from sasa.training.run import describe
 
 BASE = "--dataset DIGITS --epochs 2 --batch-size 4 --name run --no-progress --device cpu --ema 0"
 LOG_KEYS = {"epoch", "step", "train_loss", "train_top1_pct", "val_loss", "val_top1_pct", "val_top5_pct", "lr",
@@ -319,6 +323,36 @@ def test_precision_of_products_and_cudnns_choice_reach_torch(tmp_path, tiny, mon
         torch.set_float32_matmul_precision("highest")
     go(tmp_path / "b", "--no-cudnn-benchmark --max-steps 1")
     assert torch.get_float32_matmul_precision() == "highest" and not torch.backends.cudnn.benchmark
+
+
+def test_what_a_gpu_computes_by_is_printed(tmp_path, tiny, seen, monkeypatch, capsys):
+    go(tmp_path, "--matmul-precision high --compile-mode max-autotune --max-steps 1")
+    torch.set_float32_matmul_precision("highest")
+    config = dataclasses.replace(seen[0].config, compile=True, amp="bf16")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A GPU")
+    monkeypatch.setattr(runs, "keep_builds", lambda: "/the/cache")
+    for benchmark, choice in ((True, "fastest"), (False, "own")):
+        monkeypatch.setattr(torch.backends.cudnn, "benchmark", benchmark)
+        capsys.readouterr()
+        describe(dataclasses.replace(seen[0], config=config, device=torch.device("cuda", 0)))
+        out = capsys.readouterr().out
+        assert f"A GPU, bf16, fp32 products at high precision, cuDNN's {choice} choice of convolutions, torch" in out
+        assert "compiled  in mode max-autotune; builds are kept in /the/cache" in out
+
+
+def test_torch_compiles_around_ddp(monkeypatch):
+    """So that it cuts the network where gradients are summed, and sums overlap with the rest of backward."""
+    network, config = nn.Linear(2, 2), resolve({"compile": True, "compile_mode": "max-autotune"}, "DIGITS")
+    found = []
+    monkeypatch.setattr(runs.distributed, "is_distributed", lambda: True)
+    monkeypatch.setattr(runs, "DistributedDataParallel", lambda inner, **options: ("ddp", inner, options))
+    monkeypatch.setattr(runs, "keep_builds", lambda: found.append("kept"))
+    monkeypatch.setattr(torch, "compile", lambda module, mode: found.append((module, mode)) or "compiled")
+    assert runs.as_trained(network, config, torch.device("cuda", 0), True) == "compiled"
+    kept, ((name, inner, options), mode) = found
+    assert (kept, name, mode) == ("kept", "ddp", "max-autotune") and inner is network
+    assert options["device_ids"] == [torch.device("cuda", 0)] and not options["broadcast_buffers"]
+    assert runs.as_trained(network, config, torch.device("cuda", 0), False)[:2] == ("ddp", network)
 
 
 def test_deterministic_reaches_torch(tmp_path, tiny, seen):

@@ -258,7 +258,7 @@ def assemble(
     check_ranks_agree(identity.data)
     return kind(
         config, identity, spec.recipe, spec.folder, device, data, model,
-        network=_compiled(_parallel(model, device), config) if compiled else _parallel(model, device),
+        network=as_trained(model, config, device, compiled),
         optimizer=build_optimizer(model, config, device),
         scaler=torch.amp.GradScaler() if amp is torch.float16 else None,
         ema=build_ema(model, config.ema),
@@ -368,8 +368,14 @@ def seeded(build: Callable[[], nn.Module], config: Settings, device: torch.devic
     return model.to(memory_format=torch.channels_last) if config.channels_last else model
 
 
-def _compiled(network: nn.Module, config: Settings) -> nn.Module:
-    """The network compiled with DDP inside, so that torch cuts the graph where gradients are summed over the ranks."""
+def as_trained(model: nn.Module, config: Settings, device: torch.device, compiled: bool) -> nn.Module:
+    """The network with DDP around it on several ranks.
+
+    Compiled, DDP is inside, so that torch cuts the graph where gradients are summed over the ranks.
+    """
+    network = _parallel(model, device)
+    if not compiled:
+        return network
     keep_builds()
     return torch.compile(network, mode=config.compile_mode)
 

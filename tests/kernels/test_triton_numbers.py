@@ -47,6 +47,8 @@ CASES = [
     case(1, 16, 7, 5, 6, scale=0.25),
     case(1, 8, 3, 4, 5, scale=-0.5),
     case(1, 8, 3, 4, 5, scale=0.0),
+    case(1, 8, 8, 5, 11),
+    case(1, 16, 10, 3, 12, "zero"),
 ]
 # fp32 has one tile, of 4 x 4 with a row of the patch at a time: the cases that differ for it.
 FP32_CASES = [CASES[i] for i in (3, 5, 6, 11, 13, 15, 16, 17, 20, 23, 25, 29)]

@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,8 +10,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import triton_cases
 from config import ConfigError, resolve
-from sasa.kernels import triton_backend
+from device_log import META, DeviceLog
+from sasa.kernels import triton_backend, triton_stem
 from sasa.kernels.interface import AttentionOptions
+from sasa.kernels.triton_tiles import STAGES
 from sasa.training.compiling import CACHE, check_accumulation, keep_builds
 from sasa.training.device import decoding_processes
 
@@ -76,7 +79,50 @@ def test_a_call_can_be_captured_by_a_cuda_graph(monkeypatch):
     allowed = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "permute", "view", "sum",
                "split", "split_with_sizes", "chunk", "detach", "alias"}  # fmt: skip
     assert {name.removeprefix("aten::") for name in names.seen} <= allowed
-    for name in ("local_attention", "local_attention_packed"):
+    for name in ("local_attention", "local_attention_packed", "stem_attention"):
         for operator in (name, f"{name}_backward"):
             tags = getattr(torch.ops.sasa, operator).default.tags
             assert getattr(torch.Tag, "cudagraph_unsafe", None) not in tags
+
+
+class Kernel:
+    """In place of a Triton kernel: notes the options of its launches."""
+
+    def __init__(self):
+        self.launches = []
+
+    def __getitem__(self, grid):
+        return lambda *arguments, **options: self.launches.append(options)
+
+
+@pytest.mark.parametrize("form", ["pooled", "block", "sliding"])
+def test_a_call_of_the_stem_can_be_captured_too(form, monkeypatch):
+    kernels = SimpleNamespace(stem_forward_kernel=Kernel(), stem_backward_kernel=Kernel())
+    monkeypatch.setattr(triton_stem, "_kernels", lambda: kernels)
+    monkeypatch.setattr(triton_backend, "interpreted", lambda: False)
+    x, out = torch.empty(2, 3, 10, 9, device=META), torch.empty(2, 8, 10, 9, device=META)
+    weights = [torch.empty(shape, device=META) for shape in ((2, 3, 3), (16, 4), (4, 8, 3))]
+    window, chosen, slopes = form, {}, {}
+    if form == "pooled":
+        window, out, index = "block", torch.empty(2, 8, 3, 3, device=META), torch.empty(2, 8, 3, 3, device=META)
+        chosen = {"index": index, "signs": torch.empty(8, device=META)}
+        slopes = {"index": index, "slopes": torch.empty(2, 8, device=META)}
+    with DeviceLog() as log:
+        moments = triton_stem.forward(weights, x, window, "mask", out, **chosen)
+        grads = triton_stem.backward(weights, x, window, "mask", out, torch.empty_like(x), **slopes)
+    assert (moments is not None) == (form == "pooled") and [y.shape for y in grads] == [w.shape for w in weights]
+    assert log.waits == [] and not log.copies and log.kernels
+    launches = kernels.stem_forward_kernel.launches + kernels.stem_backward_kernel.launches
+    assert len(launches) == 2 and all(options["enable_fp_fusion"] for options in launches)
+
+
+def test_products_and_sums_are_fused_whatever_the_versions_default(monkeypatch):
+    kernels = {stage: Kernel() for stage in STAGES}
+    monkeypatch.setattr(triton_backend, "_kernels", lambda: kernels)
+    monkeypatch.setattr(triton_backend, "interpreted", lambda: False)
+    maps, tables = [torch.empty(1, 2, 8, 5, 5)] * 3, [torch.empty(2, 4, 3)] * 2
+    out, lse = triton_backend.forward(*maps, *tables, AttentionOptions(3))
+    triton_backend.backward(out, *maps, *tables, out, lse, AttentionOptions(3))
+    for stage, kernel in kernels.items():
+        (options,) = kernel.launches
+        assert options["enable_fp_fusion"] is True and options["num_stages"] == 1, stage

@@ -176,10 +176,8 @@ def test_values_actions_and_errors(tmp_path):
     assert (tmp_path / "main0").exists() and not (tmp_path / "main1").exists()
 
 
-def spoiled(output: Path, number: int, what, flags: str = "", rank: int = 1, call: int = 5):
-    return ranks.launch(
-        output, number, ranks.train_small, str(output), f"{FLAGS} --batch-size 4 {flags}", on_rank(rank, call, what)
-    )
+def spoiled(output: Path, number: int, what, flags: str = "", rank: int = 1, call: int = 5, run=ranks.train_small):
+    return ranks.launch(output, number, run, str(output), f"{FLAGS} --batch-size 4 {flags}", on_rank(rank, call, what))
 
 
 def test_a_loss_that_is_not_finite_on_one_rank_stops_all_before_the_update(tmp_path):
@@ -190,6 +188,17 @@ def test_a_loss_that_is_not_finite_on_one_rank_stops_all_before_the_update(tmp_p
     assert len(states[0]["losses"]) == states[0]["step"] == 4
     assert small_runs.differences(states[0], states[1]) == small_runs.differences(states[0], states[2]) == []
     assert all(value.isfinite().all() for value in states[0]["model"].values())
+
+
+def test_read_late_it_stops_all_too_and_neither_it_nor_the_step_behind_it_changes_anything(tmp_path):
+    ends = []
+    for name, run in (("early", ranks.train_small), ("late", ranks.train_small_late)):
+        codes, outputs = spoiled(tmp_path / name, 2, ranks.not_finite, run=run)
+        assert codes == [1, 1] and "the loss is nan at step 5," in outputs[0], outputs
+        ends += [held(tmp_path / name, rank) for rank in range(2)]
+    assert [end["step"] for end in ends] == [4] * 4
+    assert [len(end["losses"]) for end in ends] == [4, 4, 5, 5]  # that of step 6, which was queued by then
+    assert all(small_runs.differences(end["model"], ends[0]["model"]) == [] for end in ends)
 
 
 def test_an_error_on_one_rank_ends_the_others(tmp_path):
