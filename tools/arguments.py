@@ -22,7 +22,7 @@ def _integer(text: str, least: int) -> int:
 
 
 def usable_device(parser: Parser, name: str):
-    """The torch.device of this name; where there is none, the parser's error."""
+    """The torch.device of this name, from now on the current one; where there is none, the parser's error."""
     import torch
 
     try:
@@ -30,4 +30,6 @@ def usable_device(parser: Parser, name: str):
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         parser.error(f"--device {name}: {error}")
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)  # whose events and precisions are meant
     return device

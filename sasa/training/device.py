@@ -17,7 +17,7 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h of glibc
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of --device; on several ranks each takes the GPU of its own number.
+    """The device of --device, from now on the current one; on several ranks each takes the GPU of its own number.
 
     Raises:
         ConfigError: there is no such device.
@@ -36,6 +36,8 @@ def pick_device(name: str) -> torch.device:
         raise ConfigError(f"--device {name}: allowed are auto, cpu, cuda, cuda:N")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ConfigError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices")
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)  # an event is recorded on the current one, and it is asked for its precisions
     return device
 
 

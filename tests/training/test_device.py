@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from config import ConfigError
-from sasa.training.device import check_bf16_gradients, pick_amp
+from sasa.training.device import check_bf16_gradients, pick_amp, pick_device
 
 
 @pytest.mark.parametrize(("native", "wanted"), [(True, torch.bfloat16), (False, None)])
@@ -14,6 +14,19 @@ def test_emulated_bf16_is_not_chosen_unasked(native, wanted, monkeypatch):
     assert pick_amp("auto", torch.device("cuda")) == wanted
     assert pick_amp("bf16", torch.device("cuda")) == torch.bfloat16
     assert pick_amp("auto", torch.device("cpu")) is None
+
+
+def test_the_gpu_that_was_picked_is_the_current_one(monkeypatch):
+    """Else a step's event is recorded on another GPU, and its figures are read before they are there."""
+    current = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    assert pick_device("cuda:1") == torch.device("cuda", 1) and current == [torch.device("cuda", 1)]
+    pick_device("cuda"), pick_device("auto"), pick_device("cpu"), pick_device("cpu:0")
+    with pytest.raises(ConfigError, match="2 CUDA devices"):
+        pick_device("cuda:2")
+    assert len(current) == 1
 
 
 CPU = torch.device("cpu")
