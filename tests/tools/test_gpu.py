@@ -398,6 +398,32 @@ def test_instructions_are_those_of_the_committed_table():
     assert kernels.counted("query", form, torch.float32, about) is None
 
 
+@pytest.mark.parametrize(
+    ("code", "text", "wanted"),
+    [
+        (0, "1980, 570.86.10, 700.00\n", (1980.0, "570.86.10", "700.00")),
+        (0, "[N/A], 570.86.10, [N/A]\n", (None, "570.86.10", "[N/A]")),
+        (0, "No devices were found\n", (None,) * 3),
+        (9, "", (None,) * 3),
+        (None, "", (None,) * 3),
+    ],
+)
+def test_what_nvidia_smi_does_not_say_stops_nothing(code, text, wanted):
+    def shell(command, seconds):
+        if code is None:
+            raise FileNotFoundError(command[0])
+        return subprocess.CompletedProcess(command, code, text, "")
+
+    assert kernels.ask_nvidia_smi(Lab(CPU, "triton", StubTimer(), shell)) == wanted
+
+
+def test_without_the_clock_there_are_times_but_no_instructions_a_cycle(monkeypatch):
+    monkeypatch.setattr(kernels, "counted", lambda *_: 100.0)
+    lab = Lab(CPU, "tiled", StubTimer(), gpu.stub_shell, dry=True)
+    found = kernels.time_form(lab, kernels.DRY_FORMS[0], {"max_clock_mhz": None, "multiprocessors": 10})
+    assert "forward_ms" in found and "forward_ipc" not in found
+
+
 def test_instructions_a_cycle_follow_from_count_and_time(monkeypatch):
     """100 instructions a pixel and head of an 8-head map of 6 x 6 in 1 ms, on 10 multiprocessors at 1 GHz."""
     monkeypatch.setattr(kernels, "counted", lambda *_: 100.0)

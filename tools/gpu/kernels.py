@@ -7,6 +7,7 @@ import csv
 import io
 import platform
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -65,11 +66,7 @@ def machine(lab: Lab, stage: Stage) -> None:
 
 
 def versions(lab: Lab) -> dict:
-    """Of Python, torch and triton, and what the GPU is.
-
-    Raises:
-        RuntimeError: nvidia-smi failed.
-    """
+    """Of Python, torch and triton, and what the GPU is; what nvidia-smi does not say is None."""
     found = {"python": platform.python_version(), "torch": str(torch.__version__)}
     try:
         import triton
@@ -80,22 +77,30 @@ def versions(lab: Lab) -> dict:
     if lab.device.type != "cuda":
         return found | {"gpu": "none: a dry run", "multiprocessors": 1, "max_clock_mhz": 1.0}
     properties = torch.cuda.get_device_properties(lab.device)
-    query = ["nvidia-smi", f"--id={lab.device.index or 0}", "--format=csv,noheader,nounits"]
-    clock, driver, power = (
-        checked(lab.shell([*query, "--query-gpu=clocks.max.sm,driver_version,power.limit"], 30)).strip().split(", ")
-    )
+    clock, driver, power = ask_nvidia_smi(lab)
     return found | {
         "gpu": properties.name,
         "capability": ".".join(map(str, torch.cuda.get_device_capability(lab.device))),
         "multiprocessors": properties.multi_processor_count,
         "memory_gib": round(properties.total_memory / 2**30, 1),
         "l2_mib": properties.L2_cache_size / 2**20,
-        "max_clock_mhz": float(clock),
+        "max_clock_mhz": clock,
         "driver": driver,
         "power_limit_w": power,
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version(),
     }
+
+
+def ask_nvidia_smi(lab: Lab) -> tuple[float | None, str | None, str | None]:
+    """The highest clock in MHz, the driver's version and the limit of power in W; None where it is not told."""
+    query = ["nvidia-smi", f"--id={lab.device.index or 0}", "--format=csv,noheader,nounits"]
+    try:
+        output = checked(lab.shell([*query, "--query-gpu=clocks.max.sm,driver_version,power.limit"], 30))
+        clock, driver, power = output.strip().split(", ")
+    except (OSError, RuntimeError, ValueError, subprocess.TimeoutExpired):  # not there, not allowed, another form
+        return None, None, None
+    return float(clock) if clock.replace(".", "").isdigit() else None, driver, power  # or [N/A], of a part of a GPU
 
 
 def copy_bandwidth(lab: Lab) -> dict:
@@ -220,7 +225,7 @@ def time_form(lab: Lab, form: Form, about: dict) -> dict:
         found[f"{name}_backward_ms"] = 1e3 * lab.timer.seconds(backward, 2 * moved)
     for name, kinds in (("forward", ("forward",)), ("backward", ("query", "key"))):
         counts = [counted(kind, form, dtype, about) for kind in kinds]
-        if None not in counts:
+        if None not in counts and about["max_clock_mhz"] is not None:
             cycles = found[f"{name}_ms"] / 1e3 * about["max_clock_mhz"] * 1e6 * about["multiprocessors"]
             found[f"{name}_ipc"] = sum(counts) * pixels * HEADS / cycles
     return found
