@@ -28,9 +28,9 @@ from sasa.training.run import describe
 BASE = "--dataset DIGITS --epochs 2 --batch-size 4 --name run --no-progress --device cpu --ema 0"
 LOG_KEYS = {"epoch", "step", "train_loss", "train_top1_pct", "val_loss", "val_top1_pct", "val_top5_pct", "lr",
             "images_per_s", "epoch_s", "peak_mem_mib", "digests", "environment"}  # fmt: skip
-SUMMARY_KEYS = {"test_top1_pct", "test_top5_pct", "test_loss", "test_images", "parameters", "flops_per_image", "epochs",
-                "steps", "seconds", "save_seconds", "selected", "bad_images", "data_changes", "device",
-                "torch", "environment", "environment_digest"}  # fmt: skip
+SUMMARY_KEYS = {"test_top1_pct", "test_top5_pct", "test_balanced_pct", "test_loss", "test_images", "parameters",
+                "flops_per_image", "epochs", "steps", "seconds", "save_seconds", "selected", "bad_images",
+                "data_changes", "device", "torch", "environment", "environment_digest"}  # fmt: skip
 
 
 class Tiny(nn.Sequential):
@@ -425,18 +425,19 @@ def test_what_is_not_finite_stops_the_run_before_the_update(tmp_path, tiny, seen
 # ---- --evaluate -----------------------------------------------------------------------------------------------------
 
 
-def evaluated(capsys, path: Path, *flags: str) -> tuple[float, float, float, list[tuple[float, int]]]:
-    """Top-1, top-5, loss and (accuracy, images) of each class, as --evaluate prints them."""
+def evaluated(capsys, path: Path, *flags: str) -> tuple[float, float, float, float, list[tuple[float, int]]]:
+    """Top-1, top-5, loss, balanced accuracy and (accuracy, images) of each class, as --evaluate prints them."""
     capsys.readouterr()
     assert small_runs.run(path.parent / "nowhere", "--evaluate", str(path), *flags) == 0
     out, error = capsys.readouterr()
     assert error == "" and not (path.parent / "nowhere").exists()
-    *head, last = out.splitlines()
+    *head, mean, last = out.splitlines()
+    assert mean.startswith("balanced accuracy ")
     words = last.replace("%", " ").replace(",", " ").split()
     assert words[:2] == ["test", "top-1"] and words[3] == "top-5" and words[5] == "loss"
     rows = [line.split() for line in head if line.startswith("  ")]
     classes = [(0.0 if row[1] == "-%" or row[1] == "-" else float(row[1].rstrip("%")), int(row[-1])) for row in rows]
-    return float(words[2]), float(words[4]), float(words[6]), classes
+    return float(words[2]), float(words[4]), float(words[6]), float(mean.split()[2].rstrip("%,")), classes
 
 
 @pytest.mark.parametrize("flags", ["--ema 0.5", "--amp bf16", "--channels-last --seed 4"])
@@ -444,12 +445,13 @@ def test_evaluate_prints_what_the_summary_says(tmp_path, tiny, capsys, flags):
     folder = go(tmp_path, flags)
     summary = read(folder)
     for name in ("last.pt", "best.pt"):
-        top1, top5, loss, classes = evaluated(capsys, folder / name)
+        top1, top5, loss, balanced, classes = evaluated(capsys, folder / name)
         assert top1 == pytest.approx(summary["test_top1_pct"], abs=5e-4)
         assert top5 == pytest.approx(summary["test_top5_pct"], abs=5e-4)
         assert loss == pytest.approx(summary["test_loss"], abs=6e-5)
         assert len(classes) == 10 and sum(count for _, count in classes) == summary["test_images"] == 12
         assert sum(share * count for share, count in classes) / 12 == pytest.approx(top1, abs=0.01)
+        assert balanced == pytest.approx(summary["test_balanced_pct"], abs=5e-4)
 
 
 def test_evaluate_in_small_batches_is_the_same(tmp_path, tiny, capsys):
@@ -490,7 +492,7 @@ def test_a_tree_of_jpegs_trains_evaluates_and_is_resumed_bitwise(tmp_path, tiny,
     flags = tree_flags(make_tree(tmp_path / "tree"))
     straight = go(tmp_path / "straight", flags, "--randaugment")
     assert read(straight)["steps"] == 12 and read(straight)["test_images"] == 9
-    top1, _, _, classes = evaluated(capsys, straight / "best.pt")
+    top1, *_, classes = evaluated(capsys, straight / "best.pt")
     assert top1 == pytest.approx(read(straight)["test_top1_pct"], abs=5e-4)
     assert [count for _, count in classes] == [3, 3, 3]
 

@@ -40,7 +40,17 @@ def markdown(folder: Folder, table: str, model: str | None) -> str:
     title, source = TABLES[table].title, TABLES[table].source
     of = records(folder, table, model)
     named = len({r["model"] for r in of}) > 1
-    head = ["", "parameters", "MFLOPs", "top-1, %", "n", "minus base, points", "s a run"]
+    has_balanced = any(r.get("test_balanced_pct_mean") is not None for r in of)
+    head = [
+        "",
+        "parameters",
+        "MFLOPs",
+        "top-1, %",
+        *(["balanced, %"] if has_balanced else []),
+        "n",
+        "minus base, points",
+        "s a run",
+    ]
     lines = [f"**{title}**" + ("" if named else f", {of[0]['model']}"), ""]
     if source:
         lines[0] += f"; on the right the {source}"
@@ -55,8 +65,9 @@ def markdown(folder: Folder, table: str, model: str | None) -> str:
             difference = f"**{difference}**"
         cells = [
             label, show(r["parameters"], ","), show(r["flops_per_image"] and r["flops_per_image"] / 1e6, ".1f"),
-            show(r["test_top1_pct_mean"], ".2f") + about(r["test_top1_pct_std"]), str(r["n"]),
-            difference, show(r["seconds_mean"], ".0f"),
+            show(r["test_top1_pct_mean"], ".2f") + about(r["test_top1_pct_std"]),
+            *([show(r["test_balanced_pct_mean"], ".2f") + about(r["test_balanced_pct_std"])] if has_balanced else []),
+            str(r["n"]), difference, show(r["seconds_mean"], ".0f"),
         ]  # fmt: skip
         if source:
             cells += [show(r["paper_top1_pct"], "g"), show(r["paper_gflops"], ".1f"), printed(r["paper_mparams"])]

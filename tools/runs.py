@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 from config import DATASETS, MODELS
 from sasa.console import one_line, printable
+from sasa.data.specs import SPECS
 from sasa.files import json_text, open_regular, write_text
 from tools.paper import Row, rows_for
 from tools.trials import TABLES, Budget, run_name, table_name, varied
@@ -174,6 +175,18 @@ def seeds_of(folder: Folder, row: Row) -> list[int]:
     return sorted(int(match[1]) for match in found if match)
 
 
+def balanced(folder: Folder, of: list[dict[str, Any]]) -> dict[str, Any]:
+    """Balanced accuracy, for a data set whose classes may be of any size; runs of before it was kept have none."""
+    if SPECS[folder.budget.dataset].side is not None:
+        return {}
+    scores = [summary.get("test_balanced_pct") for summary in of]
+    known = bool(scores) and all(type(score) in (int, float) for score in scores)
+    return {
+        "test_balanced_pct_mean": statistics.fmean(scores) if known else None,
+        "test_balanced_pct_std": deviation(scores) if known else None,
+    }
+
+
 def record(folder: Folder, table: str, row: Row) -> dict[str, Any]:
     """A row's figures, with their units in the keys; None where there is no run or no figure."""
     seeds = seeds_of(folder, row)
@@ -198,6 +211,7 @@ def record(folder: Folder, table: str, row: Row) -> dict[str, Any]:
         "flops_per_image": of[0]["flops_per_image"] if of else None,
         "test_top1_pct_mean": statistics.fmean(scores) if scores else None,
         "test_top1_pct_std": deviation(scores),
+        **balanced(folder, of),
         "difference_points": statistics.fmean(differences) if differences else None,
         "difference_interval_points": interval(differences),
         "difference_n": len(differences),

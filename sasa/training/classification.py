@@ -152,6 +152,7 @@ def summary(run: Run, saver: Saver, result: Evaluation, about: str, skipped: int
     return {
         "test_top1_pct": result.top1_pct,
         "test_top5_pct": result.top5_pct,
+        "test_balanced_pct": result.balanced_pct(),
         "test_loss": result.loss,
         "test_images": result.images,
         "parameters": count_parameters(run.model),

@@ -4,6 +4,7 @@ Several ranks score their own part of the split each, and all get the whole scor
 """
 
 import math
+import statistics
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -42,6 +43,11 @@ class Evaluation:
         """Accuracy of each class in percent; None for a class without images."""
         pairs = zip(self.right.tolist(), self.counts.tolist(), strict=True)
         return [100 * right / count if count else None for right, count in pairs]
+
+    def balanced_pct(self) -> float:
+        """Balanced accuracy in percent: the mean of the accuracies of the classes that have images; NaN without any."""
+        known = [accuracy for accuracy in self.per_class_pct() if accuracy is not None]
+        return statistics.fmean(known) if known else math.nan
 
 
 def evaluate(

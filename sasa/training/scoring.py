@@ -68,6 +68,7 @@ def evaluate_checkpoint(command: Command) -> int:
     for name, accuracy, count in zip(names, result.per_class_pct(), result.counts.tolist(), strict=True):
         shown = "     -" if accuracy is None else f"{accuracy:6.2f}"
         print(f"  {name:{width}}  {shown}%  of {count}")
+    print(f"balanced accuracy {result.balanced_pct():.3f}%, the mean of the classes that have images")
     print(f"test top-1 {result.top1_pct:.3f}%, top-5 {result.top5_pct:.3f}%, loss {result.loss:.4f}")
     if not math.isfinite(result.loss):
         print_error(PROG, f"{printable(path)}: the loss is {result.loss}: the network has no result")

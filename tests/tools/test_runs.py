@@ -7,7 +7,7 @@ import statistics
 import pytest
 
 from finished_runs import make_run
-from tools import runs
+from tools import report, runs
 from tools.paper import rows_for
 from tools.trials import TABLES, Budget
 
@@ -50,6 +50,26 @@ def test_a_folder_that_holds_the_ports_table_under_its_old_name_is_read_and_writ
     assert runs.read(made).tables == [("port", None)]
     runs.remember(made, Budget("DIGITS"), [("port", None)])
     assert json.loads((made / "ablation.json").read_text())["tables"] == [["port", None]]
+
+
+def test_balanced_accuracy_is_a_column_of_data_sets_with_classes_of_any_size(made):
+    """Of DIGITS' runs it is not shown, and a table of trees has it where each run of a row does."""
+    assert "test_balanced_pct_mean" not in runs.records(runs.read(made), "5", "ResNet26")[2]
+    about = json.loads((made / "ablation.json").read_text())
+    (made / "ablation.json").write_text(json.dumps(about | {"dataset": "FOLDER"}))
+    assert "balanced" not in report.markdown(runs.read(made), "5", "ResNet26")
+    paths = sorted(made.glob("resnet26-seed*/summary.json"))
+    for path, score in zip(paths, (80.0, 84.0, 85.0), strict=False):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"test_balanced_pct": score}))
+    _, _, row = runs.records(runs.read(made), "5", "ResNet26")
+    scores = (80.0, 84.0, 85.0)[: len(paths)]
+    assert len(paths) > 1 and row["n"] == len(paths)
+    assert row["test_balanced_pct_mean"] == pytest.approx(statistics.fmean(scores))
+    assert row["test_balanced_pct_std"] == pytest.approx(statistics.stdev(scores))
+    text = report.markdown(runs.read(made), "5", "ResNet26")
+    assert "| balanced, % |" in text and f"| {statistics.fmean(scores):.2f} +- {statistics.stdev(scores):.2f} |" in text
+    paths[0].write_text(json.dumps(json.loads(paths[0].read_text()) | {"test_balanced_pct": None}))
+    assert runs.records(runs.read(made), "5", "ResNet26")[2]["test_balanced_pct_mean"] is None
 
 
 @pytest.mark.parametrize("score", ["NaN", "null", '"90"', "true", "1e999"])

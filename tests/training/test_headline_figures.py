@@ -44,17 +44,21 @@ def test_the_headline_figures_of_a_run_by_plain_counting(tmp_path, tiny):  # noq
     network.load_state_dict(torch.load(folder / "best.pt", weights_only=True)["model"])
     _, _, _, test = preprocess.load(dataset="DIGITS")
     first = second = loss = 0
+    found = {label: [] for label in range(10)}
     ((images, labels),) = test.eval_batches(len(test))
     for image, label in zip(images, labels.tolist(), strict=True):
         logits = network(image[None])[0].double().tolist()
         order = sorted(range(10), key=lambda i: -logits[i])
         first += order[0] == label
+        found[label].append(order[0] == label)
         second += label in order[:5]
         loss -= torch.tensor(logits).log_softmax(0)[label].item()
     summary, count = read(folder), len(test)
     assert count == 12 and 0 < first < second < 12
     assert summary["test_top1_pct"] == pytest.approx(100 * first / count)
     assert summary["test_top5_pct"] == pytest.approx(100 * second / count)
+    classes = [sum(of) / len(of) for of in found.values() if of]
+    assert summary["test_balanced_pct"] == pytest.approx(100 * sum(classes) / len(classes))
     assert summary["test_loss"] == pytest.approx(loss / count, rel=1e-5)
     assert small_runs.log_rows(folder)[-1]["val_top5_pct"] == summary["test_top5_pct"]
 

@@ -143,6 +143,7 @@ def test_scores_by_hand():
         wanted[label, guess] += 1
     assert torch.equal(result.confusion, wanted)
     assert result.per_class_pct() == [100.0, 50.0, None, None, None, None, 0.0]
+    assert result.balanced_pct() == 50.0
     assert [(label, guess) for _, label, guess in result.wrong] == [(1, 0)]
 
 
