@@ -52,6 +52,7 @@ from sasa.kernels import stem as stem_kernels
 from sasa.kernels.functional import composite_serves
 from sasa.kernels.interface import accumulate_dtype, autocast_dtype, without_autocast
 from sasa.kernels.plain import fused_kind, is_plain_average, is_plain_projection
+from sasa.kernels.projection import project
 from sasa.kernels.reference import reach, window_softmax
 from sasa.kernels.tracing import CeilAvgPool2d, as_leaf, is_proxy
 
@@ -179,7 +180,7 @@ class LocalAttention2d(nn.Module):
         layers = [layer for layer in (self.query, self.key, self.value) if layer is not None]
         # Grouped projections are not plain: one product would interleave the three by head, and saves no arithmetic.
         if all(is_plain_projection(layer, self.in_channels, self.out_channels, x) for layer in layers):
-            qkv = F.conv2d(x, torch.cat([layer.weight for layer in layers]))  # (B, 3 * C, H, W), one product
+            qkv = project(x, torch.cat([layer.weight for layer in layers]))  # (B, 3 * C, H, W), one product
             qkv = qkv.unflatten(1, (len(layers), *heads))
             if self._pools_inside(qkv, rel_row, rel_col):
                 return local_attention_pooled(qkv, rel_row, rel_col, **options).flatten(1, 2)
