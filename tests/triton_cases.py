@@ -215,7 +215,7 @@ def half_programs():
         return constants(stage, tile, problem, torch.bfloat16, heads, confine)
 
     with tile_settings({
-        "tile_of": lambda stage, problem, dtype: tile_of(stage, problem, torch.bfloat16),
+        "tile_of": lambda stage, problem, dtype, target=None: tile_of(stage, problem, torch.bfloat16, target),
         "constants": constants_of_half,
     }):  # fmt: skip
         yield
@@ -357,11 +357,11 @@ def finite_by_mistake(case, name, value, row, col, confine=True):
     return {n: int((got[n].isfinite() & ~x.isfinite()).sum()) for n, x in exact.items() if n in ("out", *NAMES[:3])}
 
 
-def spread(case, name, values, row, col, dtype=torch.float32, fused=False, settings=None, confine=True):
+def spread(case, name, values, row, col, dtype=torch.float32, fused=False, settings=None, confine=True, own=False):
     """Result -> how many numbers change, of those that do not depend on the one number that is not finite.
 
     Which depend on it is found by the definition, with another finite number in its place. fp32 is computed by the
-    programs of half types. Arguments are those of `finite_by_mistake`.
+    programs of half types, or with `own` by its own. Arguments are those of `finite_by_mistake`.
     """
     reference = functools.partial(local_attention, **options(case, "reference"))
     exact = expected(case)
@@ -369,7 +369,7 @@ def spread(case, name, values, row, col, dtype=torch.float32, fused=False, setti
     apart = {n: exact[n] == x for n, x in other.items() if n in ("out", *NAMES[:3])}
     assert any(x.any() and not x.all() for x in apart.values())
     changed = dict.fromkeys(apart, 0)
-    programs = half_programs() if dtype == torch.float32 else contextlib.nullcontext()
+    programs = half_programs() if dtype == torch.float32 and not own else contextlib.nullcontext()
     with tile_settings(settings or {}), programs, confining(confine):
         wanted = results(case, *draw(case), dtype, fused)
         for value in values:

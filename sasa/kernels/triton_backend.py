@@ -184,13 +184,21 @@ def _kernels():
     }
 
 
+def _target(query: Tensor) -> str | None:
+    """What a kernel is compiled for, as the table names it; None for the interpreter."""
+    if query.device.type != "cuda":
+        return None
+    major, minor = torch.cuda.get_device_capability(query.device)
+    return f"{_version()} {10 * major + minor}"
+
+
 def _confines(stage: str, problem: tiles.Problem, query: Tensor) -> bool:
     """Whether the kernel keeps NaN in its windows; the interpreter's, which costs no instructions, always do."""
-    if query.device.type != "cuda":
+    target = _target(query)
+    if target is None:
         return True
     row = tiles.table_key(problem.kernel_size, problem.head_dim, max(problem.height, problem.width), query.dtype)
-    major, minor = torch.cuda.get_device_capability(query.device)
-    return tiles.confines(stage, row, _version(), 10 * major + minor)
+    return tiles.confines(stage, row, target)
 
 
 def _launch(
@@ -201,7 +209,7 @@ def _launch(
     Raises:
         ValueError: a size is beyond the kernels' limits.
     """
-    tile, batch = tiles.tile_of(stage, problem, query.dtype), query.shape[0]
+    tile, batch = tiles.tile_of(stage, problem, query.dtype, _target(query)), query.shape[0]
     tiles_h, tiles_w = -(-problem.height // tile[0]), -(-problem.width // tile[1])
     heads = 1 if stage == "query" else tiles.heads_per_program(problem.num_heads, batch * tiles_h * tiles_w)
     constant = tiles.constants(stage, tile, problem, query.dtype, heads, _confines(stage, problem, query))
@@ -290,7 +298,7 @@ def backward(
     grad_key, grad_value = _room((key, value), targets[1:])
     delta = torch.empty_like(lse)
     problem = _problem(query, key, rel_row, options, _follow(query, key, value))
-    tile_h, tile_w, *_ = tiles.tile_of("query", problem, query.dtype)
+    tile_h, tile_w, *_ = tiles.tile_of("query", problem, query.dtype, _target(query))
     partial = None
     if rel_row is not None:
         strips = (b, -(-h // (tile_h * tiles.STRIP)), -(-w // tile_w))

@@ -43,7 +43,10 @@ class Problem(NamedTuple):
 
 @functools.cache
 def table() -> dict[str, dict]:
-    """Row (see `table_key`) -> stage -> the chosen "tile", the "builds" counted, and those "confining"."""
+    """Row (see `table_key`) -> stage -> the chosen "tile", the "builds" counted, and those "confining".
+
+    "instead" holds the tiles of targets that need another: "<version of triton> <compute capability, times ten>".
+    """
     return json.loads(TABLE.read_text(encoding="utf-8"))
 
 
@@ -64,33 +67,37 @@ def table_key(kernel_size: int, head_dim: int, side: int, dtype: torch.dtype) ->
     return "K{} d{} map{} {}".format(*sizes, kind)
 
 
-def tile_of(stage: str, problem: Problem, dtype: torch.dtype) -> TileConfig:
+def choice(entry: dict, target: str | None) -> TileConfig:
+    """The tile of a row's kernel, for a target where it is known."""
+    return tuple(entry.get("instead", {}).get(target, entry["tile"]))
+
+
+def tile_of(stage: str, problem: Problem, dtype: torch.dtype, target: str | None = None) -> TileConfig:
     """The table's choice."""
     row = table()[table_key(problem.kernel_size, problem.head_dim, max(problem.height, problem.width), dtype)]
-    return tuple(row[stage]["tile"])
+    return choice(row[stage], target)
 
 
 CONFINING = 1.03  # of the instructions without it: what keeping NaN in its windows may cost
 
 
 @functools.cache
-def confines(stage: str, row: str, version: str, capability: int) -> bool:
+def confines(stage: str, row: str, target: str) -> bool:
     """Whether a kernel keeps NaN and infinity in the windows that hold them: where the counts say that it is cheap.
 
     Args:
         stage: one of STAGES.
         row: of the table.
-        version: of triton, major and minor.
-        capability: compute capability, times ten.
+        target: "<version of triton, major and minor> <compute capability, times ten>".
 
     Returns:
-        Whether the chosen tile was counted for these, and then takes at most CONFINING of its instructions, and no more
-        stack than it does anyway or MAX_STACK.
+        Whether the chosen tile was counted for this target, and then takes at most CONFINING of its instructions, and
+        no more stack than it does anyway or MAX_STACK. A tile that is taken instead was not counted.
     """
-    entry, column = table()[row][stage], f"{version} {capability}"
-    before = entry["builds"][" ".join(map(str, entry["tile"]))].get(column)
-    after = entry.get("confining", {}).get(column)
-    if before is None or after is None:
+    entry = table()[row][stage]
+    before = entry["builds"][" ".join(map(str, entry["tile"]))].get(target)
+    after = entry.get("confining", {}).get(target)
+    if before is None or after is None or target in entry.get("instead", {}):
         return False
     return after[0] <= CONFINING * before[0] and after[2] <= max(MAX_STACK, before[2])
 

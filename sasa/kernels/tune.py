@@ -14,6 +14,7 @@ A whole table takes one `count` with each version of triton, then `choose`:
     PYTHONPATH=<where triton 3.6 is> python -m sasa.kernels.tune count
     python -m sasa.kernels.tune choose
     python -m sasa.kernels.tune count --chosen --capability 80 100 120
+    python -m sasa.kernels.tune count --spilling --capability 80 90 100 120
     python -m sasa.kernels.tune count --confining --capability 80 90 100 120
     python -m sasa.kernels.tune show
     python -m sasa.kernels.tune confining
@@ -152,22 +153,41 @@ def write(table: dict[str, dict]) -> None:
     files.write_text(tiles.TABLE, text + "\n")
 
 
-def count_missing(
-    version: str, capabilities: list[int], sizes: list[int], only_chosen: bool, seconds: float, confine: bool = False
-) -> int:
+def instead(found: dict[str, dict[str, list[float] | None]], tile: tiles.TileConfig) -> dict[str, list[int]]:
+    """Target -> the best tile that keeps to the limits there with fewer instructions than `tile`, which spills."""
+    better = {}
+    for target, figures in found[name(tile)].items():
+        others = {x: built[target] for x, built in found.items() if fits(built.get(target))}
+        best = min(others, key=lambda x: others[x][0], default=None)
+        if figures is not None and figures[2] > MAX_STACK and best and others[best][0] < figures[0]:
+            better[target] = list(map(int, best.split()))
+    return better
+
+
+def spills(entry: dict, column: str) -> bool:
+    """Whether the chosen tile of a kernel was counted with more stack than MAX_STACK there."""
+    figures = entry["builds"][name(entry["tile"])].get(column)
+    return figures is not None and figures[2] > MAX_STACK
+
+
+def count_missing(version: str, capabilities: list[int], sizes: list[int], which: str | None, seconds: float) -> int:
     """Counts what the table lacks for this version, for at most `seconds`; -> how many builds it made.
 
-    confine: builds of the chosen tiles that keep NaN in its windows, for `triton_tiles.confines`; the rows of CONFINED.
+    which: None for every candidate, "chosen" for the chosen tiles alone, "spilling" for every candidate where the
+    chosen one needs more stack than MAX_STACK, "confining" for builds of the chosen tiles that keep NaN in its windows
+    (the rows of CONFINED), for `triton_tiles.confines`.
     """
-    start, made, table = time.monotonic(), 0, read()
+    start, made, table, confine = time.monotonic(), 0, read(), which == "confining"
     for (key, row), stage in itertools.product(table_rows(), tiles.STAGES):
         if row[0] not in sizes or (confine and row[1:] not in CONFINED):
             continue
         entry = table.setdefault(key, {}).setdefault(stage, {"builds": {}})
-        of_chosen = only_chosen or confine
+        of_chosen = which in ("chosen", "confining")
         wanted = [tile for tile in candidates(stage, *row) if not of_chosen or list(tile) == entry["tile"]]
         for tile, capability in itertools.product(wanted, capabilities):
             column = f"{version} {capability}"
+            if which == "spilling" and not spills(entry, column):
+                continue
             built = entry.setdefault("confining", {}) if confine else entry["builds"].setdefault(name(tile), {})
             if column not in built and time.monotonic() - start < seconds:
                 built[column] = count(tile, stage, row, capability, confine)
@@ -188,8 +208,8 @@ def show(kernel_size: int = 7) -> str:
         if row[0] != kernel_size or row[3] != "half":
             continue
         entry = table[key][stage]
-        built = entry["builds"][name(entry["tile"])]
-        cells = ["{:.1f}, {:.0f} r, {:.0f} B".format(*built[c]) if c in built else "-" for c in columns]
+        found = [entry["builds"][name(tiles.choice(entry, c))].get(c) for c in columns]
+        cells = ["-" if figures is None else "{:.1f}, {:.0f} r, {:.0f} B".format(*figures) for figures in found]
         lines.append(f"| {key} | {stage} | {name(entry['tile'])} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -197,12 +217,9 @@ def show(kernel_size: int = 7) -> str:
 def coverage() -> str:
     """What the chosen tiles need with each version and compute capability as a Markdown table."""
     table = read()
-    chosen = {
-        (key, stage): entry["builds"][name(entry["tile"])]
-        for (key, _), stage in itertools.product(table_rows(), tiles.STAGES)
-        for entry in (table[key][stage],)
-    }
-    columns = sorted({tuple(column.split()) for built in chosen.values() for column in built}, key=_column_order)
+    chosen = [table[key][stage] for (key, _), stage in itertools.product(table_rows(), tiles.STAGES)]
+    columns = {tuple(column.split()) for entry in chosen for column in entry["builds"][name(entry["tile"])]}
+    columns = sorted(columns, key=_column_order)
     versions, capabilities = (list(dict.fromkeys(part)) for part in zip(*columns, strict=True))
     capabilities.sort(key=int)
     lines = [
@@ -212,7 +229,8 @@ def coverage() -> str:
     for version in versions:
         cells = []
         for capability in capabilities:
-            found = [built.get(f"{version} {capability}", ()) for built in chosen.values()]
+            target = f"{version} {capability}"
+            found = [entry["builds"][name(tiles.choice(entry, target))].get(target, ()) for entry in chosen]
             counted = [figures for figures in found if figures]
             failed = sum(figures is None for figures in found)
             above = [figures[2] for figures in counted if figures[2] > MAX_STACK]
@@ -241,7 +259,7 @@ def confining(kernel_size: int = 7) -> str:
                 column = f"{version} {capability}"
                 before, after = entry["builds"][name(entry["tile"])].get(column), entry["confining"].get(column)
                 added = "-" if None in (before, after) else f"{100 * (after[0] / before[0] - 1):.1f}"
-                cell.append(added if added == "-" or tiles.confines(stage, key, version, capability) else f"{added} no")
+                cell.append(added if added == "-" or tiles.confines(stage, key, column) else f"{added} no")
             cells.append(", ".join(cell))
         lines.append(f"| {key} | {stage} | {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -265,24 +283,29 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--kernel-size", type=int, nargs="+", default=tiles.WINDOWS, choices=tiles.WINDOWS, help="only these rows"
     )
-    parser.add_argument("--chosen", action="store_true", help="count: the chosen tiles alone")
-    parser.add_argument(
-        "--confining",
-        action="store_true",
-        help="count: the chosen tiles' builds that keep NaN in the windows that hold it",
-    )
+    which = parser.add_mutually_exclusive_group()
+    for flag, text in (
+        ("chosen", "the chosen tiles alone"),
+        ("spilling", f"every candidate where the chosen tile needs more than {MAX_STACK} bytes of stack"),
+        ("confining", "the chosen tiles' builds that keep NaN in the windows that hold it"),
+    ):
+        which.add_argument(f"--{flag}", dest="which", action="store_const", const=flag, help=f"count: {text}")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="count: start no build after so long")
     args = parser.parse_args(argv)
     if args.command == "count":
         version = builds.triton_version()
-        made = count_missing(version, args.capability, args.kernel_size, args.chosen, args.seconds, args.confining)
+        made = count_missing(version, args.capability, args.kernel_size, args.which, args.seconds)
         print(f"{made} builds with triton {version}")
     elif args.command == "choose":
         table = read()
         for (key, row), stage in itertools.product(table_rows(), tiles.STAGES):
             wanted = {name(tile) for tile in candidates(stage, *row)}
             found = {tile: x for tile, x in table[key][stage]["builds"].items() if tile in wanted}
-            table[key][stage]["tile"] = choose(found)
+            entry = table[key][stage]
+            entry["tile"] = choose(found)
+            entry["instead"] = instead(found, entry["tile"])
+            if not entry["instead"]:
+                del entry["instead"]
         write(table)
     elif args.command == "coverage":
         print(coverage())

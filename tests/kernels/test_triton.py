@@ -15,7 +15,7 @@ from sasa import kernels
 from sasa.kernels import dispatch
 from sasa.kernels import triton_backend as cuda
 from sasa.kernels import triton_tiles as tiles
-from sasa.kernels.interface import CallKind
+from sasa.kernels.interface import AttentionOptions, CallKind
 from triton_cases import DTYPES, case, needs_compiler, needs_triton, refused
 
 # ---- the operator --------------------------------------------------------------------------------------------------
@@ -99,8 +99,46 @@ def test_a_launch_keeps_nan_in_its_windows_where_the_table_says_so(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     query = SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16)
     assert cuda._confines("key", tiles.Problem(8, 8, 14, 28, 7), query)
-    assert asked == [("key", "K7 d16 map56 half", "3.8", 90)]
+    assert asked == [("key", "K7 d16 map56 half", "3.8 90")]
     assert cuda._confines("key", tiles.Problem(8, 8, 14, 28, 7), torch.zeros(1)) and len(asked) == 1
+
+
+def test_a_launch_takes_the_tile_of_its_target(monkeypatch):
+    """Each kernel, and the room for the embeddings' gradients, which is of the query kernel's tile."""
+    asked = []
+
+    class Asked(Exception):
+        pass
+
+    def tile_of(*question):
+        asked.append(question)
+        raise Asked
+
+    monkeypatch.setattr(tiles, "tile_of", tile_of)
+    monkeypatch.setattr(cuda, "_target", lambda query: "3.8 120")
+    x = torch.zeros(1, 4, 5, 2, 16).permute(0, 3, 4, 1, 2)
+    table, lse = torch.zeros(2, 8, 3), torch.zeros(1, 2, 4, 5)
+    for stage in tiles.STAGES:
+        with pytest.raises(Asked):
+            cuda._launch(stage, tiles.Problem(2, 16, 4, 5, 3), x, (), (), ())
+    with pytest.raises(Asked):
+        cuda.backward(x, x, x, x, table, table, x, lse, AttentionOptions(3, "mask", 1.0))
+    assert [(question[0], question[3]) for question in asked] == [(s, "3.8 120") for s in (*tiles.STAGES, "query")]
+
+
+def test_a_target_has_a_tile_of_its_own_where_the_table_says_so(monkeypatch):
+    entry = {"tile": [2, 8, 8, 1, 0], "instead": {"3.8 80": [2, 8, 4, 1, 0]}}
+    monkeypatch.setattr(tiles, "table", lambda: {"K7 d16 map56 half": {"key": entry}})
+    call = ("key", tiles.Problem(8, 16, 28, 28, 7), torch.bfloat16)
+    assert tiles.tile_of(*call) == tiles.tile_of(*call, "3.8 90") == tiles.tile_of(*call, None) == (2, 8, 8, 1, 0)
+    assert tiles.tile_of(*call, "3.8 80") == (2, 8, 4, 1, 0)
+
+
+def test_the_interpreter_has_no_target_and_a_gpu_its_version_and_capability(monkeypatch):
+    monkeypatch.setattr(cuda, "_version", lambda: "3.9")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (12, 0))
+    assert cuda._target(torch.zeros(1)) is None
+    assert cuda._target(SimpleNamespace(device=torch.device("cuda"))) == "3.9 120"
 
 
 @needs_compiler

@@ -172,6 +172,14 @@ def test_it_stays_there_in_bf16_and_a_fused_projection(name, interpreter):
 
 @needs_triton
 @pytest.mark.parametrize("name", ["query", "key", "value", "grad"])
+@pytest.mark.parametrize("c", [case(1, 16, 5, 3, 10), case(1, 8, 7, 5, 9), case(1, 8, 13, 2, 14, "zero")], ids=str)
+def test_it_stays_there_in_the_programs_of_fp32(c, name, interpreter):
+    found = interpreter(triton_cases.spread, c, name, (NAN, -INF), 1, 2, torch.float32, False, None, True, True)
+    assert not any(found.values()), found
+
+
+@needs_triton
+@pytest.mark.parametrize("name", ["query", "key", "value", "grad"])
 def test_it_stays_in_its_head_where_a_program_serves_several(name, interpreter):
     found = interpreter(
         triton_cases.spread, case(2, 8, 3, 2, 9), name, (NAN,), 1, 2, torch.float32, False, {"ENOUGH": 1}

@@ -253,13 +253,13 @@ def counted(kind: str, form: Form, dtype: torch.dtype, about: dict) -> float | N
     """
     if dtype != torch.bfloat16:
         return None
-    row = triton_tiles.table().get(triton_tiles.table_key(WINDOW, form.width, form.side, dtype), {}).get(kind, {})
-    builds = row.get("builds", {}).get(" ".join(map(str, row.get("tile", []))), {})
+    entry = triton_tiles.table()[triton_tiles.table_key(WINDOW, form.width, form.side, dtype)][kind]
     version = ".".join(str(about.get("triton")).split(".")[:2])
     capability = str(about.get("capability", "")).replace(".", "")
+    tile = " ".join(map(str, triton_tiles.choice(entry, f"{version} {capability}")))
     for key in (f"{version} {capability}", f"{version} 90"):
-        if builds.get(key):
-            return builds[key][0]
+        if entry["builds"][tile].get(key):
+            return entry["builds"][tile][key][0]
     return None
 
 
