@@ -20,7 +20,7 @@ from sasa.kernels.interface import (
     channels_innermost,
     without_autocast,
 )
-from sasa.kernels.tracing import constant_when_compiled, has_free_size
+from sasa.kernels.tracing import constant_when_compiled, has_free_size, settled
 
 
 def local_attention(
@@ -132,7 +132,7 @@ def pools(qkv: Tensor, rel_row: Tensor | None, rel_col: Tensor | None, kernel_si
         return False
     if has_free_size(qkv) or qkv.shape[-1] % 2 or qkv.shape[-2] % 2 or composite_serves(backend, qkv, rel_row, rel_col):
         return False
-    return _cpu_serves(qkv.dtype, qkv.shape[3], kernel_size, backend)
+    return _cpu_serves(qkv.dtype, settled(qkv.shape[3]), settled(kernel_size), backend)
 
 
 @constant_when_compiled  # it asks whether there is a kernel here

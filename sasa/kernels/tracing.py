@@ -18,6 +18,15 @@ def constant_when_compiled(function: Callable) -> Callable:
     return function
 
 
+def settled(size: int) -> int:
+    """A size as a number where a compiler holds it as a symbol: what it makes is then for this size.
+
+    A function of `constant_when_compiled` takes no symbol. With torch 2.6 a module's numbers are symbols too, where
+    sizes may change (dynamic=True), and int() leaves them so.
+    """
+    return len(range(size))
+
+
 def is_proxy(x: Tensor) -> bool:
     """Whether x only stands for a tensor, in a trace of torch.fx: it has no shape and no device to decide by."""
     return isinstance(x, Proxy)
