@@ -119,7 +119,7 @@ class Config(Settings):
     skip_bad_images: bool = option(False, "skip unreadable images of a tree, counted, instead of ending", free=True)
     num_workers: int | None = option(
         None, "decode a tree's images by this many processes", kind=int, low=0, high=1024, free=True,
-        otherwise="4 on a CPU; for a GPU one less than its share of the CPUs, 1 to 32",
+        otherwise="up to 4 on a CPU; for a GPU one less than its share of the CPUs, 1 to 32",
     )  # fmt: skip
     worker_timeout: float = option(
         600.0, "end the run when decoding processes are silent for this many seconds, 0: never", low=0, free=True

@@ -99,13 +99,14 @@ def decoding_processes(given: int | None, device: torch.device) -> int:
     """--num-workers, or without it as many as the CPUs allow: which images come in which order never depends on it.
 
     For a GPU, this process's CPUs (`taskset`, a container's set), shared by the machine's ranks, less one that trains.
-    Training on a CPU needs them itself: 4, which wait most of the time.
+    Training on a CPU needs them itself: as many as there are, at most 4, which wait most of the time. (PyTorch warns of
+    more processes than CPUs.)
     """
     if given is not None:
         return given
-    if device.type == "cpu":
-        return 4
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if device.type == "cpu":
+        return min(cpus, 4)
     return min(max(cpus // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) - 1, 1), 32)
 
 
