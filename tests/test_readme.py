@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from sasa.data.specs import SPECS
 from tools import ablate, audit, report
 from tools.paper import TABLES
 from tools.runs import read_rows
@@ -57,12 +58,19 @@ def test_every_figure_of_the_results_is_in_a_file_of_results():
     assert len(blocks) == len(RESULTS) > 0
     for folder, block in zip(RESULTS, blocks, strict=True):
         cells = [[c.strip() for c in line.strip("|").split("|")] for line in block.splitlines() if line[:2] == "| "]
+        balanced = [row.pop(4) for row in cells] if "| balanced, % |" in block else []
         measured = [row for row in cells if row[0] and row[4] not in ("0", "n")]
         traced = []
         for path in sorted(folder.glob("table-*.csv")):
             with open(path, newline="") as file:
                 traced += [row for row in csv.DictReader(file) if row["runs"]]
         assert len(measured) == len(traced) > 0
+        scores = [[summary(folder, name).get("test_balanced_pct") for name in row["runs"].split()] for row in traced]
+        is_of_trees = SPECS[json.loads((folder / "ablation.json").read_text())["dataset"]].side is None
+        assert bool(balanced) == is_of_trees
+        if is_of_trees:
+            known = [cell for cell in balanced if cell not in ("-", "balanced, %")]
+            assert sorted(known) == sorted(shown(of, ".2f") for of in scores)
         wanted = []
         for row in traced:
             of = [summary(folder, name) for name in row["runs"].split()]
@@ -148,6 +156,21 @@ def test_the_search_for_the_recipe_is_in_its_logs():
     assert sum(cell != "" for cells in wanted for cell in cells) == len(runs)  # none left out
 
 
+def test_what_the_photographs_take_is_in_its_logs():
+    folder, wanted = ROOT / "results/elpv-search", []
+    names = {
+        "crop0.08": "none (`--crop-area 0.08`)", "crop0.35": "`--crop-area 0.35`",
+        "crop0.8": "`--crop-area 0.8 --crop-aspect 1.1`",
+        "crop0.8-batch32-lr0.001": "these and `--batch-size 32 --lr 1e-3 --warmup-epochs 2`",
+    }  # fmt: skip
+    for name, label in names.items():
+        log = read_rows(folder / f"{name}-seed10" / "log.jsonl")
+        assert len(log) == 12
+        wanted.append([label, *(f"{log[-1][key]:.2f}" for key in ("train_top1_pct", "val_top1_pct"))])
+    assert table("flags | on training pictures, %") == wanted
+    assert len(list(folder.iterdir())) == len(names)  # none left out
+
+
 def test_the_stems_trials_are_in_their_logs():
     """Top-1 on the held-out images after the last epoch, by seed, with mean and deviation."""
     folder = ROOT / "results/digits-stem"
@@ -207,9 +230,26 @@ def test_the_networks_speed_is_the_benchmarks():
                 f"{stem['ratio_to_conv_stem']['median']:.2f}", f"{baseline['peak_mib']:.0f}, {ours['peak_mib']:.0f}",
             ])  # fmt: skip
     assert table("form, batch | network") == wanted
-    cifar = of["CIFAR", "ResNet26", "attention"]["ratio_to_baseline"]["median"]
-    assert f"step of ResNet26 takes {cifar:.2f} of its convolution baseline's time on 2 CPU threads" in README
-    assert found["rounds"] == 5 and "range of 5 rounds on 2 threads" in OURS and found["machine"]["threads"] == 2
+    cifar, imagenet = (
+        of[form, "ResNet26", "attention"]["ratio_to_baseline"]["median"] for form in ("CIFAR", "ImageNet")
+    )
+    text = (
+        f"takes {cifar:.2f} of its convolution baseline's time on 2 CPU threads with small images, {imagenet:.2f} with"
+    )
+    assert text in " ".join(README.split())
+    assert found["rounds"] == 9 and "range of 9 rounds on 2 threads" in OURS and found["machine"]["threads"] == 2
+
+
+def test_before_and_after_are_the_benchmarks():
+    of = {}
+    for name in ("before", "after"):
+        found = load(f"resnet26-{name}-cpu-2-threads.json")
+        assert found["rounds"] == 9 and found["machine"] == load("network-cpu-2-threads.json")["machine"]
+        for row in found["network"]:
+            if row["network"] == "attention":
+                of[name, row["form"]] = f"{row['ratio_to_baseline']['median']:.2f}"
+    cifar, imagenet = (f"{of['before', form]} and {of['after', form]} ({form} form)" for form in ("CIFAR", "ImageNet"))
+    assert f"before and after: {cifar}, {imagenet}" in " ".join(OURS.split())
 
 
 def test_a_steps_memory_is_the_benchmarks():
