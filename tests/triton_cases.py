@@ -226,6 +226,19 @@ def errors_with(settings, case, dtype=torch.float32, device="cpu"):
         return errors(case, dtype, device)
 
 
+def errors_of_other_tiles(case):
+    """Errors with the tiles that the case's row has for some targets instead of the chosen ones, and how many."""
+    used = []
+
+    def choice(entry, target):
+        others = list(entry.get("instead", {}).values())
+        used.extend(others[:1])
+        return tuple(others[0] if others else entry["tile"])
+
+    with half_programs(), tile_settings({"choice": choice}):
+        return errors(case, torch.float32), len(used)
+
+
 def heads_with(settings, case):
     """How many heads a program of the forward kernel serves, in fp32."""
     with tile_settings(settings):

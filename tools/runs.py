@@ -180,7 +180,7 @@ def balanced(folder: Folder, of: list[dict[str, Any]]) -> dict[str, Any]:
     if SPECS[folder.budget.dataset].side is not None:
         return {}
     scores = [summary.get("test_balanced_pct") for summary in of]
-    known = bool(scores) and all(type(score) in (int, float) for score in scores)
+    known = bool(scores) and all(type(score) in (int, float) and math.isfinite(score) for score in scores)
     return {
         "test_balanced_pct_mean": statistics.fmean(scores) if known else None,
         "test_balanced_pct_std": deviation(scores) if known else None,

@@ -192,12 +192,11 @@ def _target(query: Tensor) -> str | None:
     return f"{_version()} {10 * major + minor}"
 
 
-def _confines(stage: str, problem: tiles.Problem, query: Tensor) -> bool:
+def _confines(stage: str, problem: tiles.Problem, dtype: torch.dtype, target: str | None) -> bool:
     """Whether the kernel keeps NaN in its windows; the interpreter's, which costs no instructions, always do."""
-    target = _target(query)
     if target is None:
         return True
-    row = tiles.table_key(problem.kernel_size, problem.head_dim, max(problem.height, problem.width), query.dtype)
+    row = tiles.table_key(problem.kernel_size, problem.head_dim, max(problem.height, problem.width), dtype)
     return tiles.confines(stage, row, target)
 
 
@@ -209,10 +208,11 @@ def _launch(
     Raises:
         ValueError: a size is beyond the kernels' limits.
     """
-    tile, batch = tiles.tile_of(stage, problem, query.dtype, _target(query)), query.shape[0]
+    target, batch = _target(query), query.shape[0]
+    tile = tiles.tile_of(stage, problem, query.dtype, target)
     tiles_h, tiles_w = -(-problem.height // tile[0]), -(-problem.width // tile[1])
     heads = 1 if stage == "query" else tiles.heads_per_program(problem.num_heads, batch * tiles_h * tiles_w)
-    constant = tiles.constants(stage, tile, problem, query.dtype, heads, _confines(stage, problem, query))
+    constant = tiles.constants(stage, tile, problem, query.dtype, heads, _confines(stage, problem, query.dtype, target))
     reason = tiles.exceeded(constant, problem, strides)
     if reason is not None:
         raise ValueError(f"backend='triton' does not take this call: {reason}")

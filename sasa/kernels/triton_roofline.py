@@ -26,7 +26,7 @@ def roofline(stage: str, head_dim: int, side: int, kernel_size: int = 7) -> dict
     """Bytes and instructions a pixel and head of one kernel in bf16, compute capability 9.0, and the least possible."""
     dtype, size = torch.bfloat16, 2
     problem = tiles.Problem(HEADS, head_dim, side, side, kernel_size)
-    tile = tiles.tile_of(stage, problem, dtype)
+    tile = tiles.tile_of(stage, problem, dtype, f"{builds.triton_version()} 90")
     build = builds.compile_stage(stage, tile, problem, dtype, heads=HEADS)
     constant = tiles.constants(stage, tile, problem, dtype, HEADS)
     tiles_of_map = -(-side // tile[0]) * -(-side // tile[1])

@@ -15,6 +15,7 @@ A whole table takes one `count` with each version of triton, then `choose`:
     python -m sasa.kernels.tune choose
     python -m sasa.kernels.tune count --chosen --capability 80 100 120
     python -m sasa.kernels.tune count --spilling --capability 80 90 100 120
+    python -m sasa.kernels.tune choose    (if it changes a tile, again from --chosen on)
     python -m sasa.kernels.tune count --confining --capability 80 90 100 120
     python -m sasa.kernels.tune show
     python -m sasa.kernels.tune confining
@@ -301,8 +302,10 @@ def main(argv: list[str] | None = None) -> int:
         for (key, row), stage in itertools.product(table_rows(), tiles.STAGES):
             wanted = {name(tile) for tile in candidates(stage, *row)}
             found = {tile: x for tile, x in table[key][stage]["builds"].items() if tile in wanted}
-            entry = table[key][stage]
-            entry["tile"] = choose(found)
+            entry, tile = table[key][stage], list(choose(found))
+            if tile != entry.get("tile"):
+                entry.pop("confining", None)  # which was counted of another tile
+            entry["tile"] = tile
             entry["instead"] = instead(found, entry["tile"])
             if not entry["instead"]:
                 del entry["instead"]

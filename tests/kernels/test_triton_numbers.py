@@ -130,6 +130,16 @@ def test_a_fused_projection_in_another_layout_is_right_too(interpreter):
     assert copies > 0
 
 
+@needs_triton
+@pytest.mark.parametrize(
+    "c", [case(1, 32, 7, 3, 10), case(1, 64, 3, 5, 8), case(1, 32, 5, 3, 10), case(1, 32, 13, 3, 8)], ids=str
+)
+def test_tiles_that_some_targets_have_instead_are_right_too(c, interpreter):
+    found, count = interpreter(triton_cases.errors_of_other_tiles, c)
+    assert count > 0
+    check(found, torch.float32)
+
+
 NAN, INF = float("nan"), float("inf")
 # Both windows, both borders, an even window, one in several chunks, without keys, without embeddings.
 CONFINED = [
