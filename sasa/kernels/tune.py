@@ -43,8 +43,8 @@ WORTH = 0.92  # of the instructions of the best that fits: so few are worth more
 HEADS = 8  # of a program in the counted builds
 MAPS = {4: 4, 8: 7, 56: 56}  # bucket of the table -> the side of a ResNet's map that stands for it
 DTYPES = {"half": torch.bfloat16, "float": torch.float32}
-# Rows that are counted with NaN kept in its windows too: width, map, kind. On maps of one patch a program of four warps
-# pays more for the look (11.8% and more where that was counted).
+# Rows that are counted with NaN kept in its windows too: width, map, kind. On maps of one patch most programs pay more
+# for the look than is worth it (docs/kernels.md).
 CONFINED = [(width, 56, kind) for width in tiles.WIDTHS for kind in DTYPES]
 FIGURES = ("instructions", "registers", "stack", "shared")  # of a build in the table, in this order
 
