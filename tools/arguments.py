@@ -25,11 +25,12 @@ def usable_device(parser: Parser, name: str):
     """The torch.device of this name, from now on the current one; where there is none, the parser's error."""
     import torch
 
+    from sasa.training.device import make_current
+
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         parser.error(f"--device {name}: {error}")
-    if device.type == "cuda" and device.index is not None:
-        torch.cuda.set_device(device)  # whose events and precisions are meant
+    make_current(device)
     return device

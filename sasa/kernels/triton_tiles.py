@@ -67,6 +67,11 @@ def table_key(kernel_size: int, head_dim: int, side: int, dtype: torch.dtype) ->
     return "K{} d{} map{} {}".format(*sizes, kind)
 
 
+def tile_name(tile: TileConfig) -> str:
+    """A tile as the table's key."""
+    return " ".join(map(str, tile))
+
+
 def choice(entry: dict, target: str | None) -> TileConfig:
     """The tile of a row's kernel, for a target where it is known."""
     return tuple(entry.get("instead", {}).get(target, entry["tile"]))
@@ -95,7 +100,7 @@ def confines(stage: str, row: str, target: str) -> bool:
         no more stack than it does anyway or MAX_STACK. A tile that is taken instead was not counted.
     """
     entry = table()[row][stage]
-    before = entry["builds"][" ".join(map(str, entry["tile"]))].get(target)
+    before = entry["builds"][tile_name(entry["tile"])].get(target)
     after = entry.get("confining", {}).get(target)
     if before is None or after is None or target in entry.get("instead", {}):
         return False

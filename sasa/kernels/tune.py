@@ -96,11 +96,6 @@ def count(
     return [round(builds.per_pixel(build, tile, side), 1), build.registers, build.stack, build.shared]
 
 
-def name(tile: tiles.TileConfig) -> str:
-    """A tile as the table's key."""
-    return " ".join(map(str, tile))
-
-
 def fits(figures: list[float] | None) -> bool:
     """Whether a build keeps to the limits."""
     if figures is None:
@@ -157,7 +152,7 @@ def write(table: dict[str, dict]) -> None:
 def instead(found: dict[str, dict[str, list[float] | None]], tile: tiles.TileConfig) -> dict[str, list[int]]:
     """Target -> the best tile that keeps to the limits there with fewer instructions than `tile`, which spills."""
     better = {}
-    for target, figures in found[name(tile)].items():
+    for target, figures in found[tiles.tile_name(tile)].items():
         others = {x: built[target] for x, built in found.items() if fits(built.get(target))}
         best = min(others, key=lambda x: others[x][0], default=None)
         if figures is not None and figures[2] > MAX_STACK and best and others[best][0] < figures[0]:
@@ -167,7 +162,7 @@ def instead(found: dict[str, dict[str, list[float] | None]], tile: tiles.TileCon
 
 def spills(entry: dict, column: str) -> bool:
     """Whether the chosen tile of a kernel was counted with more stack than MAX_STACK there."""
-    figures = entry["builds"][name(entry["tile"])].get(column)
+    figures = entry["builds"][tiles.tile_name(entry["tile"])].get(column)
     return figures is not None and figures[2] > MAX_STACK
 
 
@@ -189,7 +184,9 @@ def count_missing(version: str, capabilities: list[int], sizes: list[int], which
             column = f"{version} {capability}"
             if which == "spilling" and not spills(entry, column):
                 continue
-            built = entry.setdefault("confining", {}) if confine else entry["builds"].setdefault(name(tile), {})
+            built = (
+                entry.setdefault("confining", {}) if confine else entry["builds"].setdefault(tiles.tile_name(tile), {})
+            )
             if column not in built and time.monotonic() - start < seconds:
                 built[column] = count(tile, stage, row, capability, confine)
                 made += 1
@@ -209,9 +206,9 @@ def show(kernel_size: int = 7) -> str:
         if row[0] != kernel_size or row[3] != "half":
             continue
         entry = table[key][stage]
-        found = [entry["builds"][name(tiles.choice(entry, c))].get(c) for c in columns]
+        found = [entry["builds"][tiles.tile_name(tiles.choice(entry, c))].get(c) for c in columns]
         cells = ["-" if figures is None else "{:.1f}, {:.0f} r, {:.0f} B".format(*figures) for figures in found]
-        lines.append(f"| {key} | {stage} | {name(entry['tile'])} | {' | '.join(cells)} |")
+        lines.append(f"| {key} | {stage} | {tiles.tile_name(entry['tile'])} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -219,7 +216,7 @@ def coverage() -> str:
     """What the chosen tiles need with each version and compute capability as a Markdown table."""
     table = read()
     chosen = [table[key][stage] for (key, _), stage in itertools.product(table_rows(), tiles.STAGES)]
-    columns = {tuple(column.split()) for entry in chosen for column in entry["builds"][name(entry["tile"])]}
+    columns = {tuple(column.split()) for entry in chosen for column in entry["builds"][tiles.tile_name(entry["tile"])]}
     columns = sorted(columns, key=_column_order)
     versions, capabilities = (list(dict.fromkeys(part)) for part in zip(*columns, strict=True))
     capabilities.sort(key=int)
@@ -231,7 +228,7 @@ def coverage() -> str:
         cells = []
         for capability in capabilities:
             target = f"{version} {capability}"
-            found = [entry["builds"][name(tiles.choice(entry, target))].get(target, ()) for entry in chosen]
+            found = [entry["builds"][tiles.tile_name(tiles.choice(entry, target))].get(target, ()) for entry in chosen]
             counted = [figures for figures in found if figures]
             failed = sum(figures is None for figures in found)
             above = [figures[2] for figures in counted if figures[2] > MAX_STACK]
@@ -258,7 +255,10 @@ def confining(kernel_size: int = 7) -> str:
             cell = []
             for capability in (80, 90, 100, 120):
                 column = f"{version} {capability}"
-                before, after = entry["builds"][name(entry["tile"])].get(column), entry["confining"].get(column)
+                before, after = (
+                    entry["builds"][tiles.tile_name(entry["tile"])].get(column),
+                    entry["confining"].get(column),
+                )
                 added = "-" if None in (before, after) else f"{100 * (after[0] / before[0] - 1):.1f}"
                 cell.append(added if added == "-" or tiles.confines(stage, key, column) else f"{added} no")
             cells.append(", ".join(cell))
@@ -300,15 +300,15 @@ def main(argv: list[str] | None = None) -> int:
     elif args.command == "choose":
         table = read()
         for (key, row), stage in itertools.product(table_rows(), tiles.STAGES):
-            wanted = {name(tile) for tile in candidates(stage, *row)}
+            wanted = {tiles.tile_name(tile) for tile in candidates(stage, *row)}
             found = {tile: x for tile, x in table[key][stage]["builds"].items() if tile in wanted}
             entry, tile = table[key][stage], list(choose(found))
             if tile != entry.get("tile"):
                 entry.pop("confining", None)  # which was counted of another tile
             entry["tile"] = tile
-            entry["instead"] = instead(found, entry["tile"])
-            if not entry["instead"]:
-                del entry["instead"]
+            entry.pop("instead", None)
+            if others := instead(found, tile):
+                entry["instead"] = others
         write(table)
     elif args.command == "coverage":
         print(coverage())

@@ -36,9 +36,17 @@ def pick_device(name: str) -> torch.device:
         raise ConfigError(f"--device {name}: allowed are auto, cpu, cuda, cuda:N")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ConfigError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices")
-    if device.type == "cuda" and device.index is not None:
-        torch.cuda.set_device(device)  # an event is recorded on the current one, and it is asked for its precisions
+    make_current(device)
     return device
+
+
+def make_current(device: torch.device) -> None:
+    """A GPU given by its number becomes the one that PyTorch means where none is named.
+
+    Events are recorded on that one, and whether there is bf16 is asked of it.
+    """
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)
 
 
 def pick_amp(name: str, device: torch.device) -> torch.dtype | None:

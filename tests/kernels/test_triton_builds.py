@@ -37,7 +37,7 @@ def check_build(got, stage, width, dtype):
     Where no tile keeps to MAX_STACK on every version, the table shows what the one with the fewest instructions needs.
     """
     entry = tiles.table()[tiles.table_key(7, width, LAYERS[width], dtype)][stage]
-    spilled = max(figures[2] for figures in entry["builds"][tune.name(entry["tile"])].values())
+    spilled = max(figures[2] for figures in entry["builds"][tiles.tile_name(entry["tile"])].values())
     assert got.stack <= max(tune.MAX_STACK, 1.25 * spilled if spilled > tune.MAX_STACK else 0)
     assert got.registers <= tune.MAX_REGISTERS
     assert got.shared <= tune.MAX_SHARED
@@ -81,7 +81,7 @@ def test_the_table_holds_the_instructions_of_this_version(width, stage):
     side = LAYERS[width] if width == 64 else 56
     entry = tiles.table()[tiles.table_key(7, width, side, torch.bfloat16)][stage]
     tile = tuple(entry["tile"])
-    figures = entry["builds"][tune.name(tile)].get(f"{builds.triton_version()} 90")
+    figures = entry["builds"][tiles.tile_name(tile)].get(f"{builds.triton_version()} 90")
     if figures is None:
         pytest.skip(f"the table has no column for triton {builds.triton_version()}: its instructions are not checked")
     got = builds.compile_stage(stage, tile, tiles.Problem(8, width, side, side, 7), torch.bfloat16)
@@ -174,12 +174,12 @@ def test_what_spills_has_no_better_candidate():
         entry = tiles.table()[key][stage]
         for version, capability in itertools.product(("3.3", "3.6", "3.8", "3.9"), (80, 90, 100, 120)):
             target = f"{version} {capability}"
-            instructions, _, stack, _ = entry["builds"][tune.name(tiles.choice(entry, target))][target]
+            instructions, _, stack, _ = entry["builds"][tiles.tile_name(tiles.choice(entry, target))][target]
             if stack <= 64:
                 continue
             spilling += 1
             for tile in tune.candidates(stage, *row):
-                other = entry["builds"][tune.name(tile)][target]
+                other = entry["builds"][tiles.tile_name(tile)][target]
                 assert not tune.fits(other) or other[0] >= instructions, (key, stage, target, tile)
     assert spilling < 160
 
@@ -202,7 +202,7 @@ def test_another_tile_is_taken_where_the_chosen_one_spills_and_a_cheaper_one_fit
 def test_nan_is_kept_in_its_windows_where_the_counts_allow_it():
     for key, row in tiles.table().items():
         for stage, entry in row.items():
-            before = entry["builds"][tune.name(entry["tile"])]
+            before = entry["builds"][tiles.tile_name(entry["tile"])]
             for column, after in entry.get("confining", {}).items():
                 allowed = after[0] / before[column][0] <= 1.03 and after[2] <= max(64, before[column][2])
                 assert tiles.confines(stage, key, column) == (allowed and column not in entry.get("instead", {}))
@@ -252,7 +252,7 @@ def test_the_counts_in_the_docs_are_those_of_the_table():
 def test_every_version_has_counted_every_row():
     for key, row in tiles.table().items():
         for stage, entry in row.items():
-            columns = set(entry["builds"][tune.name(entry["tile"])])
+            columns = set(entry["builds"][tiles.tile_name(entry["tile"])])
             assert {"3.3 90", "3.6 90", "3.8 90", "3.9 90"} <= columns, (key, stage)
 
 

@@ -256,7 +256,7 @@ def counted(kind: str, form: Form, dtype: torch.dtype, about: dict) -> float | N
     entry = triton_tiles.table()[triton_tiles.table_key(WINDOW, form.width, form.side, dtype)][kind]
     version = ".".join(str(about.get("triton")).split(".")[:2])
     capability = str(about.get("capability", "")).replace(".", "")
-    tile = " ".join(map(str, triton_tiles.choice(entry, f"{version} {capability}")))
+    tile = triton_tiles.tile_name(triton_tiles.choice(entry, f"{version} {capability}"))
     for key in (f"{version} {capability}", f"{version} 90"):
         if entry["builds"][tile].get(key):
             return entry["builds"][tile][key][0]
