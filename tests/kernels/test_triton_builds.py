@@ -227,6 +227,10 @@ def test_dearer_or_spilling_builds_do_not_keep_nan_in_its_windows(monkeypatch):
     assert confines(103.0, 255, 64, 0)
     assert not confines(103.1, 168, 0, 0)
     assert not confines(90.0, 168, 72, 0)
+    entry["instead"] = {"3.8 80": [2, 8, 4, 1, 0]}
+    assert confines(103.0, 255, 64, 0)
+    entry["instead"] = {"3.8 90": [2, 8, 4, 1, 0]}  # another tile than the one that was counted
+    assert not confines(103.0, 255, 64, 0)
     tiles.confines.cache_clear()
 
 
