@@ -13,7 +13,10 @@ ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:  # the project is run from its checkout, not installed
     sys.path.insert(0, str(ROOT))
 
+import model  # noqa: E402
 import small_runs  # noqa: E402
+import tiny_runs  # noqa: E402
+import train  # noqa: E402
 from sasa.kernels import dispatch  # noqa: E402
 
 # The tensors of these tests are small: a second thread only waits, and on a busy machine slows them a lot.
@@ -78,3 +81,34 @@ def tree_source(tmp_path_factory):
 def tree(tree_source, tmp_path):
     """A copy that the test may damage."""
     return Path(shutil.copytree(tree_source, tmp_path / "tree"))
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """DIGITS cut to 40 + 12 images, 10 steps an epoch, and tiny_runs.Tiny for every model name."""
+    small_runs.few_digits(monkeypatch)
+    monkeypatch.setattr(model, "build", lambda name, num_classes, stem, **options: tiny_runs.Tiny(num_classes))
+
+
+@pytest.fixture
+def seen(monkeypatch):
+    """The Run objects of the test's runs, with the weights that each started from as `seen.first[i]`."""
+
+    class Seen(list):
+        first: list = []  # noqa: RUF012 (one list a test)
+
+    runs_seen = Seen()
+    runs_seen.first = []
+    original = train.train
+
+    def watched(run, *more):
+        runs_seen.append(run)
+        runs_seen.first.append({k: v.clone() for k, v in run.model.state_dict().items()})
+        return original(run, *more)
+
+    monkeypatch.setattr(train, "train", watched)
+    yield runs_seen
+    for run in runs_seen:  # workers of an abandoned epoch outlive the cyclic garbage collector's idea of an end
+        for split in run.data.splits:
+            if hasattr(split, "_files"):
+                split.close()

@@ -1,18 +1,11 @@
 """Runs of train.py, in this process. What is about the loop uses a network of 300 weights in place of ResNet26."""
 
 import dataclasses
-import gzip
 import json
-import multiprocessing
-import os
-import signal
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import nn
 
 import model
@@ -24,87 +17,13 @@ from sasa.training import checkpoint, classification
 from sasa.training import run as runs
 from sasa.training.lamb import Lamb
 from sasa.training.run import describe
+from tiny_runs import BASE, Tiny, TinyWithNorm, go, model_of, read, spoiled_gradient, spoiled_loss
 
-BASE = "--dataset DIGITS --epochs 2 --batch-size 4 --name run --no-progress --device cpu --ema 0"
 LOG_KEYS = {"epoch", "step", "train_loss", "train_top1_pct", "val_loss", "val_top1_pct", "val_top5_pct", "lr",
             "images_per_s", "epoch_s", "peak_mem_mib", "digests", "environment"}  # fmt: skip
 SUMMARY_KEYS = {"test_top1_pct", "test_top5_pct", "test_balanced_pct", "test_loss", "test_images", "parameters",
                 "flops_per_image", "epochs", "steps", "seconds", "save_seconds", "selected", "bad_images",
                 "data_changes", "device", "torch", "environment", "environment_digest"}  # fmt: skip
-
-
-class Tiny(nn.Sequential):
-    """A convolution, perhaps a norm, and a classifier; `spoil` may change the logits of a training step."""
-
-    norm = False
-
-    def __init__(self, num_classes: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(3, 8, 3, 2, 1)
-        self.bn = nn.BatchNorm2d(8) if self.norm else nn.Identity()
-        self.relu, self.pool = nn.ReLU(), nn.AdaptiveAvgPool2d(2)
-        self.fc = nn.Linear(32, num_classes)
-        self.calls = 0
-
-    def forward(self, x):
-        logits = self.fc(self.pool(self.relu(self.bn(self.conv(x)))).flatten(1))
-        if self.training:
-            self.calls += 1
-            logits = self.spoil(logits, self.calls)
-        return logits
-
-    @staticmethod
-    def spoil(logits, call):
-        return logits
-
-
-class TinyWithNorm(Tiny):
-    norm = True
-
-
-@pytest.fixture
-def tiny(monkeypatch):
-    """DIGITS cut to 40 + 12 images, 10 steps an epoch, and Tiny for every model name."""
-    small_runs.few_digits(monkeypatch)
-    monkeypatch.setattr(model, "build", lambda name, num_classes, stem, **options: Tiny(num_classes))
-
-
-@pytest.fixture
-def seen(monkeypatch):
-    """The Run objects of the test's runs, with the weights that each started from as `seen.first[i]`."""
-
-    class Seen(list):
-        first: list = []  # noqa: RUF012 (one list a test)
-
-    runs_seen = Seen()
-    runs_seen.first = []
-    original = train.train
-
-    def watched(run, *more):
-        runs_seen.append(run)
-        runs_seen.first.append({k: v.clone() for k, v in run.model.state_dict().items()})
-        return original(run, *more)
-
-    monkeypatch.setattr(train, "train", watched)
-    yield runs_seen
-    for run in runs_seen:  # workers of an abandoned epoch outlive the cyclic garbage collector's idea of an end
-        for split in run.data.splits:
-            if hasattr(split, "_files"):
-                split.close()
-
-
-def go(output: Path, *flags: str) -> Path:
-    """A run that ends well; its folder."""
-    assert small_runs.run(output, *BASE.split(), *" ".join(flags).split()) == 0
-    return output / "run"
-
-
-def read(folder: Path, name: str = "summary.json") -> dict:
-    return json.loads((folder / name).read_text())
-
-
-def model_of(folder: Path, name: str = "last.pt") -> dict:
-    return torch.load(folder / name, weights_only=True)["model"]
 
 
 def first_batches(run, count: int = 1) -> list:
@@ -395,16 +314,6 @@ def test_compile_of_the_real_network(tmp_path, monkeypatch):
 # ---- not finite -----------------------------------------------------------------------------------------------------
 
 
-def spoiled_loss(logits, call):
-    return logits * float("nan") if call == 3 else logits
-
-
-def spoiled_gradient(logits, call):
-    if call == 3:
-        logits.register_hook(lambda grad: grad * float("inf"))
-    return logits
-
-
 @pytest.mark.parametrize(("spoil", "what"), [(spoiled_loss, "the loss is nan"), (spoiled_gradient, "gradient's norm")])
 def test_what_is_not_finite_stops_the_run_before_the_update(tmp_path, tiny, seen, monkeypatch, capsys, spoil, what):
     good = go(tmp_path / "good", "--max-steps 2 --warmup-epochs 1 --lr 0.01")
@@ -420,133 +329,6 @@ def test_what_is_not_finite_stops_the_run_before_the_update(tmp_path, tiny, seen
     assert small_runs.differences(dict(seen[1].model.state_dict()), model_of(good)) == []  # in memory and on the disk
     assert small_runs.differences(model_of(tmp_path / "run"), model_of(good)) == []
     assert not (tmp_path / "run/summary.json").exists()
-
-
-# ---- --evaluate -----------------------------------------------------------------------------------------------------
-
-
-def evaluated(capsys, path: Path, *flags: str) -> tuple[float, float, float, float, list[tuple[float, int]]]:
-    """Top-1, top-5, loss, balanced accuracy and (accuracy, images) of each class, as --evaluate prints them."""
-    capsys.readouterr()
-    assert small_runs.run(path.parent / "nowhere", "--evaluate", str(path), *flags) == 0
-    out, error = capsys.readouterr()
-    assert error == "" and not (path.parent / "nowhere").exists()
-    *head, mean, last = out.splitlines()
-    assert mean.startswith("balanced accuracy ")
-    words = last.replace("%", " ").replace(",", " ").split()
-    assert words[:2] == ["test", "top-1"] and words[3] == "top-5" and words[5] == "loss"
-    rows = [line.split() for line in head if line.startswith("  ")]
-    classes = [(0.0 if row[1] == "-%" or row[1] == "-" else float(row[1].rstrip("%")), int(row[-1])) for row in rows]
-    return float(words[2]), float(words[4]), float(words[6]), float(mean.split()[2].rstrip("%,")), classes
-
-
-@pytest.mark.parametrize("flags", ["--ema 0.5", "--amp bf16", "--channels-last --seed 4"])
-def test_evaluate_prints_what_the_summary_says(tmp_path, tiny, capsys, flags):
-    folder = go(tmp_path, flags)
-    summary = read(folder)
-    for name in ("last.pt", "best.pt"):
-        top1, top5, loss, balanced, classes = evaluated(capsys, folder / name)
-        assert top1 == pytest.approx(summary["test_top1_pct"], abs=5e-4)
-        assert top5 == pytest.approx(summary["test_top5_pct"], abs=5e-4)
-        assert loss == pytest.approx(summary["test_loss"], abs=6e-5)
-        assert len(classes) == 10 and sum(count for _, count in classes) == summary["test_images"] == 12
-        assert sum(share * count for share, count in classes) / 12 == pytest.approx(top1, abs=0.01)
-        assert balanced == pytest.approx(summary["test_balanced_pct"], abs=5e-4)
-
-
-def test_evaluate_in_small_batches_is_the_same(tmp_path, tiny, capsys):
-    folder = go(tmp_path)
-    assert evaluated(capsys, folder / "best.pt") == evaluated(capsys, folder / "best.pt", "--batch-size", "5")
-
-
-def test_evaluate_of_another_network_or_data_set_is_refused(tmp_path, tiny, capsys):
-    folder = go(tmp_path)
-    for flags in ("--dataset MNIST", "--kernel-size 3"):
-        capsys.readouterr()
-        assert small_runs.run(tmp_path, "--evaluate", str(folder / "best.pt"), *flags.split()) == 2
-        assert flags.split()[0] in capsys.readouterr().err
-
-
-# ---- data sets ------------------------------------------------------------------------------------------------------
-
-
-def make_tree(root: Path, classes=("ant", "bee", "cow"), train_images=8, val_images=3) -> Path:
-    """An image tree of real JPEGs, each class with its own colour."""
-    rng = np.random.default_rng(0)
-    for split, count in (("train", train_images), ("val", val_images)):
-        for i, name in enumerate(classes):
-            (root / split / name).mkdir(parents=True)
-            for j in range(count):
-                pixels = rng.integers(0, 80, (20 + j, 26, 3), dtype=np.uint8)
-                pixels[..., i % 3] += 150
-                Image.fromarray(pixels).save(root / split / name / f"{j}.jpg", quality=90)
-    return root
-
-
-def tree_flags(root: Path, workers: int = 2) -> str:
-    return f"--dataset FOLDER --data-dir {root} --img-size 16 --num-workers {workers} --optimizer adamw --lr 0.02"
-
-
-def test_a_tree_of_jpegs_trains_evaluates_and_is_resumed_bitwise(tmp_path, tiny, seen, monkeypatch, capsys):
-    """24 images, 6 steps an epoch, 2 workers; the interrupted run stops after step 8 of 12."""
-    flags = tree_flags(make_tree(tmp_path / "tree"))
-    straight = go(tmp_path / "straight", flags, "--randaugment")
-    assert read(straight)["steps"] == 12 and read(straight)["test_images"] == 9
-    top1, *_, classes = evaluated(capsys, straight / "best.pt")
-    assert top1 == pytest.approx(read(straight)["test_top1_pct"], abs=5e-4)
-    assert [count for _, count in classes] == [3, 3, 3]
-
-    def spoil(logits, call):
-        if call == 8:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return logits
-
-    others = multiprocessing.active_children()  # of other tests of this process
-    with monkeypatch.context() as patch:
-        patch.setattr(Tiny, "spoil", staticmethod(spoil))
-        stopped = [*BASE.split(), *flags.split(), "--randaugment"]
-        assert small_runs.run(tmp_path, *stopped) == 75
-    assert multiprocessing.active_children() == others  # the run itself has ended its workers
-    small_runs.scramble_generators()
-    go(tmp_path, flags, "--randaugment --resume")
-    assert small_runs.differences(*(small_runs.state_without_times(f) for f in (straight, tmp_path / "run"))) == []
-    assert small_runs.log_rows(straight) == small_runs.log_rows(tmp_path / "run")
-
-
-def test_evaluate_on_another_folder_of_the_same_classes(tmp_path, tiny, seen, capsys):
-    folder = go(tmp_path, tree_flags(make_tree(tmp_path / "tree"), 0), "--max-steps 2")
-    other = make_tree(tmp_path / "other", val_images=5)
-    *_, classes = evaluated(capsys, folder / "last.pt", "--data-dir", str(other))
-    assert [count for _, count in classes] == [5, 5, 5]
-
-
-def write_idx(folder: Path, train_images=60, test_images=20) -> None:
-    """FashionMNIST's four files as Debian has them."""
-    folder.mkdir()
-    rng = np.random.default_rng(0)
-    for split, count in (("train", train_images), ("t10k", test_images)):
-        sizes = np.array([count, 28, 28], ">u4").tobytes()
-        images = bytes((0, 0, 8, 3)) + sizes + rng.integers(0, 256, count * 784, dtype=np.uint8).tobytes()
-        labels = bytes((0, 0, 8, 1)) + sizes[:4] + (np.arange(count) % 10).astype(np.uint8).tobytes()
-        (folder / f"{split}-images-idx3-ubyte.gz").write_bytes(gzip.compress(images))
-        (folder / f"{split}-labels-idx1-ubyte.gz").write_bytes(gzip.compress(labels))
-
-
-def test_fashion_mnist_from_its_four_files(tmp_path, tiny):
-    write_idx(tmp_path / "files")
-    folder = go(tmp_path, f"--dataset fashionmnist --data-dir {tmp_path / 'files'} --max-steps 3")
-    assert read(folder)["test_images"] == 20 and read(folder)["steps"] == 3
-    config = read(folder, "config.json")
-    assert (config["dataset"], config["img_size"], config["form"]) == ("FashionMNIST", 28, "small")
-
-
-def test_the_automatic_data_set_says_which_and_why(tmp_path, tiny, monkeypatch, capsys):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    flags = f"--data-dir {tmp_path / 'none'} --max-steps 1 --no-progress"
-    assert small_runs.run(tmp_path, *flags.split()) == 0
-    out = capsys.readouterr().out
-    assert "--dataset auto: DIGITS" in out and "no GPU" in out
-    assert read(tmp_path / "resnet26-digits-default-seed0", "config.json")["dataset"] == "DIGITS"
 
 
 # ---- the real network -----------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from model import build
 from tools.benchmark import __main__ as benchmark
 from tools.benchmark import layers as benchmark_layers
 from tools.benchmark import measure, step_memory
@@ -207,11 +208,31 @@ def test_a_batch_by_available_memory(monkeypatch):
 def test_the_network_table_has_every_depth_and_peak(capsys, monkeypatch):
     monkeypatch.setattr(benchmark_network, "FORMS", {"CIFAR": (2, 8), "ImageNet": (2, 8)})
     monkeypatch.setattr(benchmark_network, "train_step", lambda *a: lambda: None)
+    monkeypatch.setattr(benchmark_network, "evaluation_pass", lambda *a: lambda: None)
     monkeypatch.setattr(benchmark_network, "peak_of_step", lambda *a: 3.5)
     assert benchmark.main(["--network", "--json", "--rounds", "1", "--backends", "tiled"]) == 0
-    rows = json.loads(capsys.readouterr().out)["network"]
-    assert len(rows) == 2 * 3 * 3 and {row["model"] for row in rows} == {"ResNet26", "ResNet38", "ResNet50"}
-    assert all(row["peak_mib"] == 3.5 and row["images_per_s"] > 0 and row["batch"] == 2 for row in rows)
+    captured = capsys.readouterr()
+    result = json.loads(captured.out)
+    for rows in (result["network"], result["evaluation"]):
+        assert len(rows) == 2 * 3 * 3 and {row["model"] for row in rows} == {"ResNet26", "ResNet38", "ResNet50"}
+        assert all(row["images_per_s"] > 0 and row["batch"] == 2 for row in rows)
+    assert all(row["peak_mib"] == 3.5 for row in result["network"])
+    steps, evaluation = captured.err.split("Evaluation (no gradients)")
+    assert steps.count(" 3.5\n") == 18 and "ImageNet  ResNet50 attention (tiled)" in evaluation
+
+
+def test_evaluation_is_the_forward_alone(monkeypatch):
+    built = []
+    monkeypatch.setattr(benchmark_network, "build", lambda *a, **k: built.append(build(*a, **k)) or built[-1])
+    run = benchmark_network.evaluation_pass(
+        "ResNet26", {"backend": "tiled"}, "CIFAR", 2, 8, torch.device("cpu"), torch.float32
+    )
+    before = {name: x.clone() for name, x in built[0].state_dict().items()}
+    seen = []
+    built[0].register_forward_hook(lambda module, args, out: seen.append(out))
+    run()
+    assert seen[0].is_inference() and seen[0].shape == (2, 10) and not built[0].training
+    assert all(torch.equal(x, before[name]) for name, x in built[0].state_dict().items())
 
 
 def step_memory_flags(batch_size: int) -> list[str]:

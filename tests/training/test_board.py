@@ -22,7 +22,7 @@ from sasa.training import board, monitor
 from sasa.training.board import EPOCH_TAGS, STEP_TAGS, Board
 from sasa.training.evaluation import evaluate
 from sasa.training.run import augmentation
-from test_train import Tiny, go, tiny  # noqa: F401 (a fixture)
+from tiny_runs import Tiny, go
 
 IMAGE_TAGS = {"5_images/first_batch", "5_images/wrong_label_then_prediction", "5_images/confusion_matrix"}
 
@@ -40,7 +40,7 @@ def shows(events: EventAccumulator, tag: str, pixels: torch.Tensor) -> bool:
 
 
 @pytest.fixture
-def events(tmp_path, tiny, monkeypatch):  # noqa: F811
+def events(tmp_path, tiny, monkeypatch):
     monkeypatch.setattr(monitor, "SCALAR_EVERY", 5)
     folder = go(tmp_path, "--holdout 8 --mixup 0")
     accumulator = EventAccumulator(str(folder), size_guidance={"scalars": 0, "images": 0, "tensors": 0})
@@ -121,7 +121,7 @@ def test_the_pictures_show_the_first_batch_and_the_test_splits_mistakes(events):
     assert shows(events, "5_images/wrong_label_then_prediction", mistakes)
 
 
-def test_without_holdout_the_mistakes_of_the_last_epoch_are_shown(tmp_path, tiny):  # noqa: F811
+def test_without_holdout_the_mistakes_of_the_last_epoch_are_shown(tmp_path, tiny):
     events = EventAccumulator(str(go(tmp_path, "--max-steps 1")))
     events.Reload()
     assert set(events.Tags()["images"]) == IMAGE_TAGS

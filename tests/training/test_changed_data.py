@@ -11,7 +11,7 @@ import train
 from sasa.training import distributed
 from sasa.training.distributed import SharedError
 from sasa.training.run import check_ranks_agree
-from test_train import BASE, make_tree, tiny, tree_flags  # noqa: F401 (a fixture)
+from tiny_runs import BASE, make_tree, tree_flags
 
 
 @pytest.fixture
@@ -23,7 +23,7 @@ def run(output: Path, *flags: str) -> int:
     return small_runs.run(output, *BASE.split(), *" ".join(flags).split())
 
 
-def test_damaged_images_are_skipped_by_a_resume_that_allows_it(tree, tmp_path, tiny, capsys):  # noqa: F811
+def test_damaged_images_are_skipped_by_a_resume_that_allows_it(tree, tmp_path, tiny, capsys):
     flags = tree_flags(tree, 0)
     assert run(tmp_path, flags, "--max-steps 8") == 0
     for image in (tree / "train/bee").iterdir():
@@ -39,7 +39,7 @@ def test_damaged_images_are_skipped_by_a_resume_that_allows_it(tree, tmp_path, t
     assert summary["bad_images"] and "class bee" in summary["data_changes"][0]
 
 
-def test_another_file_is_not_a_damaged_one(tree, tmp_path, tiny, capsys):  # noqa: F811
+def test_another_file_is_not_a_damaged_one(tree, tmp_path, tiny, capsys):
     flags = tree_flags(tree, 0)
     assert run(tmp_path, flags, "--max-steps 8 --skip-bad-images") == 0
     (tree / "train/bee/2.jpg").rename(tree / "train/bee/200.jpg")
@@ -50,7 +50,7 @@ def test_another_file_is_not_a_damaged_one(tree, tmp_path, tiny, capsys):  # noq
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_an_image_that_cannot_be_read_any_more_costs_no_step(tree, tmp_path, tiny, monkeypatch, capsys, workers):  # noqa: F811
+def test_an_image_that_cannot_be_read_any_more_costs_no_step(tree, tmp_path, tiny, monkeypatch, capsys, workers):
     """All are damaged after the third step, their sizes and times the same: found only when the next is read."""
     flags, original, steps = tree_flags(tree, workers), train.train_step, []
 

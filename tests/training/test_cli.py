@@ -13,7 +13,7 @@ import torch
 import model
 import preprocess
 import small_runs
-from test_train import BASE, Tiny, go, make_tree, seen, tiny, tree_flags, write_idx  # noqa: F401 (fixtures)
+from tiny_runs import BASE, Tiny, go, make_tree, tree_flags, write_idx
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -46,7 +46,7 @@ def finished_run(tmp_path_factory):
 
 
 @pytest.fixture
-def held(finished_run, tmp_path, tiny):  # noqa: F811
+def held(finished_run, tmp_path, tiny):
     """An output folder that holds a run."""
     shutil.copytree(finished_run, tmp_path / "out" / "run")
     return tmp_path / "out"
@@ -65,7 +65,7 @@ def truncate(path: Path) -> Path:
 # ---- data -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_missing_or_empty_data_folder(tmp_path, tiny, capsys):  # noqa: F811
+def test_a_missing_or_empty_data_folder(tmp_path, tiny, capsys):
     (tmp_path / "empty").mkdir()
     for dataset in ("FOLDER", "IMAGENET"):
         refused(capsys, tmp_path, f"--dataset {dataset} --data-dir {tmp_path / 'none'}", "none", "no such folder")
@@ -74,18 +74,18 @@ def test_a_missing_or_empty_data_folder(tmp_path, tiny, capsys):  # noqa: F811
     refused(capsys, tmp_path, f"--dataset FOLDER --data-dir {tmp_path / 'empty'}", "empty/train", "no class folders")
 
 
-def test_a_class_folder_without_images(tmp_path, tiny, tree, capsys):  # noqa: F811
+def test_a_class_folder_without_images(tmp_path, tiny, tree, capsys):
     (tree / "train" / "dog").mkdir()
     refused(capsys, tmp_path, tree_flags(tree, 0), "train/dog", "without images")
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
-def test_a_truncated_jpeg_is_named(tmp_path, tiny, tree, capsys, split):  # noqa: F811
+def test_a_truncated_jpeg_is_named(tmp_path, tiny, tree, capsys, split):
     bad = truncate(tree / split / "bee/1.jpg")
     refused(capsys, tmp_path, tree_flags(tree, 0), str(bad), "--skip-bad-images")
 
 
-def test_a_truncated_jpeg_is_skipped_only_when_asked_then_named_and_counted(tmp_path, tiny, tree, capsys):  # noqa: F811
+def test_a_truncated_jpeg_is_skipped_only_when_asked_then_named_and_counted(tmp_path, tiny, tree, capsys):
     bad = [truncate(tree / "train/bee/1.jpg"), truncate(tree / "val/cow/0.jpg")]
     folder = go(tmp_path, tree_flags(tree, 0), "--skip-bad-images --epochs 1")
     out, error = capsys.readouterr()
@@ -97,7 +97,7 @@ def test_a_truncated_jpeg_is_skipped_only_when_asked_then_named_and_counted(tmp_
     assert "8 images" in capsys.readouterr().out
 
 
-def test_a_corrupt_download(tmp_path, tiny, capsys):  # noqa: F811
+def test_a_corrupt_download(tmp_path, tiny, capsys):
     write_idx(tmp_path / "files")
     flags = f"--dataset FashionMNIST --data-dir {tmp_path / 'files'}"
     for name, cut in (("train-images-idx3-ubyte.gz", 100), ("t10k-labels-idx1-ubyte.gz", 5)):
@@ -110,7 +110,7 @@ def test_a_corrupt_download(tmp_path, tiny, capsys):  # noqa: F811
     refused(capsys, tmp_path, flags, path.name, "damaged")
 
 
-def test_no_network_for_a_named_set_is_never_another_set(tmp_path, tiny, monkeypatch, capsys):  # noqa: F811
+def test_no_network_for_a_named_set_is_never_another_set(tmp_path, tiny, monkeypatch, capsys):
     def urlopen(*_args, **_options):
         raise OSError("Name or service not known")
 
@@ -118,7 +118,7 @@ def test_no_network_for_a_named_set_is_never_another_set(tmp_path, tiny, monkeyp
     refused(capsys, tmp_path, f"--dataset CIFAR10 --data-dir {tmp_path}", "CIFAR10", "Name or service", "DIGITS")
 
 
-def test_images_smaller_than_the_network_takes(tmp_path, tiny, capsys):  # noqa: F811
+def test_images_smaller_than_the_network_takes(tmp_path, tiny, capsys):
     refused(capsys, tmp_path, "--img-size 7", "--img-size 7", "at least 8")
 
 
@@ -136,17 +136,17 @@ def test_one_image_at_a_time_is_fine_where_maps_are_larger(tmp_path, monkeypatch
     go(tmp_path, "--batch-size 1 --img-size 9 --model-name NaiveResNet26 --max-steps 1")
 
 
-def test_a_holdout_that_leaves_nothing(tmp_path, tiny, capsys):  # noqa: F811
+def test_a_holdout_that_leaves_nothing(tmp_path, tiny, capsys):
     refused(capsys, tmp_path, "--holdout 40", "--holdout 40", "40 training images")
     refused(capsys, tmp_path, "--holdout 0.001", "--holdout 0.001")
 
 
-def test_more_training_images_than_there_are(tmp_path, tiny, capsys):  # noqa: F811
+def test_more_training_images_than_there_are(tmp_path, tiny, capsys):
     refused(capsys, tmp_path, "--train-images 41", "--train-images 41", "40 images")
 
 
 @pytest.mark.parametrize("classes", [("ant", "bee"), ("ant", "bee", "cow", "dog")])
-def test_other_classes_than_the_checkpoints(tmp_path, tiny, tree, capsys, classes):  # noqa: F811
+def test_other_classes_than_the_checkpoints(tmp_path, tiny, tree, capsys, classes):
     folder = go(tmp_path, tree_flags(tree, 0), "--max-steps 1")
     other = make_tree(tmp_path / "other", classes)
     capsys.readouterr()
@@ -162,7 +162,7 @@ def test_other_classes_than_the_checkpoints(tmp_path, tiny, tree, capsys, classe
 # ---- flags ----------------------------------------------------------------------------------------------------------
 
 
-def test_batch_size_0(tmp_path, tiny, capsys):  # noqa: F811
+def test_batch_size_0(tmp_path, tiny, capsys):
     refused(capsys, tmp_path, "--batch-size 0", "--batch-size 0", "at least 1")
     assert list(tmp_path.iterdir()) == []
 
@@ -193,12 +193,12 @@ def test_an_unknown_backend_in_the_environment(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("flags", ["--resume none.pt", "--init-from none.pt"])
-def test_a_missing_checkpoint(tmp_path, tiny, capsys, flags):  # noqa: F811
+def test_a_missing_checkpoint(tmp_path, tiny, capsys, flags):
     refused(capsys, tmp_path, flags, "none.pt", "no such file")
     assert not (tmp_path / "run/config.json").exists()  # the corrected command is not refused
 
 
-def test_evaluate_of_a_missing_or_foreign_file(tmp_path, tiny, capsys):  # noqa: F811
+def test_evaluate_of_a_missing_or_foreign_file(tmp_path, tiny, capsys):
     (tmp_path / "x.pt").write_bytes(b"nothing")
     for path, words in ((tmp_path / "none.pt", "no such file"), (tmp_path / "x.pt", "not a checkpoint")):
         capsys.readouterr()
@@ -210,7 +210,7 @@ def test_evaluate_of_a_missing_or_foreign_file(tmp_path, tiny, capsys):  # noqa:
 # ---- folders --------------------------------------------------------------------------------------------------------
 
 
-def test_an_unwritable_output_folder(tmp_path, tiny, capsys):  # noqa: F811
+def test_an_unwritable_output_folder(tmp_path, tiny, capsys):
     """A file in the folder's place, one on its way, a system folder that takes no files, a name too long."""
     (tmp_path / "file").write_text("kept")
     for output in (tmp_path / "file", tmp_path / "file" / "deeper", Path("/proc/none")):
@@ -222,7 +222,7 @@ def test_an_unwritable_output_folder(tmp_path, tiny, capsys):  # noqa: F811
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_an_output_folder_without_permission(tmp_path, tiny, capsys):  # noqa: F811
+def test_an_output_folder_without_permission(tmp_path, tiny, capsys):
     (tmp_path / "locked").mkdir(mode=0o500)
     refused(capsys, tmp_path / "locked", "", "cannot be written")
 
@@ -272,7 +272,7 @@ def test_a_resume_removes_nothing_before_its_first_save(held, monkeypatch):
 
 
 @pytest.mark.parametrize("when", ["training", "evaluation", "loading"])
-def test_out_of_memory_is_one_line(tmp_path, tiny, monkeypatch, capsys, when):  # noqa: F811
+def test_out_of_memory_is_one_line(tmp_path, tiny, monkeypatch, capsys, when):
     """The error is the allocator's own, of a terabyte more than any machine has."""
     import train
     from sasa.training import classification
@@ -292,7 +292,7 @@ def test_out_of_memory_is_one_line(tmp_path, tiny, monkeypatch, capsys, when):  
 
 
 @pytest.mark.parametrize("name", ["..", ".", "a/b", "../run", "/tmp/run"])
-def test_a_name_that_is_a_path_is_refused(tmp_path, tiny, capsys, name):  # noqa: F811
+def test_a_name_that_is_a_path_is_refused(tmp_path, tiny, capsys, name):
     """It would lead out of --output-dir, where --overwrite deletes."""
     refused(capsys, tmp_path / "runs", f"--name {name} --overwrite", "--name", "one folder")
     assert not (tmp_path / "run").exists() and not (tmp_path / "config.json").exists()
@@ -314,7 +314,7 @@ def test_a_damaged_config_json_is_one_line(held, capsys):
 
 
 @pytest.mark.parametrize("name", ["best.pt", "summary.json"])
-def test_a_full_disk_at_the_end_is_one_line_and_exit_1(tmp_path, tiny, monkeypatch, capsys, name):  # noqa: F811
+def test_a_full_disk_at_the_end_is_one_line_and_exit_1(tmp_path, tiny, monkeypatch, capsys, name):
     from sasa.training import checkpoint, classification
 
     def full(*_args, **_options):

@@ -12,7 +12,7 @@ from sasa.settings import renamed
 from sasa.training import checkpoint, format2
 from sasa.training.checkpoint import CheckpointError
 from sasa.training.network import network_of
-from test_train import BASE, Tiny, evaluated, go, tiny  # noqa: F401 (a fixture)
+from tiny_runs import BASE, Tiny, evaluated, go
 from tools import visualize
 
 # config.json of a format 2 run of `train.py --model-name ResNet26 --kernel-size 3 --dataset DIGITS`.
@@ -76,7 +76,7 @@ def test_it_does_not_follow_todays_recipes(monkeypatch):
     assert format2.complete(CONFIG) == before
 
 
-def test_it_is_evaluated_and_says_that_classes_have_numbers_only(tmp_path, tiny, capsys):  # noqa: F811
+def test_it_is_evaluated_and_says_that_classes_have_numbers_only(tmp_path, tiny, capsys):
     folder = go(tmp_path)
     network = Tiny(10)
     network.load_state_dict(torch.load(folder / "best.pt", weights_only=True)["model"])
@@ -86,13 +86,13 @@ def test_it_is_evaluated_and_says_that_classes_have_numbers_only(tmp_path, tiny,
     assert "format 2 holds no class names" in capsys.readouterr().out
 
 
-def test_a_run_starts_from_its_weights(tmp_path, tiny, capsys):  # noqa: F811
+def test_a_run_starts_from_its_weights(tmp_path, tiny, capsys):
     old = write(tmp_path / "old.pt", Tiny(10), "run")
     go(tmp_path, f"--init-from {old} --max-steps 1")
     assert "0 exceptions" in capsys.readouterr().out
 
 
-def test_no_run_goes_on_from_it(tmp_path, tiny, capsys):  # noqa: F811
+def test_no_run_goes_on_from_it(tmp_path, tiny, capsys):
     (tmp_path / "run").mkdir()
     old = write(tmp_path / "run" / "last.pt", Tiny(10), "run")
     for flags in (["--resume"], ["--resume", str(old)]):

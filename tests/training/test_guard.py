@@ -1,5 +1,4 @@
 """Steps whose figures are read after their update is queued, as on CUDA: here by the CPU's fused optimizers."""
-# ruff: noqa: F401, F811 (fixtures)
 
 import copy
 import functools
@@ -19,7 +18,7 @@ from sasa.training import classification, step
 from sasa.training import run as runs
 from sasa.training.guard import Guard
 from sasa.training.optim import build_ema, build_optimizer
-from test_train import BASE, Tiny, TinyWithNorm, go, model_of, read, seen, spoiled_gradient, spoiled_loss, tiny
+from tiny_runs import BASE, Tiny, TinyWithNorm, go, model_of, read, spoiled_gradient, spoiled_loss
 
 CPU = torch.device("cpu")
 FLAGS = "--ema 0.9 --warmup-epochs 1 --lr 0.01"

@@ -12,7 +12,7 @@ import small_runs
 from sasa.training import evaluation
 from sasa.training.evaluation import evaluate
 from sasa.training.signals import StopRequest
-from test_train import Tiny, go, read, tiny  # noqa: F401 (a fixture)
+from tiny_runs import Tiny, go, read
 
 # Logits of 8 classes, the label, and which place the label has among them.
 ROWS = [
@@ -37,7 +37,7 @@ def test_top1_and_top5_count_the_labels_place_among_eight_classes():
     assert result.counts.tolist() == [4, 0, 0, 0, 1, 0, 0, 1] and result.right.tolist() == [1, 0, 0, 0, 0, 0, 0, 0]
 
 
-def test_the_headline_figures_of_a_run_by_plain_counting(tmp_path, tiny):  # noqa: F811
+def test_the_headline_figures_of_a_run_by_plain_counting(tmp_path, tiny):
     """top-1, top-5 and loss of summary.json from the kept weights: logits sorted one image at a time."""
     folder = go(tmp_path)
     network = Tiny(10).eval()

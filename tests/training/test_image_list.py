@@ -14,7 +14,7 @@ from preprocess import load
 from sasa.data.shards import main as pack_and_index
 from sasa.training import image_list
 from sasa.training.run import Data
-from test_train import BASE, make_tree, tiny, tree_flags  # noqa: F401 (a fixture)
+from tiny_runs import BASE, make_tree, tree_flags
 
 
 def read(**options) -> Data:
@@ -159,7 +159,7 @@ def test_a_whole_list_is_kept(tree, tmp_path):
     assert path.stat().st_ino == first
 
 
-def test_a_resume_names_them_and_a_run_that_goes_on_lists_them_anew(tmp_path, tiny, capsys):  # noqa: F811
+def test_a_resume_names_them_and_a_run_that_goes_on_lists_them_anew(tmp_path, tiny, capsys):
     tree, flags = make_tree(tmp_path / "tree"), tree_flags(tmp_path / "tree", 0)
 
     def run(*more: str) -> int:
@@ -183,7 +183,7 @@ def test_a_resume_names_them_and_a_run_that_goes_on_lists_them_anew(tmp_path, ti
     assert "200.jpg" in listed and "train/bee/2.jpg" not in listed
 
 
-def test_a_list_that_cannot_be_written_costs_no_step(tmp_path, tiny, monkeypatch, capsys):  # noqa: F811
+def test_a_list_that_cannot_be_written_costs_no_step(tmp_path, tiny, monkeypatch, capsys):
     def refuse(*_):
         raise OSError(28, "No space left on device")
 

@@ -20,7 +20,7 @@ from sasa.training import classification, monitor
 from sasa.training.checkpoint import Progress
 from sasa.training.evaluation import Evaluation, evaluate
 from sasa.training.monitor import Monitor
-from test_train import go, tiny  # noqa: F401 (a fixture)
+from tiny_runs import go
 
 
 def test_drawing_panels_leaves_the_network_as_it_was():
@@ -56,7 +56,7 @@ class EagerBar(tqdm):
         super().__init__(**options, mininterval=0, miniters=1)
 
 
-def test_quiet_where_standard_error_is_no_terminal(tmp_path, tiny, capsys):  # noqa: F811
+def test_quiet_where_standard_error_is_no_terminal(tmp_path, tiny, capsys):
     assert (
         small_runs.run(
             tmp_path, *["--dataset", "DIGITS", "--name", "run", "--epochs", "2", "--batch-size", "4", "--device", "cpu"]
@@ -68,7 +68,7 @@ def test_quiet_where_standard_error_is_no_terminal(tmp_path, tiny, capsys):  # n
 
 
 @pytest.mark.parametrize("flag", ["", "--no-progress"])
-def test_bars_on_a_terminal_unless_told_not_to(tmp_path, tiny, capsys, monkeypatch, flag):  # noqa: F811
+def test_bars_on_a_terminal_unless_told_not_to(tmp_path, tiny, capsys, monkeypatch, flag):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     monkeypatch.setattr(monitor, "tqdm", EagerBar)
     assert small_runs.run(tmp_path, *WATCHED.split(), *flag.split()) == 0
@@ -82,7 +82,7 @@ def test_bars_on_a_terminal_unless_told_not_to(tmp_path, tiny, capsys, monkeypat
 
 
 @pytest.mark.parametrize(("flags", "shown"), [("--max-steps 5", "5/5"), ("--max-steps 500", "20/20")])
-def test_the_runs_bar_ends_where_the_run_does(tmp_path, tiny, capsys, monkeypatch, flags, shown):  # noqa: F811
+def test_the_runs_bar_ends_where_the_run_does(tmp_path, tiny, capsys, monkeypatch, flags, shown):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     monkeypatch.setattr(monitor, "tqdm", EagerBar)
     assert small_runs.run(tmp_path, *WATCHED.split(), *flags.split()) == 0
@@ -93,7 +93,7 @@ def test_the_runs_bar_ends_where_the_run_does(tmp_path, tiny, capsys, monkeypatc
         assert "| 6/20 [" in error and "| 20/20 [" in error and "| 1/20 [" not in error
 
 
-def test_a_preview_is_written_at_each_validation(tmp_path, tiny, monkeypatch):  # noqa: F811
+def test_a_preview_is_written_at_each_validation(tmp_path, tiny, monkeypatch):
     """The curves so far and the wrong predictions of that validation; nothing without the flag."""
     drawn, draw = [], figures.progress_figure
     monkeypatch.setattr(figures, "progress_figure", lambda *args: drawn.append(args) or draw(*args))

@@ -8,7 +8,6 @@ import torch
 
 import small_runs
 from small_runs import FLAGS
-from test_train import tiny  # noqa: F401 (a fixture)
 
 NAN = math.nan
 
@@ -79,7 +78,7 @@ RUN = {
 
 
 @pytest.fixture
-def state(tmp_path, tiny, monkeypatch):  # noqa: F811
+def state(tmp_path, tiny, monkeypatch):
     """Of a run that was stopped in the middle of an epoch."""
     small_runs.few_digits(monkeypatch)
     assert small_runs.run(tmp_path, *FLAGS.split(), "--device", "cpu", "--max-steps", "2", "--ema", "0") == 0

@@ -55,7 +55,8 @@ def parse(argv: list[str] | None) -> tuple[Parser, argparse.Namespace]:
     """The parser and what it made of the command line."""
     parser = Parser("python -m tools.benchmark", description=__doc__.splitlines()[0])
     parser.add_argument("--shapes", type=parse_shapes, metavar="paper|cifar|all|B,C,H", help="only the layers of these")
-    parser.add_argument("--network", action="store_true", help="only the networks: ResNet26, 38 and 50, with peaks")
+    parser.add_argument("--network", action="store_true", help="only the networks: ResNet26, 38 and 50, with peaks "
+                        "and evaluation")  # fmt: skip
     parser.add_argument("--step-memory", action="store_true", help="only the memory of a training step, by stage")
     parser.add_argument("--batch-size", type=batch_size, metavar="N|auto", help="of --network (auto: the largest that "
                         "fits) and --step-memory")  # fmt: skip
@@ -108,6 +109,8 @@ def main(argv: list[str] | None = None) -> int:
     elif args.network or not args.shapes:
         names = tuple(args.models or (benchmark_network.DEPTHS if args.network else ("ResNet26",)))
         result["network"] = benchmark_network.network(bench, names, args.batch_size)
+        if args.network:
+            result["evaluation"] = benchmark_network.evaluation(bench, result["network"])
     if layers:
         result["geometric_means"] = benchmark_layers.means(rows)
         bench.print(f"\nGeometric means over {len(rows)} shapes (stride 1)")

@@ -1,7 +1,8 @@
-"""Training steps of whole networks, `python -m tools.benchmark --network`: images/s and peak memory.
+"""Training steps and evaluation of whole networks, `python -m tools.benchmark --network`: images/s and peak memory.
 
 Attention is measured beside its convolution baseline. A step is forward, backward and SGD's update; its peak is
-everything that the step adds to the process: weights, gradients, momentum and activations.
+everything that the step adds to the process: weights, gradients, momentum and activations. Evaluation is the forward
+alone, without gradients, by batch norm's kept statistics.
 """
 
 import statistics
@@ -28,21 +29,39 @@ def candidates(backend: str) -> dict[str, dict]:
     return nets | {"attention + stem": {"backend": backend, "stem_backend": backend, "stem": True}}
 
 
-def train_step(
+def _model_and_images(
     name: str, options: dict, form: str, batch: int, side: int, device: torch.device, dtype: torch.dtype
-) -> Callable:
-    """One step of a network in memory, channels-last as train.py has it: a function that does it again and again."""
+) -> tuple[torch.nn.Module, torch.Tensor]:
+    """A network and a batch in memory, channels-last as train.py has them."""
     small = form == "CIFAR"
     model = build(name, 10 if small else 1000, small_images=small, **options)
     model = model.to(device, dtype, memory_format=torch.channels_last)
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
     x = torch.randn(batch, 3, side, side, device=device, dtype=dtype).contiguous(memory_format=torch.channels_last)
-    y = torch.zeros(batch, dtype=torch.long, device=device)
+    return model, x
+
+
+def train_step(*arguments) -> Callable:
+    """One step of a network: a function that does it again and again. Arguments as _model_and_images."""
+    model, x = _model_and_images(*arguments)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
+    y = torch.zeros(x.shape[0], dtype=torch.long, device=x.device)
 
     def run():
         optimizer.zero_grad()
         F.cross_entropy(model(x), y).backward()
         optimizer.step()
+
+    return run
+
+
+def evaluation_pass(*arguments) -> Callable:
+    """The forward of an evaluation: a function that does it again and again. Arguments as _model_and_images."""
+    model, x = _model_and_images(*arguments)
+    model.eval()
+
+    def run():
+        with torch.inference_mode():
+            model(x)
 
     return run
 
@@ -141,11 +160,8 @@ def choose_batch(wanted: int | str | None, default: int, *arguments) -> int:
 
 
 def network(bench: Bench, names: tuple[str, ...], batch_size: int | str | None = None) -> list[dict]:
-    """A row for each network; peaks, which take a process each, only with --network."""
-    bench.print("\nTraining step (SGD): / baseline: to the convolution baseline; / conv stem: to attention")
-    columns = f"{'form':<9} {'network':<34} {'batch':>5} {'images/s':>9} {'/ baseline':>10} {'lowest .. highest':>18}"
-    columns += f" {'/ conv stem':>11} {'peak MiB':>9}"
-    bench.print(columns + "\n" + "-" * len(columns))
+    """Training steps: a row for each network; peaks, which take a process each, only with --network."""
+    _head(bench, "Training step (SGD)", " peak MiB" if bench.peaks else "")
     rows, backend = [], (bench.fast or bench.backends)[0]
     if bench.device.type == "cpu":
         memory.keep_freed()  # as train.py does
@@ -153,29 +169,49 @@ def network(bench: Bench, names: tuple[str, ...], batch_size: int | str | None =
         if bench.quick and form != "CIFAR":
             continue
         for name in names:
-            rows += _rows(bench, name, form, 16 if bench.quick else batch, side, backend, batch_size)
+            wanted = 16 if bench.quick else batch
+            nets, where = candidates(backend), (side, bench.device, bench.dtype)
+            # one batch for all, so that their times can be held against each other
+            size = min(choose_batch(batch_size, wanted, name, options, form, *where) for options in nets.values())
+            rows += _rows(bench, train_step, (name, form, size, side, backend), bench.peaks)
     return rows
 
 
-def _rows(bench, name: str, form: str, batch: int, side: int, backend: str, batch_size) -> list[dict]:
-    """The candidates of one network; with one batch for all, so that their times can be held against each other."""
-    nets, where = candidates(backend), (side, bench.device, bench.dtype)
-    batch = min(choose_batch(batch_size, batch, name, options, form, *where) for options in nets.values())
-    steps = {net: train_step(name, options, form, batch, *where) for net, options in nets.items()}
-    times = bench.time(steps)
-    steps.clear()  # before the peaks are taken
+def evaluation(bench: Bench, trained: list[dict]) -> list[dict]:
+    """Evaluation of the networks of `network`'s rows, by the same batches: a row for each."""
+    _head(bench, "Evaluation (no gradients)")
+    asked = dict.fromkeys(tuple(row[k] for k in ("model", "form", "batch", "image", "backend")) for row in trained)
+    return [row for problem in asked for row in _rows(bench, evaluation_pass, problem)]
+
+
+def _head(bench: Bench, title: str, more: str = "") -> None:
+    bench.print(f"\n{title}: / baseline: to the convolution baseline; / conv stem: to attention")
+    columns = f"{'form':<9} {'network':<34} {'batch':>5} {'images/s':>9} {'/ baseline':>10} {'lowest .. highest':>18}"
+    columns += f" {'/ conv stem':>11}{more}"
+    bench.print(columns + "\n" + "-" * len(columns))
+
+
+def _rows(bench: Bench, make: Callable, problem: tuple[str, str, int, int, str], peaks: bool = False) -> list[dict]:
+    """The candidates of one network, `make`'s function of each timed in turns."""
+    name, form, batch, side, backend = problem
+    nets, rest = candidates(backend), (form, batch, side, bench.device, bench.dtype)
+    runs = {net: make(name, options, *rest) for net, options in nets.items()}
+    times = bench.time(runs)
+    runs.clear()  # before the peaks are taken
     rows = []
     for net, seconds in times.items():
         baseline, stem = (ratio(seconds, times[base]) for base in ("convolution", "attention"))
-        peak = peak_of_step(name, nets[net], form, batch, *where) if bench.peaks else None
         rate = batch / statistics.median(seconds)
         label = f"{name} {net}" + ("" if net == "convolution" else f" ({backend})")
         text = f"{form:<9} {label:<34} {batch:>5} {rate:>9.1f} {baseline['median']:>10.3f}"
         text += f" {baseline['low']:>8.3f} ..{baseline['high']:>7.3f} "
         text += f"{stem['median']:>11.3f}" if "stem" in net else " " * 11
-        bench.print(text + ("" if peak is None else f" {peak:>9.1f}"))
         rows.append(
             {"form": form, "batch": batch, "image": side, "model": name, "network": net, "backend": backend,
-             "images_per_s": rate, "ratio_to_baseline": baseline, "ratio_to_conv_stem": stem, "peak_mib": peak}
+             "images_per_s": rate, "ratio_to_baseline": baseline, "ratio_to_conv_stem": stem}
         )  # fmt: skip
+        if make is train_step:
+            peak = rows[-1]["peak_mib"] = peak_of_step(name, nets[net], *rest) if peaks else None
+            text += "" if peak is None else f" {peak:>8.1f}"
+        bench.print(text)
     return rows
