@@ -1,4 +1,4 @@
-"""What every test shares: the repository root on the path, a fixed seed, and a reason printed for skipped GPU tests."""
+"""What tests share: the repository root on the path, a fixed seed, a reason for skipped GPU tests, small networks."""
 
 import shutil
 import sys

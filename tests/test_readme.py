@@ -240,6 +240,25 @@ def test_the_networks_speed_is_the_benchmarks():
     assert found["rounds"] == 9 and "range of 9 rounds on 2 threads" in OURS and found["machine"]["threads"] == 2
 
 
+def test_the_speed_without_avx512_is_the_benchmarks():
+    wanted = []
+    for name, label in {"avx2": "AVX2", "plain": 'plain code, `SASA_CXXFLAGS="-mno-avx2 -mno-fma -mno-avx"`'}.items():
+        found = load(f"layers-{name}-2-threads.json")
+        machine = found["machine"]  # torch's own capability: the convolution beside plain code has AVX2 too
+        assert (machine["capability"], machine["threads"]) == ("AVX2", 2) and len(found["layers"]) == 11
+        wanted.append([label, *(f"{found['geometric_means'][f'{part} cpu / conv']:.2f}" for part in ("core", "layer"))])
+    assert table("geometric means over the 11 shapes") == wanted
+    found, wanted = load("resnet26-avx2-2-threads.json"), []
+    assert found["rounds"] == 9 and found["machine"]["capability"] == "AVX2"
+    for part, label in {"network": "training step", "evaluation": "evaluation"}.items():
+        for form in ("CIFAR", "ImageNet"):
+            of = {row["network"]: row for row in found[part] if row["form"] == form}
+            ratios = [of[network]["ratio_to_baseline"] for network in ("attention", "attention + stem")]
+            shown = [f"{r['median']:.2f} ({r['low']:.2f} to {r['high']:.2f})" for r in ratios]
+            wanted.append([f"{label}, {form} form", str(of["attention"]["batch"]), *shown])
+    assert table("ResNet26, AVX2") == wanted
+
+
 def test_before_and_after_are_the_benchmarks():
     of = {}
     for name in ("before", "after"):

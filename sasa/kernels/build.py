@@ -39,7 +39,7 @@ HEADERS = [
     _CSRC / f"{name}.h"
     for name in ("frame", "maps", "packing", "pairs", "planes", "products", "simd", "threads", "tiles")
 ]
-BUILD_SECONDS = {torch.float32: 9, torch.float64: 3}  # measured with g++ 12; only for the message
+BUILD_SECONDS = {torch.float32: "9 to 20", torch.float64: "3 to 9"}  # measured with g++ 12; only for the message
 _LEVEL = {torch.float32: "-O3", torch.float64: "-O1"}  # fp64 is for checking gradients: it need not be fast
 # Passes of GCC that take a third of the time to build and gain nothing.
 _LEAVE_OUT = ["-fno-tree-vectorize", "-fno-unswitch-loops", "-fno-split-loops", "-fno-ipa-cp-clone"]
@@ -167,7 +167,7 @@ def _build(
     folder: private_folder.Folder,
     name: str,
     command: list[str],
-    seconds: int,
+    seconds: str,
     signals: StopSignals,
     problems: list[str],
 ) -> ctypes.CDLL:
@@ -184,7 +184,7 @@ def _build(
             return _load(folder, name)  # another process has built it meanwhile
         part = f"{secrets.token_hex(8)}.part"
         instead = f" in {folder.path} ({'; '.join(problems)})" if problems else ""
-        message = one_line(f"sasa: building the CPU kernel once (about {seconds} s){instead} ...")
+        message = one_line(f"sasa: building the CPU kernel once ({seconds} s){instead} ...")
         print(message, file=sys.stderr, flush=True)
         try:
             # By its path: a compiler's own processes do not share descriptors, and others cannot change the path.

@@ -45,7 +45,8 @@ class Problem(NamedTuple):
 def table() -> dict[str, dict]:
     """Row (see `table_key`) -> stage -> the chosen "tile", the "builds" counted, and those "confining".
 
-    "instead" holds the tiles of targets that need another: "<version of triton> <compute capability, times ten>".
+    A build is null where it does not compile. "instead" holds the tiles of targets that need another: "<version of
+    triton> <compute capability, times ten>".
     """
     return json.loads(TABLE.read_text(encoding="utf-8"))
 
@@ -77,10 +78,27 @@ def choice(entry: dict, target: str | None) -> TileConfig:
     return tuple(entry.get("instead", {}).get(target, entry["tile"]))
 
 
+def is_clamped(stage: str, problem: Problem) -> bool:
+    """Whether the border clamps the patches of a kernel, as in all builds that the table counts."""
+    return problem.mask or stage == "key"
+
+
+def row_of(stage: str, problem: Problem, dtype: torch.dtype) -> str:
+    """The row of the table that a kernel of this call has its tile from.
+
+    Small maps have tiles of their own because the border clamps the patches. Where it does not, the programs are those
+    of large maps, but on maps of at most 4: there the small tile needs fewer instructions, up to windows of 7.
+    """
+    side = max(problem.height, problem.width)
+    smallest, *_, largest = SIDES["half"]
+    if not is_clamped(stage, problem) and (side > smallest or bucket(problem.kernel_size, WINDOWS) == WINDOWS[-1]):
+        side = largest
+    return table_key(problem.kernel_size, problem.head_dim, side, dtype)
+
+
 def tile_of(stage: str, problem: Problem, dtype: torch.dtype, target: str | None = None) -> TileConfig:
     """The table's choice."""
-    row = table()[table_key(problem.kernel_size, problem.head_dim, max(problem.height, problem.width), dtype)]
-    return choice(row[stage], target)
+    return choice(table()[row_of(stage, problem, dtype)][stage], target)
 
 
 CONFINING = 1.03  # of the instructions without it: what keeping NaN in its windows may cost
@@ -92,12 +110,12 @@ def confines(stage: str, row: str, target: str) -> bool:
 
     Args:
         stage: one of STAGES.
-        row: of the table.
+        row: of the table, see `row_of`; its builds are of the masked border.
         target: "<version of triton, major and minor> <compute capability, times ten>".
 
     Returns:
-        Whether the chosen tile was counted for this target, and then takes at most CONFINING of its instructions, and
-        no more stack than it does anyway or MAX_STACK. A tile that is taken instead was not counted.
+        Whether the chosen tile was counted for this target and compiles, and then takes at most CONFINING of its
+        instructions, and no more stack than it does anyway or MAX_STACK. A tile that is taken instead was not counted.
     """
     entry = table()[row][stage]
     before = entry["builds"][tile_name(entry["tile"])].get(target)

@@ -43,9 +43,6 @@ WORTH = 0.92  # of the instructions of the best that fits: so few are worth more
 HEADS = 8  # of a program in the counted builds
 MAPS = {4: 4, 8: 7, 56: 56}  # bucket of the table -> the side of a ResNet's map that stands for it
 DTYPES = {"half": torch.bfloat16, "float": torch.float32}
-# Rows that are counted with NaN kept in its windows too: width, map, kind. On maps of one patch most programs pay more
-# for the look than is worth it (docs/kernels.md).
-CONFINED = [(width, 56, kind) for width in tiles.WIDTHS for kind in DTYPES]
 FIGURES = ("instructions", "registers", "stack", "shared")  # of a build in the table, in this order
 
 # Candidates by window and map, found by hand to be worth a build: the patches of others are larger.
@@ -170,12 +167,12 @@ def count_missing(version: str, capabilities: list[int], sizes: list[int], which
     """Counts what the table lacks for this version, for at most `seconds`; -> how many builds it made.
 
     which: None for every candidate, "chosen" for the chosen tiles alone, "spilling" for every candidate where the
-    chosen one needs more stack than MAX_STACK, "confining" for builds of the chosen tiles that keep NaN in its windows
-    (the rows of CONFINED), for `triton_tiles.confines`.
+    chosen one needs more stack than MAX_STACK, "confining" for builds of the chosen tiles that keep NaN in its windows,
+    for `triton_tiles.confines`.
     """
     start, made, table, confine = time.monotonic(), 0, read(), which == "confining"
     for (key, row), stage in itertools.product(table_rows(), tiles.STAGES):
-        if row[0] not in sizes or (confine and row[1:] not in CONFINED):
+        if row[0] not in sizes:
             continue
         entry = table.setdefault(key, {}).setdefault(stage, {"builds": {}})
         of_chosen = which in ("chosen", "confining")
@@ -242,13 +239,13 @@ def coverage() -> str:
 def confining(kernel_size: int = 7) -> str:
     """Instructions that keeping NaN in its windows adds, in per cent, as a Markdown table; "no": it is left off.
 
-    A cell holds compute capabilities 8.0, 9.0, 10.0 and 12.0 in turn.
+    "-": it does not compile, or was not counted. A cell holds compute capabilities 8.0, 9.0, 10.0 and 12.0 in turn.
     """
     versions, table = ("3.3", "3.6", "3.8", "3.9"), read()
     lines = [f"| row | kernel | {' | '.join(versions)} |", "|---|---|" + "---|" * len(versions)]
     for (key, row), stage in itertools.product(table_rows(), tiles.STAGES):
         entry = table[key][stage]
-        if row[0] != kernel_size or "confining" not in entry:
+        if row[0] != kernel_size:
             continue
         cells = []
         for version in versions:
@@ -257,7 +254,7 @@ def confining(kernel_size: int = 7) -> str:
                 column = f"{version} {capability}"
                 before, after = (
                     entry["builds"][tiles.tile_name(entry["tile"])].get(column),
-                    entry["confining"].get(column),
+                    entry.get("confining", {}).get(column),
                 )
                 added = "-" if None in (before, after) else f"{100 * (after[0] / before[0] - 1):.1f}"
                 cell.append(added if added == "-" or tiles.confines(stage, key, column) else f"{added} no")

@@ -97,6 +97,13 @@ def test_a_launch_keeps_nan_in_its_windows_where_the_table_says_so(monkeypatch):
     call = ("key", tiles.Problem(8, 8, 14, 28, 7), torch.bfloat16)
     assert cuda._confines(*call, "3.8 90") and asked == [("key", "K7 d16 map56 half", "3.8 90")]
     assert cuda._confines(*call, None) and len(asked) == 1
+    for stage, side, row in (("forward", 7, "map56"), ("query", 7, "map56"), ("key", 7, "map8"), ("key", 4, "map4")):
+        assert cuda._confines(stage, tiles.Problem(8, 8, side, side, 7, mask=False), torch.bfloat16, "3.8 90")
+        assert asked[-1] == (stage, f"K7 d16 {row} half", "3.8 90")
+    asked.clear()
+    for stage in ("forward", "query"):  # counted with patches that the border clamps
+        assert not cuda._confines(stage, tiles.Problem(8, 8, 4, 4, 7, mask=False), torch.bfloat16, "3.8 90")
+    assert not asked
 
 
 def test_a_launch_takes_the_tile_of_its_target(monkeypatch):

@@ -141,7 +141,7 @@ def test_tiles_that_some_targets_have_instead_are_right_too(c, interpreter):
 
 
 NAN, INF = float("nan"), float("inf")
-# Both windows, both borders, an even window, one in several chunks, without keys, without embeddings.
+# Both windows, both borders, an even window, one in several chunks, without keys, without embeddings; small maps.
 CONFINED = [
     case(1, 8, 3, 5, 9),
     case(1, 16, 7, 3, 10),
@@ -150,6 +150,10 @@ CONFINED = [
     case(1, 8, 9, 2, 11),
     case(1, 8, 3, 3, 9, content=False),
     case(1, 8, 3, 3, 9, embeddings=False),
+    case(1, 16, 3, 4, 4),
+    case(1, 16, 5, 7, 7),
+    case(1, 16, 7, 7, 6, "zero"),
+    case(2, 8, 3, 3, 8),
 ]
 LOST = [("query", INF), ("key", NAN), ("key", INF), ("value", NAN), ("grad", NAN)]
 

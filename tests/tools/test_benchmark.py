@@ -207,8 +207,17 @@ def test_a_batch_by_available_memory(monkeypatch):
 
 def test_the_network_table_has_every_depth_and_peak(capsys, monkeypatch):
     monkeypatch.setattr(benchmark_network, "FORMS", {"CIFAR": (2, 8), "ImageNet": (2, 8)})
-    monkeypatch.setattr(benchmark_network, "train_step", lambda *a: lambda: None)
-    monkeypatch.setattr(benchmark_network, "evaluation_pass", lambda *a: lambda: None)
+    made = {"step": 0, "evaluation": 0}
+
+    def counting(kind):
+        def make(*arguments):
+            made[kind] += 1
+            return lambda: None
+
+        return make
+
+    monkeypatch.setattr(benchmark_network, "train_step", counting("step"))
+    monkeypatch.setattr(benchmark_network, "evaluation_pass", counting("evaluation"))
     monkeypatch.setattr(benchmark_network, "peak_of_step", lambda *a: 3.5)
     assert benchmark.main(["--network", "--json", "--rounds", "1", "--backends", "tiled"]) == 0
     captured = capsys.readouterr()
@@ -217,6 +226,7 @@ def test_the_network_table_has_every_depth_and_peak(capsys, monkeypatch):
         assert len(rows) == 2 * 3 * 3 and {row["model"] for row in rows} == {"ResNet26", "ResNet38", "ResNet50"}
         assert all(row["images_per_s"] > 0 and row["batch"] == 2 for row in rows)
     assert all(row["peak_mib"] == 3.5 for row in result["network"])
+    assert all("peak_mib" not in row for row in result["evaluation"]) and made == {"step": 18, "evaluation": 18}
     steps, evaluation = captured.err.split("Evaluation (no gradients)")
     assert steps.count(" 3.5\n") == 18 and "ImageNet  ResNet50 attention (tiled)" in evaluation
 

@@ -253,7 +253,8 @@ def counted(kind: str, form: Form, dtype: torch.dtype, about: dict) -> float | N
     """
     if dtype != torch.bfloat16:
         return None
-    entry = triton_tiles.table()[triton_tiles.table_key(WINDOW, form.width, form.side, dtype)][kind]
+    problem = triton_tiles.Problem(HEADS, form.width, form.side, form.side, WINDOW)
+    entry = triton_tiles.table()[triton_tiles.row_of(kind, problem, dtype)][kind]
     version = ".".join(str(about.get("triton")).split(".")[:2])
     capability = str(about.get("capability", "")).replace(".", "")
     tile = triton_tiles.tile_name(triton_tiles.choice(entry, f"{version} {capability}"))
