@@ -87,7 +87,7 @@ def row_of(stage: str, problem: Problem, dtype: torch.dtype) -> str:
     """The row of the table that a kernel of this call has its tile from.
 
     Small maps have tiles of their own because the border clamps the patches. Where it does not, the programs are those
-    of large maps, but on maps of at most 4: there the small tile needs fewer instructions, up to windows of 7.
+    of large maps, except on maps of at most 4 with windows up to 7, where the small tile needs fewer instructions.
     """
     side = max(problem.height, problem.width)
     smallest, *_, largest = SIDES["half"]

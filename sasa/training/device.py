@@ -43,7 +43,7 @@ def pick_device(name: str) -> torch.device:
 def make_current(device: torch.device) -> None:
     """A GPU given by its number becomes the one that PyTorch means where none is named.
 
-    Events are recorded on that one, and whether there is bf16 is asked of it.
+    PyTorch records events on the current GPU, and answers for it whether a GPU has bf16.
     """
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)
