@@ -1,5 +1,6 @@
 """tools.benchmark: the order and the arithmetic on a fake clock, tables, JSON, bad input."""
 
+import gc
 import json
 import os
 import subprocess
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from model import build
+from sasa.kernels import cpu, projected_operator
 from tools.benchmark import __main__ as benchmark
 from tools.benchmark import layers as benchmark_layers
 from tools.benchmark import measure, step_memory
@@ -63,6 +65,26 @@ def test_a_ratio_is_of_times_of_one_round():
     assert got == {"median": 3.0, "low": 2.0, "high": 4.0}
 
 
+def test_flags_of_the_kernels_build_are_of_the_machine(monkeypatch):
+    """They can take a vector width from the kernel, which torch's own name of the processor does not show."""
+    monkeypatch.setenv("SASA_CXXFLAGS", "-mno-avx512f")
+    assert measure.machine(torch.device("cpu"))["SASA_CXXFLAGS"] == "-mno-avx512f"
+    monkeypatch.delenv("SASA_CXXFLAGS")
+    assert "SASA_CXXFLAGS" not in measure.machine(torch.device("cpu"))
+
+
+def test_memory_that_a_cycle_holds_does_not_hide_a_growth():
+    """As an optimizer's of an earlier step: it would be freed while the next one runs."""
+    gc.disable()
+    try:
+        held = [torch.zeros(32 << 20, dtype=torch.uint8)]
+        held.append(held)
+        del held
+        assert measure.growth(lambda: torch.zeros(32 << 20, dtype=torch.uint8)) > 24 << 20
+    finally:
+        gc.enable()
+
+
 def test_geometric_mean():
     assert measure.geometric_mean([0.5, 2.0, 8.0]) == pytest.approx(2.0)
 
@@ -86,6 +108,17 @@ def test_every_step_gives_a_gradient_of_every_input(stride):
     assert shapes == [(2, 8, 2, 5, 5)] * 3 + [(8, 1, 3)] * 2
     shapes = [tuple(x.shape) for x in benchmark_layers.layer_step(2, 16, 5, stride, "reference", cpu, fp32)()]
     assert shapes == [(2, 16, 5, 5), *[(8, 1, 7)] * 2, *[(16, 16, 1, 1)] * 3]
+
+
+@pytest.mark.skipif(cpu.unusable() is not None, reason=f"no CPU kernel: {cpu.unusable()}")
+@pytest.mark.parametrize("stride", [1, 2])
+def test_the_layer_that_is_timed_is_that_of_a_network(stride, monkeypatch):
+    """By the operator that a network's training step takes, not by one projection after the other."""
+    run = benchmark_layers.layer_step(2, 16, 4, stride, "auto", torch.device("cpu"), torch.float32)
+    seen, attend = [], projected_operator.attend
+    monkeypatch.setattr(projected_operator, "attend", lambda *a: seen.append(a[-1]) or attend(*a))
+    run()
+    assert seen == [stride == 2]
 
 
 # ---- the command ---------------------------------------------------------------------------------------------------

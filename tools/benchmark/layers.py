@@ -30,8 +30,11 @@ SCALING = {  # what grows -> (B, C, H, K); 7 divides every map, so that tiles ar
 
 
 def lay_out(x: torch.Tensor) -> torch.Tensor:
-    """Maps on CUDA with channels innermost, which is fastest there for convolutions and for backend "triton"."""
-    if x.device.type != "cuda" or x.dim() < 4:
+    """The maps of a layer or a convolution with channels innermost in memory, as train.py has them.
+
+    On CUDA those of attention alone too; on a CPU they are left as planes, as a caller of the function may have them.
+    """
+    if x.dim() < 4 or (x.dim() > 4 and x.device.type != "cuda"):
         return x
     return x.flatten(1, -3).contiguous(memory_format=torch.channels_last).unflatten(1, x.shape[1:-2])
 
@@ -60,15 +63,12 @@ def core_step(b: int, c: int, h: int, k: int, backend: str, device: torch.device
 
 def layer_step(b: int, c: int, h: int, stride: int, backend: str, device: torch.device, dtype: torch.dtype) -> Callable:
     """Forward and backward of the layer with its projections, and its pool where stride is above 1."""
+    # Its own parameters, not tensors in their place: for those it calls its projections one by one.
     layer = LocalAttention2d(c, c, WINDOW, stride=stride, num_heads=HEADS, backend=backend).to(device, dtype)
-    names = [name for name, _ in layer.named_parameters()]
-    x = torch.randn(b, c, h, h, device=device, dtype=dtype)
-
-    def call(x, *parameters):
-        return torch.func.functional_call(layer, dict(zip(names, parameters, strict=True)), (x,))
-
-    side = -(-h // stride)
-    return step(call, (x, *layer.parameters()), (b, c, side, side))
+    x = lay_out(torch.randn(b, c, h, h, device=device, dtype=dtype)).requires_grad_()
+    leaves, side = (x, *layer.parameters()), -(-h // stride)
+    direction = lay_out(torch.randn(b, c, side, side, device=device, dtype=dtype))
+    return lambda: torch.autograd.grad(layer(x), leaves, direction)
 
 
 STEPS = {"conv": conv_step, "core": core_step, "layer": layer_step}

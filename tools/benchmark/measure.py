@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import ctypes
+import gc
 import math
 import multiprocessing
 import os
@@ -58,6 +59,7 @@ def geometric_mean(values: Sequence[float]) -> float:
 
 def growth(run: Callable) -> int:
     """Bytes that `run` adds to this process's resident set at its highest."""
+    gc.collect()  # what an earlier step left in a cycle would be freed while `run` runs, and hide as much of its growth
     libc = ctypes.CDLL(None)
     with contextlib.suppress(AttributeError):
         libc.malloc_trim(0)
@@ -112,6 +114,8 @@ def machine(device: torch.device) -> dict:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     found = {"cpu": name, "capability": torch.backends.cpu.get_cpu_capability(), "cores": cores}
     found |= {"threads": torch.get_num_threads(), "python": platform.python_version(), "torch": torch.__version__}
+    if flags := os.environ.get("SASA_CXXFLAGS"):  # they may have taken AVX-512 or AVX2 from the C++ kernel
+        found["SASA_CXXFLAGS"] = flags
     if device.type == "cuda":
         found["gpu"] = torch.cuda.get_device_name(device)
     return found
