@@ -45,12 +45,13 @@ from sasa.kernels import (
     local_attention_packed,
     local_attention_pooled,
     pools,
+    projected_operator,
     stem_operator,
 )
 from sasa.kernels import flops as kernel_flops
 from sasa.kernels import stem as stem_kernels
-from sasa.kernels.functional import composite_serves
-from sasa.kernels.interface import accumulate_dtype, autocast_dtype, without_autocast
+from sasa.kernels.functional import composite_serves, pairs_up
+from sasa.kernels.interface import AttentionOptions, accumulate_dtype, autocast_dtype, without_autocast
 from sasa.kernels.plain import fused_kind, is_plain_average, is_plain_projection
 from sasa.kernels.projection import project
 from sasa.kernels.reference import reach, window_softmax
@@ -180,9 +181,15 @@ class LocalAttention2d(nn.Module):
         layers = [layer for layer in (self.query, self.key, self.value) if layer is not None]
         # Grouped projections are not plain: one product would interleave the three by head, and saves no arithmetic.
         if all(is_plain_projection(layer, self.in_channels, self.out_channels, x) for layer in layers):
-            qkv = project(x, torch.cat([layer.weight for layer in layers]))  # (B, 3 * C, H, W), one product
-            qkv = qkv.unflatten(1, (len(layers), *heads))
-            if self._pools_inside(qkv, rel_row, rel_col):
+            weight = torch.cat([layer.weight for layer in layers])  # (3 * C, in_channels, 1, 1)
+            if projected_operator.serves(x, weight, rel_row, rel_col, heads, self.kernel_size, self.backend):
+                pooled = self._may_pool() and pairs_up(x)
+                weight = weight.view(len(layers), self.out_channels, self.in_channels)
+                rest = AttentionOptions(self.kernel_size, self.border, self.scale), pooled
+                out = projected_operator.attend(x, weight, rel_row, rel_col, self.num_heads, *rest).flatten(1, 2)
+                return out if pooled or self.pool is None else self.pool(out)
+            qkv = project(x, weight).unflatten(1, (len(layers), *heads))  # one product
+            if self._may_pool() and pools(qkv, rel_row, rel_col, self.kernel_size, self.backend):
                 return local_attention_pooled(qkv, rel_row, rel_col, **options).flatten(1, 2)
             out = local_attention_packed(qkv, rel_row, rel_col, **options)
         else:
@@ -191,11 +198,9 @@ class LocalAttention2d(nn.Module):
         out = out.flatten(1, 2)  # (B, N, D, H, W) -> (B, C, H, W)
         return out if self.pool is None else self.pool(out)
 
-    def _pools_inside(self, qkv: Tensor, rel_row: Tensor | None, rel_col: Tensor | None) -> bool:
-        """Whether the kernel may pool, and nobody can tell: the map before the pool is then never written."""
-        if self.pool is None or not is_plain_average(self.pool, 2):
-            return False
-        return pools(qkv, rel_row, rel_col, self.kernel_size, self.backend)
+    def _may_pool(self) -> bool:
+        """Whether a kernel may do what the pool does, and nobody can tell: the map before the pool is never written."""
+        return self.pool is not None and is_plain_average(self.pool, 2)
 
     def _placed(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """The input, checked and with its absolute positions, and each head's embedding tables."""

@@ -9,6 +9,8 @@ from model import PooledAttentionStem
 PATHS = {
     "layer": lambda: LocalAttention2d(4, 16, 3, num_heads=2),
     "pooled layer": lambda: LocalAttention2d(4, 16, 3, num_heads=2, stride=2),
+    "layer of channels last": lambda: LocalAttention2d(4, 16, 3, num_heads=2),
+    "pooled layer of channels last": lambda: LocalAttention2d(4, 16, 3, num_heads=2, stride=2),
     "layer without content": lambda: LocalAttention2d(4, 16, 3, num_heads=2, content=False),
     "stem of blocks": lambda: AttentionStem(3, 16),
     "sliding stem": lambda: AttentionStem(3, 16, window="sliding", border="zero"),
@@ -32,4 +34,5 @@ def build(path):
     if path == "pooled stem":
         network[1].weight.data.uniform_(-1, 1)
         network[3].inplace = False  # PyTorch's backward hooks do not go with it
-    return network, torch.randn(2, 4 if "layer" in path else 3, 10 if path == "pooled layer" else 9, 10)
+    x = torch.randn(2, 4 if "layer" in path else 3, 10 if path.startswith("pooled layer") else 9, 10)
+    return network, x.contiguous(memory_format=torch.channels_last) if "channels last" in path else x

@@ -37,7 +37,7 @@ _CSRC = Path(__file__).parent / "csrc"
 SOURCES = [_CSRC / name for name in ("cpu.cpp", "stem.cpp")]
 HEADERS = [
     _CSRC / f"{name}.h"
-    for name in ("frame", "maps", "packing", "pairs", "planes", "products", "simd", "threads", "tiles")
+    for name in ("frame", "maps", "packing", "pairs", "planes", "products", "projection", "simd", "threads", "tiles")
 ]
 BUILD_SECONDS = {torch.float32: "9 to 20", torch.float64: "3 to 9"}  # measured with g++ 12; only for the message
 _LEVEL = {torch.float32: "-O3", torch.float64: "-O1"}  # fp64 is for checking gradients: it need not be fast

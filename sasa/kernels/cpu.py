@@ -17,7 +17,15 @@ import torch
 from torch import Tensor
 
 from sasa.kernels.build import library
-from sasa.kernels.interface import AttentionOptions, CallKind, Gradients, Targets, empty_like_map, empty_map
+from sasa.kernels.interface import (
+    AttentionOptions,
+    CallKind,
+    Gradients,
+    Targets,
+    empty_inner_map,
+    empty_like_map,
+    empty_map,
+)
 
 MAX_KERNEL_SIZE = 13  # kMaxWindow of cpu.cpp
 STEM_CHANNELS = 3  # C of stem.cpp
@@ -57,10 +65,11 @@ def forward(
     With `pooled`, H and W even, `out` is the average of each 2 x 2 block, (B, N, D, H/2, W/2).
 
     Raises:
+        ValueError: `pooled`, and an odd side.
         MemoryError: there is none for the scratch.
     """
     b, n, d, h, w = query.shape
-    size = (h // 2, w // 2) if pooled else (h, w)
+    size = _output_size(h, w, pooled)
     out = empty_map(query, (n, d), size)
     q, k, v, rows, cols = (_widen(x) for x in (query, key, value, rel_row, rel_col))
     wide_out = out if out.dtype == q.dtype else empty_map(q, (n, d), size)
@@ -88,6 +97,7 @@ def backward(
     Raises:
         MemoryError: there is none for the scratch.
     """
+    _output_size(*query.shape[-2:], pooled)
     targets = into or tuple(None if x is None else empty_like_map(query) for x in (query, key, value))
     g, q, k, v, rows, cols, o = (_widen(x) for x in (grad_out, query, key, value, rel_row, rel_col, out))
     wide = tuple(t if t is None or t.dtype == q.dtype else empty_like_map(q) for t in targets)
@@ -99,6 +109,110 @@ def backward(
         if target is not source:
             target.copy_(source)
     return *targets, *(None if x is None else x.to(query.dtype) for x in wide_rel)
+
+
+# With the projection inside -------------------------------------------------------------------------------------------
+
+
+def project_and_attend(
+    x: Tensor,
+    weight: Tensor,
+    rel_row: Tensor | None,
+    rel_col: Tensor | None,
+    num_heads: int,
+    options: AttentionOptions,
+    pooled: bool,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Attention of query, key and value that the kernel itself makes of the layer's input, row by row.
+
+    Args:
+        x: (B, C, H, W) of fp32 or fp64, channels innermost.
+        weight: (P, N * D, C), of query, key (P = 3; 2 without) and value.
+        rel_row, rel_col, options, pooled: as for `forward`.
+        num_heads: N.
+        keep: for a backward.
+
+    Returns:
+        out as of `forward`, in the layout of x; with `keep` also the log-sum-exp (B, N, H, W) and the three maps in the
+        kernel's own order, P * B * N * D * H * W numbers for `projected_backward`; else two empty tensors.
+
+    Raises:
+        MemoryError: there is none for the scratch.
+    """
+    (b, _, h, w), (parts, channels, inputs) = x.shape, weight.shape
+    out, lse, kept = empty_projected(x, channels, num_heads, parts, pooled, keep)
+    if out.numel():
+        weight = weight.contiguous()
+        call = _call(
+            (b, num_heads, channels // num_heads, h, w), options, pooled, rel_row, rel_col,
+            out=_strided(_Map, out), lse=_strided(_Map, lse.unsqueeze(2) if keep else None),
+            input=_strided(_Map, x.unsqueeze(1)), weight=_address(weight), inputs=inputs, parts=parts,
+            kept=_address(kept if keep else None),
+        )  # fmt: skip
+        _run(call, x.dtype, options.scale, backward=False)
+    return out, lse, kept
+
+
+def empty_projected(
+    x: Tensor, channels: int, num_heads: int, parts: int, pooled: bool, keep: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What `project_and_attend` fills and returns."""
+    b, _, h, w = x.shape
+    out = empty_inner_map(x, (num_heads, channels // num_heads), _output_size(h, w, pooled))
+    lse = x.new_empty((b, num_heads, h, w) if keep else 0)
+    return out, lse, x.new_empty(parts * b * channels * h * w if keep else 0)
+
+
+def projected_backward(
+    grad_out: Tensor,
+    kept: Tensor,
+    rel_row: Tensor | None,
+    rel_col: Tensor | None,
+    out: Tensor | None,
+    lse: Tensor,
+    parts: int,
+    options: AttentionOptions,
+    pooled: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Gradients of the projection (B, P, N, D, H, W), channels innermost, and of rel_row and rel_col.
+
+    Args:
+        grad_out, rel_row, rel_col, out, lse, options, pooled: as for `backward`.
+        kept: of `project_and_attend`.
+        parts: P.
+
+    Raises:
+        MemoryError: there is none for the scratch.
+    """
+    (b, n, d), (h, w) = grad_out.shape[:3], lse.shape[2:]
+    grad = empty_inner_map(grad_out, (parts, n, d), (h, w))
+    grad_row, grad_col = (None if x is None else torch.zeros_like(x, memory_format=torch.contiguous_format)
+                          for x in (rel_row, rel_col))  # fmt: skip
+    if grad.numel():
+        query, *key, value = grad.unbind(1)
+        call = _call(
+            (b, n, d, h, w), options, pooled, rel_row, rel_col,
+            out=_strided(_Map, out), lse=_strided(_Map, lse.unsqueeze(2)), grad_out=_strided(_Map, grad_out),
+            grad_query=_strided(_Map, query), grad_key=_strided(_Map, key[0] if key else None),
+            grad_value=_strided(_Map, value), grad_row=_address(grad_row), grad_col=_address(grad_col),
+            kept=_address(kept), parts=parts,
+        )  # fmt: skip
+        _run(call, kept.dtype, options.scale, backward=True)
+    return grad, grad_row, grad_col
+
+
+def _output_size(height: int, width: int, pooled: bool) -> tuple[int, int]:
+    """Of an output; the kernel itself checks nothing.
+
+    Raises:
+        ValueError: 2 x 2 blocks do not cover the map.
+    """
+    if not pooled:
+        return height, width
+    if height % 2 or width % 2:
+        raise ValueError(f"2 x 2 blocks do not cover a map of {height} x {width}")
+    return height // 2, width // 2
 
 
 def _widen(x: Tensor | None) -> Tensor | None:
@@ -122,6 +236,8 @@ class AttentionCall(ctypes.Structure):
         *((name, _Embedding) for name in ("rel_row", "rel_col")),
         *((name, _Map) for name in ("grad_out", "grad_query", "grad_key", "grad_value")),
         *((name, _Int) for name in ("grad_row", "grad_col")),
+        ("input", _Map),
+        *((name, _Int) for name in ("weight", "inputs", "parts", "kept")),
     )
 
 
@@ -185,21 +301,44 @@ def _attend(
     grads: tuple[Tensor | None, ...] = (None,) * 6,
 ) -> None:
     """Calls the kernel of local attention: backward where `grads` (of out, then of the five inputs) are given."""
-    b, n, d, h, w = query.shape
     grad_out, grad_query, grad_key, grad_value, grad_row, grad_col = grads
-    call = AttentionCall(
-        batch=b, heads=n, width=d, height=h, columns=w,
-        window=options.kernel_size, zero_border=options.border == "zero", pooled=pooled,
-        threads=torch.get_num_threads(), parallel=_parallel_region(),
+    call = _call(
+        query.shape, options, pooled, rel_row, rel_col,
         query=_strided(_Map, query), key=_strided(_Map, key), value=_strided(_Map, value), out=_strided(_Map, out),
         lse=_strided(_Map, lse.unsqueeze(2)),
-        rel_row=_strided(_Embedding, rel_row), rel_col=_strided(_Embedding, rel_col),
         grad_out=_strided(_Map, grad_out), grad_query=_strided(_Map, grad_query),
         grad_key=_strided(_Map, grad_key), grad_value=_strided(_Map, grad_value),
         grad_row=_address(grad_row), grad_col=_address(grad_col),
     )  # fmt: skip
-    attention, _ = _functions(query.dtype)
-    _check_result(attention(call, ctypes.sizeof(call), options.scale, grad_out is not None))
+    _run(call, query.dtype, options.scale, grad_out is not None)
+
+
+def _call(
+    shape: tuple[int, ...],
+    options: AttentionOptions,
+    pooled: bool,
+    rel_row: Tensor | None,
+    rel_col: Tensor | None,
+    **tensors: int | ctypes.Array,
+) -> AttentionCall:
+    """A call for maps of this shape (B, N, D, H, W); `tensors` are further fields."""
+    b, n, d, h, w = shape
+    return AttentionCall(
+        batch=b, heads=n, width=d, height=h, columns=w,
+        window=options.kernel_size, zero_border=options.border == "zero", pooled=pooled,
+        threads=torch.get_num_threads(), parallel=_parallel_region(),
+        rel_row=_strided(_Embedding, rel_row), rel_col=_strided(_Embedding, rel_col), **tensors,
+    )  # fmt: skip
+
+
+def _run(call: AttentionCall, dtype: torch.dtype, scale: float, backward: bool) -> None:
+    """Calls the kernel of local attention.
+
+    Raises:
+        MemoryError, RuntimeError: see `_check_result`.
+    """
+    attention, _ = _functions(dtype)
+    _check_result(attention(call, ctypes.sizeof(call), scale, backward))
 
 
 # The stem (the arguments are those of sasa/kernels/stem.py) ----------------------------------------------------------

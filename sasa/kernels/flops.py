@@ -10,7 +10,7 @@ import math
 
 import torch
 
-from sasa.kernels import operators, stem_operator  # noqa: F401 : they define what has formulas here
+from sasa.kernels import operators, projected_operator, stem_operator  # noqa: F401 : they define what has formulas here
 
 
 def attention_flops(pairs: int, channels: int, num_heads: int, content: bool, relative: bool, scaled: bool) -> dict:
@@ -81,6 +81,21 @@ def _pooled_backward(grad_out, qkv, rel_row, rel_col, lse, kernel_size, border, 
     return 2 * _attention((qkv[0], *qkv[2:]), qkv[1] == 3, rel_row, kernel_size, scale)
 
 
+def _projected(x, weight, rel_row, rel_col, num_heads, kernel_size, border, scale, *rest, **others) -> int:
+    (batch, inputs, height, width), (parts, channels, _) = x, weight
+    query = (batch, num_heads, channels // num_heads, height, width)
+    projection = 2 * parts * channels * inputs * batch * height * width
+    return projection + _attention(query, parts == 3, rel_row, kernel_size, scale)
+
+
+def _projected_backward(
+    grad_out, kept, rel_row, rel_col, out, lse, parts, kernel_size, border, scale, *rest, **others
+) -> int:
+    """Without the gradients of the projection, which are a convolution's."""
+    query = (*grad_out[:3], *lse[2:])
+    return 2 * _attention(query, parts == 3, rel_row, kernel_size, scale)
+
+
 def _stem(x, forms, mixture, value_weight, window: str) -> int:
     batch, in_channels, height, width = x
     positions, num_matrices = mixture
@@ -104,6 +119,8 @@ _FORMULAS = {
     "local_attention_packed_backward": _packed_backward,
     "local_attention_pooled": _packed,
     "local_attention_pooled_backward": _pooled_backward,
+    "projected_attention": _projected,
+    "projected_attention_backward": _projected_backward,
     "stem_attention": _stem_forward,
     "stem_attention_backward": _stem_backward,
 }

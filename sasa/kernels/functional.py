@@ -124,15 +124,30 @@ def local_attention_pooled(
 
 
 def pools(qkv: Tensor, rel_row: Tensor | None, rel_col: Tensor | None, kernel_size: int, backend: str) -> bool:
-    """Whether `local_attention_pooled` serves: fp32 or fp64 on a CPU by the C++ kernel, with sides that 2 divides.
+    """Whether `local_attention_pooled` serves: where the C++ kernel does, of sides that 2 divides.
 
-    Half types are rounded before a pool: they are pooled outside, as are sizes that a compiler keeps free.
+    Not in a trace of torch.jit, which would keep the answer for maps of other sizes.
     """
-    if qkv.device.type != "cpu" or qkv.dtype not in (torch.float32, torch.float64) or autocast_dtype(qkv.device):
+    if torch.jit.is_tracing() or has_free_size(qkv) or not pairs_up(qkv):
         return False
-    if has_free_size(qkv) or qkv.shape[-1] % 2 or qkv.shape[-2] % 2 or composite_serves(backend, qkv, rel_row, rel_col):
+    if composite_serves(backend, qkv, rel_row, rel_col):
         return False
-    return _cpu_serves(qkv.dtype, settled(qkv.shape[3]), settled(kernel_size), backend)
+    return kernel_serves(qkv, qkv.shape[3], kernel_size, backend)
+
+
+def pairs_up(x: Tensor) -> bool:
+    """Whether 2 x 2 blocks cover a map (.., H, W)."""
+    return x.shape[-1] % 2 == 0 and x.shape[-2] % 2 == 0
+
+
+def kernel_serves(x: Tensor, head_dim: int, kernel_size: int, backend: str) -> bool:
+    """Whether what x leads to is computed by the C++ kernel, in fp32 or fp64 throughout.
+
+    Half types are rounded between the steps that it takes in one: they are left to the steps.
+    """
+    if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.float64) or autocast_dtype(x.device):
+        return False
+    return _cpu_serves(x.dtype, settled(head_dim), settled(kernel_size), backend)
 
 
 @constant_when_compiled  # it asks whether there is a kernel here

@@ -8,6 +8,7 @@ rel_col (N, D/2, K).
 """
 
 import contextlib
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -139,6 +140,26 @@ def to_layout(x: Tensor, like: Tensor) -> Tensor:
     """`x` in the memory layout of `empty_like_map(like)`: the strides an operator promises must be the real ones."""
     target = empty_like_map(like)
     return x if x.stride() == target.stride() else target.copy_(x)
+
+
+def differentiable_gradients(
+    function: Callable, inputs: Sequence[Tensor | None], directions: list[Tensor]
+) -> list[Tensor | None]:
+    """Gradients of the tensors function(*inputs) that can be differentiated again; None where an input needs none.
+
+    Each is with respect to its input alone, not to another that is the same tensor or was computed from it: autograd
+    adds those up itself. All of it is computed without autocast.
+
+    Args:
+        function: of `inputs`, in PyTorch's own operations; returns a list of tensors.
+        inputs: tensors, or None.
+        directions: the gradients of function's results.
+    """
+    inputs = [x.view_as(x) if x is not None and x.requires_grad else x for x in inputs]
+    wanted = [x for x in inputs if x is not None and x.requires_grad]
+    with without_autocast(directions[0].device):
+        grads = iter(torch.autograd.grad(function(*inputs), wanted, directions, create_graph=True))
+    return [next(grads) if x is not None and x.requires_grad else None for x in inputs]
 
 
 def deliver(maps: tuple[Tensor | None, ...], into: Targets | None) -> tuple[Tensor | None, ...]:

@@ -9,6 +9,7 @@ Shapes: as in sasa/kernels/interface.py; a fused projection is (B, P, N, D, H, W
 for query and value.
 """
 
+import functools
 from typing import Optional
 
 import torch
@@ -21,6 +22,7 @@ from sasa.kernels.interface import (
     AttentionOptions,
     Targets,
     accumulate_dtype,
+    differentiable_gradients,
     empty_like_map,
     empty_map,
     to_layout,
@@ -77,7 +79,7 @@ def _backward(
             target.copy_(gradient)
 
 
-def _empty_embeddings(query: Tensor, *embeddings: Tensor | None) -> tuple[Tensor, ...]:
+def empty_embeddings(query: Tensor, *embeddings: Tensor | None) -> tuple[Tensor, ...]:
     """Uninitialised gradients; an empty one for an absent input, since an operator returns tensors only."""
     return tuple(
         query.new_empty(0) if x is None else torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -111,7 +113,7 @@ def _(query, key, value, rel_row, rel_col, kernel_size, border, scale, backend):
 
 def _empty_gradients(query, key, value, rel_row, rel_col) -> tuple[Tensor, ...]:
     maps = (query.new_empty(0) if x is None else empty_like_map(query) for x in (query, key, value))
-    return *maps, *_empty_embeddings(query, rel_row, rel_col)
+    return *maps, *empty_embeddings(query, rel_row, rel_col)
 
 
 @torch.library.custom_op("sasa::local_attention_backward", mutates_args=())
@@ -179,7 +181,7 @@ def local_attention_packed_backward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """-> gradients of qkv, rel_row, rel_col. That of qkv is one tensor whose slices are written: no concatenation."""
-    grads = (empty_like_map(qkv), *_empty_embeddings(qkv, rel_row, rel_col))
+    grads = (empty_like_map(qkv), *empty_embeddings(qkv, rel_row, rel_col))
     into, options = split_packed(grads[0]), AttentionOptions(kernel_size, border, scale)
     _backward(grad_out, *split_packed(qkv), rel_row, rel_col, out, lse, options, backend, into, grads[1:])
     return grads
@@ -187,7 +189,7 @@ def local_attention_packed_backward(
 
 @local_attention_packed_backward.register_fake
 def _(grad_out, qkv, rel_row, rel_col, out, lse, kernel_size, border, scale, backend):
-    return empty_like_map(qkv), *_empty_embeddings(qkv, rel_row, rel_col)
+    return empty_like_map(qkv), *empty_embeddings(qkv, rel_row, rel_col)
 
 
 # A fused projection, and the average of each 2 x 2 block -------------------------------------------------------------
@@ -228,7 +230,7 @@ def local_attention_pooled_backward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """-> gradients of qkv, rel_row, rel_col, from that of the averages; the output itself is not needed."""
-    grads = (empty_like_map(qkv), *_empty_embeddings(qkv, rel_row, rel_col))
+    grads = (empty_like_map(qkv), *empty_embeddings(qkv, rel_row, rel_col))
     into, options = split_packed(grads[0]), AttentionOptions(kernel_size, border, scale)
     _, _, _, *gradients = cpu.backward(
         grad_out, *split_packed(qkv), rel_row, rel_col, None, lse, options, into, pooled=True
@@ -241,7 +243,7 @@ def local_attention_pooled_backward(
 
 @local_attention_pooled_backward.register_fake
 def _(grad_out, qkv, rel_row, rel_col, lse, kernel_size, border, scale, backend):
-    return empty_like_map(qkv), *_empty_embeddings(qkv, rel_row, rel_col)
+    return empty_like_map(qkv), *empty_embeddings(qkv, rel_row, rel_col)
 
 
 # Autograd ------------------------------------------------------------------------------------------------------------
@@ -272,7 +274,8 @@ def _gradients(operator, kept: int = 2):
         if grad_out is None:
             return (None,) * (len(inputs) + _OPTIONS)
         if torch.is_grad_enabled():  # create_graph=True
-            grads = _differentiable_gradients(grad_out, inputs, AttentionOptions(*ctx.options[:-1]), pooled)
+            again = functools.partial(_by_reference, options=AttentionOptions(*ctx.options[:-1]), pooled=pooled)
+            grads = differentiable_gradients(again, inputs, [grad_out])
         else:
             grads = operator(grad_out, *saved, *ctx.options)
             grads = [None if x is None else grad for x, grad in zip(inputs, grads, strict=True)]
@@ -281,16 +284,11 @@ def _gradients(operator, kept: int = 2):
     return backward
 
 
-def _differentiable_gradients(grad_out: Tensor, inputs, options: AttentionOptions, pooled: bool) -> list[Tensor | None]:
-    """Gradients that can be differentiated again: those of the reference's forward, with its K * K copies."""
+def _by_reference(*inputs: Tensor | None, options: AttentionOptions, pooled: bool) -> list[Tensor]:
+    """The reference's forward, with its K * K copies, of three maps or a fused projection, and the two tables."""
     maps = inputs[:3] if len(inputs) == 5 else split_packed(inputs[0])
-    with without_autocast(grad_out.device):
-        out, _ = reference.forward(*maps, *inputs[-2:], options)
-        if pooled:
-            out = F.avg_pool2d(out.flatten(1, 2), 2).unflatten(1, out.shape[1:3])
-    wanted = [x for x in inputs if x is not None and x.requires_grad]
-    grads = iter(torch.autograd.grad(out, wanted, grad_out, create_graph=True))
-    return [next(grads) if x is not None and x.requires_grad else None for x in inputs]
+    out, _ = reference.forward(*maps, *inputs[-2:], options)
+    return [F.avg_pool2d(out.flatten(1, 2), 2).unflatten(1, out.shape[1:3]) if pooled else out]
 
 
 local_attention.register_autograd(_gradients(local_attention_backward), setup_context=_setup_context)

@@ -53,7 +53,7 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     own = module.__dict__
     if any(_GLOBAL_HOOKS) or any(name in own for name in _REPLACEABLE):
         return False
-    return nn.Module.__call__ is _CALL and nn.Module._call_impl is _CALL_IMPL
+    return kind.__call__ is _CALL and kind._call_impl is _CALL_IMPL
 
 
 def is_plain_projection(module: nn.Module, in_channels: int, out_channels: int, x: Tensor) -> bool:

@@ -1,4 +1,4 @@
-"""The product that makes query, key and value of a map."""
+"""The product that makes query, key and value of a map, and its gradients."""
 
 import torch
 import torch.nn.functional as F
@@ -12,8 +12,29 @@ def project(x: Tensor, weight: Tensor) -> Tensor:
     (fp32, two threads, maps of 8 to 56 pixels a side), the rest as long as before. One image alone is left as it is: as
     a row it would lose its layout.
     """
-    if x.device.type != "cpu" or x.shape[0] < 2 or torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if x.device.type != "cpu" or torch.compiler.is_compiling() or torch.jit.is_tracing() or not _has_rows(x):
         return F.conv2d(x, weight)
-    if x.stride(2) != x.shape[3] * x.stride(3):  # the map's rows do not follow one another: it would be copied
-        return F.conv2d(x, weight)
-    return F.conv2d(x.flatten(2).unsqueeze(2), weight).unflatten(3, x.shape[2:]).squeeze(2)
+    return F.conv2d(_as_row(x), weight).unflatten(3, x.shape[2:]).squeeze(2)
+
+
+def projection_gradients(
+    grad: Tensor, x: Tensor, weight: Tensor, wanted: tuple[bool, bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of x (B, C, H, W) and of the weight (C', C) from that of their product (B, C', H, W), where wanted."""
+    flat = _has_rows(x) and _has_rows(grad)
+    inputs = (_as_row(grad), _as_row(x)) if flat else (grad, x)
+    by_x, by_weight, _ = torch.ops.aten.convolution_backward(
+        *inputs, weight[:, :, None, None], None, (1, 1), (0, 0), (1, 1), False, (0, 0), 1, (*wanted, False)
+    )
+    if flat and wanted[0]:
+        by_x = by_x.unflatten(3, x.shape[2:]).squeeze(2)
+    return by_x if wanted[0] else None, by_weight.flatten(1) if wanted[1] else None
+
+
+def _has_rows(x: Tensor) -> bool:
+    """Whether each map is one row of pixels as it lies, of more than one image."""
+    return x.shape[0] > 1 and x.stride(2) == x.shape[3] * x.stride(3)
+
+
+def _as_row(x: Tensor) -> Tensor:
+    return x.flatten(2).unsqueeze(2)

@@ -8,6 +8,7 @@ Shapes: B batch, C image channels, H x W image, N heads, D head width, S window 
 a window. Source: Ramachandran et al. 2019, section 3.3; the mathematics is in kernels/stem.py.
 """
 
+import functools
 import math
 from typing import Optional
 
@@ -17,7 +18,13 @@ from torch import Tensor, nn
 from sasa.kernels import cpu, triton_stem
 from sasa.kernels.dispatch import choose_for
 from sasa.kernels.functional import composite_serves
-from sasa.kernels.interface import CallKind, accumulate_dtype, empty_like_map, empty_map
+from sasa.kernels.interface import (
+    CallKind,
+    accumulate_dtype,
+    differentiable_gradients,
+    empty_like_map,
+    empty_map,
+)
 from sasa.kernels.stem import block_attention, mixed_block_values, sliding_attention, to_blocks
 from sasa.kernels.tracing import constant_when_compiled
 
@@ -36,7 +43,7 @@ def attend(
         return _composite(*tensors, window, border)
     wide = accumulate_dtype(x.dtype)
     tensors = (y.to(wide) for y in tensors)
-    return _stem_attention(*tensors, window, border, x.requires_grad, None, kernel)[0].to(x.dtype)
+    return _stem_attention(*tensors, window, border, None, kernel)[0].to(x.dtype)
 
 
 def _composite(x: Tensor, forms: Tensor, mixture: Tensor, value_weight: Tensor, window: str, border: str) -> Tensor:
@@ -65,9 +72,10 @@ def attend_normalise_pool(
     Returns:
         (B, N * D, ceil(H / S), ceil(W / S)).
     """
-    signs, weights = norm.weight.detach().sign().to(x.dtype), (forms, mixture, value_weight)
+    signs = norm.weight.detach().sign().to(x.dtype)
+    weights = [y.to(x.dtype) for y in (forms, mixture, value_weight)]  # the kernel reads them as numbers of one type
     kernel = _kernel_of(x, *weights, backend)
-    chosen, _, moments = _stem_attention(x, *weights, "block", border, x.requires_grad, signs, kernel)
+    chosen, _, moments = _stem_attention(x, *weights, "block", border, signs, kernel)
     mean, variance = moments.unbind()  # (N * D) in fp64, the biased variance, over the whole (B, H, W) map
     if norm.training:
         with torch.no_grad():
@@ -76,7 +84,8 @@ def attend_normalise_pool(
             norm.running_mean.lerp_(mean.to(x.dtype), norm.momentum)
             norm.running_var.lerp_((variance * count / (count - 1)).to(x.dtype), norm.momentum)
     else:
-        mean, variance = norm.running_mean, norm.running_var
+        # Copies: a later batch in training changes these in place, and a backward may still need them.
+        mean, variance = norm.running_mean.clone(), norm.running_var.clone()
     scale = norm.weight / (variance + norm.eps).sqrt()
     shift = norm.bias - mean * scale
     return chosen * scale.to(x.dtype)[:, None, None] + shift.to(x.dtype)[:, None, None]
@@ -128,7 +137,6 @@ def _stem_attention(
     value_weight: Tensor,
     window: str,
     border: str,
-    image_gradient: bool,
     signs: Optional[Tensor],
     served_by: str = "cpu",  # not `kernel`: Inductor calls operators by a function with an argument of that name
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -144,7 +152,7 @@ def _stem_attention(
 
 
 @_stem_attention.register_fake
-def _(x, forms, mixture, value_weight, window, border, image_gradient, signs, served_by="cpu"):
+def _(x, forms, mixture, value_weight, window, border, signs, served_by="cpu"):
     pooled = signs is not None
     moments = x.new_empty((2, value_weight.shape[1]) if pooled else 0, dtype=torch.float64)
     return *_empty_outputs(x, mixture, value_weight, pooled), moments
@@ -183,40 +191,36 @@ def _(
 def _setup_context(ctx, inputs, output):
     ctx.save_for_backward(*inputs[:4], *output[1:])
     ctx.mark_non_differentiable(output[1])
-    *options, signs, served_by = inputs[4:]
-    ctx.options = (*options, signs is not None, served_by)  # window, border, image_gradient, pooled, served_by
+    window, border, signs, served_by = inputs[4:]
+    ctx.options = (window, border, signs is not None, served_by)
 
 
 def _backward(ctx, grad_out, grad_index, grad_moments):
     *inputs, index, moments = ctx.saved_tensors
-    x, pooled = inputs[0], ctx.options[3]
+    x, (window, border, pooled, served_by) = inputs[0], ctx.options
     if torch.is_grad_enabled():  # create_graph=True
-        grads = _differentiable_gradients(grad_out, grad_moments, inputs, index, ctx.options)
+        again = functools.partial(_by_composite, window=window, border=border, index=index if pooled else None)
+        grads = differentiable_gradients(again, inputs, [grad_out, grad_moments] if pooled else [grad_out])
         return *grads, *(None,) * len(ctx.options)
     slopes = moments
     if pooled:  # of the mean, sum(o) / n, and of the variance, sum((o - mean)^2) / n
         of_mean, of_variance = grad_moments / (x.shape[0] * x.shape[2] * x.shape[3])
         slopes = torch.stack((of_mean - 2 * of_variance * moments[0], 2 * of_variance)).to(x.dtype)
-    grad_x, *grads = _stem_attention_backward(grad_out, index, slopes, *inputs, *ctx.options)
-    return grad_x if ctx.options[2] else None, *grads, *(None,) * len(ctx.options)
+    image_gradient = ctx.needs_input_grad[0]
+    options = (window, border, image_gradient, pooled, served_by)
+    grad_x, *grads = _stem_attention_backward(grad_out, index, slopes, *inputs, *options)
+    return grad_x if image_gradient else None, *grads, *(None,) * len(ctx.options)
 
 
-def _differentiable_gradients(
-    grad_out: Tensor, grad_moments: Tensor, inputs: list[Tensor], index: Tensor, options: tuple
-) -> list[Tensor | None]:
-    """Gradients that can be differentiated again: those of PyTorch's own operations."""
-    window, border, _, pooled, _ = options
-    results, directions = [_composite(*inputs, window, border)], [grad_out]
-    if pooled:
-        (values,), side = results, math.isqrt(inputs[2].shape[0])
-        moments = values.double().var((0, 2, 3), correction=0), values.double().mean((0, 2, 3))
-        places = index.long().permute(0, 2, 3, 1)[:, :, :, None]  # (B, H/S, W/S, 1, N * D)
-        chosen = to_blocks(values, side).take_along_dim(places, 3).squeeze(3).permute(0, 3, 1, 2)
-        results = [chosen, torch.stack(moments[::-1])]
-        directions.append(grad_moments)
-    wanted = [x for x in inputs if x.requires_grad]
-    grads = iter(torch.autograd.grad(results, wanted, directions, create_graph=True))
-    return [next(grads) if x.requires_grad else None for x in inputs]
+def _by_composite(*inputs: Tensor, window: str, border: str, index: Tensor | None) -> list[Tensor]:
+    """What `_stem_attention` returns, by PyTorch's own operations: of blocks, the values at `index`, and moments."""
+    values = _composite(*inputs, window, border)
+    if index is None:
+        return [values]
+    moments = values.double().var((0, 2, 3), correction=0), values.double().mean((0, 2, 3))
+    places = index.long().permute(0, 2, 3, 1)[:, :, :, None]  # (B, H/S, W/S, 1, N * D)
+    blocks = to_blocks(values, math.isqrt(inputs[2].shape[0]))
+    return [blocks.take_along_dim(places, 3).squeeze(3).permute(0, 3, 1, 2), torch.stack(moments[::-1])]
 
 
 torch.library.register_autograd("sasa::stem_attention", _backward, setup_context=_setup_context)

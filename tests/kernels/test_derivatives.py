@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from attention import AttentionStem, LocalAttention2d
 from model import PooledAttentionStem
-from sasa.kernels import backends, dispatch, local_attention, local_attention_packed
+from sasa.kernels import backends, dispatch, local_attention, local_attention_packed, stem_operator
 from sasa.kernels.interface import CallKind
 
 # Along random directions: a wrong entry of a Jacobian shows as it does entry by entry, in a fraction of the time.
@@ -83,6 +83,33 @@ def test_second_derivatives_need_only_the_inputs_that_have_them():
     inputs[3].requires_grad_(False)
     call, present = of_present(functools.partial(local_attention, **options), inputs)
     assert gradgradcheck(call, present)
+
+
+def tied_maps(x):
+    return local_attention(x, x.tanh(), x, None, None, kernel_size=3)
+
+
+def tied_tables(x):
+    layer = LocalAttention2d(4, 8, 3, num_heads=2).double()
+    layer.load_state_dict({name: torch.linspace(-1, 1, p.numel()).view_as(p) for name, p in layer.state_dict().items()})
+    table = x[0, :, :, 0, :3]
+    tables = {"rel_row": table, "rel_col": table}
+    return functional_call(layer, tables, (x.flatten(1, 2),)).unflatten(1, (2, 4))
+
+
+def tied_stem(x):
+    image, forms = x[:, 0, :1].expand(-1, 3, -1, -1), torch.linspace(-1, 1, 18, dtype=x.dtype).view(2, 3, 3)
+    mixture, values = x[0, :2, 0, 0, :2].repeat(2, 1), x[:1, :, 0, 0, :3].repeat(2, 2, 1)  # (P, M), (M, N * D, C)
+    return stem_operator.attend(image, forms, mixture, values, "block", "mask", "auto")
+
+
+@pytest.mark.parametrize("function", [tied_maps, tied_tables, tied_stem])
+def test_inputs_that_share_their_history_have_their_gradient_once(function):
+    """With create_graph as without: one map as query and value, a key that is computed from it, one table for both."""
+    x = torch.randn(1, 2, 2, 4, 6, dtype=torch.float64, requires_grad=True)
+    once, again = (torch.autograd.grad(function(x).sin().sum(), x, create_graph=graph)[0] for graph in (False, True))
+    torch.testing.assert_close(again, once)
+    assert gradgradcheck(function, (x,))
 
 
 @pytest.mark.parametrize("backend", ["cpu", "tiled"])

@@ -212,6 +212,8 @@ CHANGES = {
     "compiled call": set_on_module("_compiled_call_impl", lambda m: lambda x: 2 * m._call_impl(x)),
     "forward of the class": of_the_class(nn.Conv2d, "forward"),
     "convolution of the class": of_the_class(nn.Conv2d, "_conv_forward"),
+    "call of every convolution": of_the_class(nn.Conv2d, "__call__"),
+    "inner call of every convolution": of_the_class(nn.Conv2d, "_call_impl"),
     "call of every module": of_the_class(nn.Module, "__call__"),
     "inner call of every module": of_the_class(nn.Module, "_call_impl"),
     "subclass": set_on_module("__class__", lambda m: Standardised),

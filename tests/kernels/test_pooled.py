@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from attention import LocalAttention2d
 from sasa import kernels
-from sasa.kernels import cpu, local_attention_pooled, reference
+from sasa.kernels import cpu, local_attention_pooled, projected_operator, reference
 from sasa.kernels.interface import AttentionOptions
 
 pytestmark = pytest.mark.skipif(cpu.unusable() is not None, reason=f"no CPU kernel: {cpu.unusable()}")
@@ -158,7 +158,25 @@ def test_gradcheck_and_opcheck(content):
     torch.library.opcheck(torch.ops.sasa.local_attention_pooled_backward.default, arguments)
 
 
-# ---- the layer -----------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("size", [(5, 4), (4, 7)])
+def test_odd_sides_are_refused(size):
+    """The kernel itself checks nothing, and would write beyond its output."""
+    qkv = torch.randn(1, 3, 2, 4, *size)
+    with pytest.raises(ValueError, match="2 x 2"):
+        torch.ops.sasa.local_attention_pooled(qkv, None, None, 3, "mask", 1.0, "cpu")
+    options, maps = AttentionOptions(3), qkv.unbind(1)
+    with pytest.raises(ValueError, match="2 x 2"):
+        cpu.backward(qkv[:, 0, :, :, ::2, ::2], *maps, None, None, None, qkv[:, 0, :, 0], options, pooled=True)
+    with pytest.raises(ValueError, match="2 x 2"):
+        cpu.project_and_attend(torch.randn(1, 4, *size), torch.randn(3, 8, 4), None, None, 2, options, True, False)
+
+
+# ---- the layer: with its projection outside, as for maps of planes and in a compiled network -------------------------
+
+
+@pytest.fixture(autouse=True)
+def projects_outside(monkeypatch):
+    monkeypatch.setattr(projected_operator, "serves", lambda *call: False)
 
 
 class Operators(TorchDispatchMode):

@@ -164,6 +164,29 @@ def test_meta_construction_and_reset_give_the_same_initialisation(which):
         assert abs(got[name][1] - mean) <= 6 * max(std, 1e-12) / count**0.5 * 1.5, name
 
 
+@pytest.mark.parametrize("which", NETWORKS)
+@pytest.mark.filterwarnings("ignore:.*:torch.jit.TracerWarning", "ignore:.*jit.*:FutureWarning")
+def test_a_jit_trace_serves_other_sizes(which):
+    """Even ones and odd ones: what a kernel takes in one step for some sizes must not be kept for all."""
+    net = network(which)
+    traced = torch.jit.trace(net, torch.randn(1, 3, 64, 64), check_trace=False)
+    for size in ((64, 64), (80, 80), (72, 40), (65, 33)):
+        if which == "absolute" and size != (64, 64):
+            continue  # the positions are numbers of the trace
+        x = torch.randn(2, 3, *size)
+        torch.testing.assert_close(traced(x), net(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("which", ["imagenet, stem", "small, stem"])
+@pytest.mark.filterwarnings("ignore:.*:torch.jit.TracerWarning", "ignore:.*jit.*:FutureWarning")
+def test_a_jit_trace_gives_the_images_gradient(which):
+    """Though the image that it was traced with needed none."""
+    net, x = network(which), torch.randn(1, 3, 32, 32)
+    traced = torch.jit.trace(net, x, check_trace=False)
+    wanted, got = (torch.autograd.grad(f(y).sum(), y)[0] for f in (net, traced) for y in [x.clone().requires_grad_()])
+    torch.testing.assert_close(got, wanted)
+
+
 def test_networks_can_still_be_copied_and_saved_whole():
     import copy
 

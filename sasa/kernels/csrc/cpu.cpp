@@ -19,6 +19,7 @@
 
 
 #include <new>
+#include <optional>
 
 #include "threads.h"
 #include "tiles.h"
@@ -27,6 +28,8 @@ namespace {
 
 struct Kernel : Tiles {
     using Tiles::Tiles;
+
+    std::optional<Projection<T, L>> projection;
 
     // -- one task -----------------------------------------------------------------------------------------------------
 
@@ -40,19 +43,35 @@ struct Kernel : Tiles {
         S::end_streams();
     }
 
+    // Rows y .. y+count-1 of a part (query, key or value) into its slots: read, or made from the input. What is made is
+    // kept for backward, if at all, by the task whose rows from .. until-1 they are.
+    void fill(T* to, i64 slots, const Map<const T>& map, i64 part, T factor, i64 b, i64 n, i64 y, i64 count, i64 from,
+              i64 until) const {
+        auto slot = [&](i64 at) { return to + at % slots * D * pitch; };
+        if (projected) projection->rows(part, N, n, input, b, y, count, W, slot, pitch);
+        for (; count > 0; ++y, --count) {
+            if (!projected && !kept) {
+                packing.pack(map, b, n, y, D, factor, slot(y), pitch);
+            } else if (kept && (backward || (y >= from && y < until))) {
+                T *row = slot(y), *other = kept_row(b, n, y, part);
+                for (i64 c = 0; c < D; ++c, row += pitch, other += W * G)
+                    backward ? S::copy(other, row, W * G) : S::copy_out(row, other, W * G);
+            }
+        }
+    }
+
     void run_rows(const Scratch& s, i64 b, i64 n, i64 from, i64 until) const {
         if (has_rel) copy_embeddings(s, n);
         if (backward && has_rel) std::fill_n(s.grad_embedding, D * K * L, T(0));
         i64 packed = std::max<i64>(0, from - back), gathered = 0;
         for (i64 y0 = from; y0 < until; y0 += ROWS) {
             const int rows = std::min<i64>(ROWS, until - y0);
-            for (; packed < std::min(H, y0 + rows + ahead); ++packed) {
-                const i64 slot = packed % key_slots * D * pitch;
-                if (has_key) packing.pack(key, b, n, packed, D, 1, s.key + slot, pitch);
-                packing.pack(value, b, n, packed, D, 1, s.value + slot, pitch);
-            }
-            T* q = s.query + y0 % query_slots * D * pitch;
-            for (int r = 0; r < rows; ++r) packing.pack(query, b, n, y0 + r, D, scale, q + r * D * pitch, pitch);
+            const i64 next = std::min(H, y0 + rows + ahead) - packed;
+            fill(s.query, query_slots, query, 0, scale, b, n, y0, rows, y0, until);
+            if (has_key) fill(s.key, key_slots, key, 1, 1, b, n, packed, next, from, until);
+            fill(s.value, key_slots, value, has_key ? 2 : 1, 1, b, n, packed, next, from, until);
+            packed += next;
+            const T* q = s.query + y0 % query_slots * D * pitch;
             const bool coarse = backward && prepare_rows(s, b, n, y0, rows);
             for (int v = 0; v < vectors; ++v) {
                 Tile t = tile_at(s, y0, rows, v, coarse);
@@ -72,7 +91,7 @@ struct Kernel : Tiles {
                     packing.unpack(s.rows + r * D * pitch, pitch, b, n, y0 + r, D, backward ? scale : T(1), to);
                 else if (r % 2 == 0)
                     unpack_pooled(s, s.rows + r / 2 * D * pitch, b, n, (y0 + r) / 2);
-                if (!backward) packing.unpack(s.lse + r * lanes, lanes, b, n, y0 + r, 1, 1, lse);
+                if (!backward && lse.p) packing.unpack(s.lse + r * lanes, lanes, b, n, y0 + r, 1, 1, lse);
             }
             if (!backward) continue;
             if (has_rel) add_embedding_gradients(s, y0, rows);
@@ -237,6 +256,8 @@ struct Kernel : Tiles {
     }
 
     bool execute() {
+        if (projected)
+            projection.emplace(reinterpret_cast<const T*>(call.weight), call.parts, N, D, call.inputs, G, scale);
         if (backward && has_rel) partial.resize(B * N * D * K);
         Scratch s{};
         Job job{task, this, tasks, lay_out(nullptr, s), {D, H, W, K, G, backward + 2 * pooled, has_key, has_rel, zero}};

@@ -8,6 +8,7 @@
 
 #include "packing.h"
 #include "products.h"
+#include "projection.h"
 
 namespace {
 
@@ -20,6 +21,8 @@ struct AttentionCall {  // one forward or backward call; cpu.py declares the sam
     i64 parallel;  // address of GOMP_parallel of the OpenMP runtime that torch has loaded, or 0
     i64 query[6], key[6], value[6], out[6], lse[6], rel_row[4], rel_col[4];  // pointer, strides in elements
     i64 grad_out[6], grad_query[6], grad_key[6], grad_value[6], grad_row, grad_col;
+    i64 input[6], weight, inputs, parts;  // the layer's input and its projections, where those are made here
+    i64 kept;  // forward keeps them here, backward has them from here: see Frame::kept_row
 };
 
 struct Frame {
@@ -41,13 +44,14 @@ struct Frame {
     };
 
     AttentionCall call;
-    bool backward, has_key, has_rel, zero, pooled;
+    bool backward, projected, has_key, has_rel, zero, pooled;
     i64 B, N, D, H, W, group, groups, strips, strip_rows, tasks;
     int K, back, ahead, G, vectors;
     i64 lanes, pitch, plane, guard, query_slots, key_slots, score_slots, pair_slots;
     T scale;
+    T* kept;
     Packing<T, L> packing, pooled_packing;
-    Map<const T> query, key, value, grad_out, out_read;
+    Map<const T> input, query, key, value, grad_out, out_read;
     Map<T> out, lse, grad_query, grad_key, grad_value;
     std::vector<Span> reach, reached;  // by vector: of its queries to keys, of its keys to queries
     std::vector<Mask> live;            // [vector][j]: lanes of a real query whose key takes part
@@ -57,16 +61,18 @@ struct Frame {
     Frame(const AttentionCall& c, T factor, bool with_backward) : call(c), backward(with_backward), scale(factor) {
         B = c.batch, N = c.heads, D = c.width, H = c.height, W = c.columns, K = c.window;
         back = (K - 1) / 2, ahead = K / 2;
-        zero = c.zero_border, pooled = c.pooled, has_key = c.key[0], has_rel = c.rel_row[0];
-        query = map_of<const T>(c.query), key = map_of<const T>(c.key), value = map_of<const T>(c.value);
+        zero = c.zero_border, pooled = c.pooled, projected = c.weight, kept = reinterpret_cast<T*>(c.kept);
+        has_rel = c.rel_row[0], has_key = projected || kept ? c.parts == 3 : c.key[0];
+        input = map_of<const T>(c.input), query = map_of<const T>(c.query), key = map_of<const T>(c.key), value = map_of<const T>(c.value);
         grad_out = map_of<const T>(c.grad_out), out_read = map_of<const T>(c.out);
         out = map_of<T>(c.out), lse = map_of<T>(c.lse), grad_query = map_of<T>(c.grad_query);
         grad_key = map_of<T>(c.grad_key), grad_value = map_of<T>(c.grad_value);
         G = heads_per_vector();
         packing = {W, G}, pooled_packing = {W / 2, G};
         groups = N / G, strips = 1, strip_rows = round_up(H, ROWS);
-        if (!backward && B * groups < kEnoughTasks) {
-            strip_rows = std::max<i64>(2 * ROWS, round_up((H * B * groups + kEnoughTasks - 1) / kEnoughTasks, ROWS));
+        const i64 enough = projected ? 2 * call.threads : kEnoughTasks;
+        if (!backward && B * groups < enough) {
+            strip_rows = std::max<i64>(2 * ROWS, round_up((H * B * groups + enough - 1) / enough, ROWS));
             strips = (H + strip_rows - 1) / strip_rows;
         }
         tasks = B * groups * strips;
@@ -115,6 +121,11 @@ struct Frame {
             if (cost / g < best_cost) best = g, best_cost = cost / g;
         }
         return best;
+    }
+
+    // Row y of a part that is kept for backward: [image][heads / G][row][part][channel][lane], without gaps.
+    T* kept_row(i64 b, i64 n, i64 y, i64 part) const {
+        return kept + (((b * groups + n / G) * H + y) * call.parts + part) * D * W * G;
     }
 
     // -- scratch ------------------------------------------------------------------------------------------------------

@@ -71,9 +71,24 @@ struct Simd {
         store(p, v);
     }
     static INLINE void end_streams() {  // before another thread may read what was streamed
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) || defined(__AVX2__)
         _mm_sfence();
 #endif
+    }
+    static INLINE void copy(const T* from, T* to, i64 n) { std::memcpy(to, from, n * sizeof(T)); }
+    // `n` numbers that nobody reads soon, past the caches. Those that follow one another fill whole lines.
+    static INLINE void copy_out(const T* from, T* to, i64 n) {
+        i64 i = 0;
+#if defined(__AVX512F__)
+        if constexpr (sizeof(V) == 64)
+            if (reinterpret_cast<std::uintptr_t>(to) % 64 == 0)
+                for (; i + L <= n; i += L) _mm512_stream_si512(reinterpret_cast<__m512i*>(to + i), (__m512i)load(from + i));
+#elif defined(__AVX2__)
+        if constexpr (sizeof(V) == 32)
+            if (reinterpret_cast<std::uintptr_t>(to) % 32 == 0)
+                for (; i + L <= n; i += L) _mm256_stream_si256(reinterpret_cast<__m256i*>(to + i), (__m256i)load(from + i));
+#endif
+        copy(from + i, to + i, n - i);
     }
     static INLINE V fill(T x) { return V{} + x; }
     static INLINE V pick(Mask m, V yes, V no) { return m ? yes : no; }

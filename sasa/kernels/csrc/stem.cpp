@@ -48,7 +48,7 @@ struct Stem {
 
     StemCall call;
     bool backward, sliding, zero, image_gradient, pooled;
-    i64 B, H, W, N, D, M, side, P, back, ahead, strips, strip_rows, queries, vectors, lanes, pitch;
+    i64 B, H, W, N, D, M, side, P, back, ahead, strips, strip_rows, queries, vectors, lanes, pitch, margin;
     const T *forms, *mixture, *weight;
     Planes<T, L> planes;
     Map<const T> image, grad_out, index_read;
@@ -70,6 +70,7 @@ struct Stem {
         queries = sliding ? 1 : side;  // columns of a block
         const i64 columns = sliding ? W : (W + side - 1) / side;
         vectors = (columns + L - 1) / L, lanes = vectors * L, pitch = lanes + (sliding ? round_up(side, L) : 0);
+        margin = sliding ? std::max<i64>(L, round_up(back, L)) : 0;  // zeros before a row: what a window reaches back
         // The gradient of the image crosses strips of sliding windows, so an image is one strip then.
         const i64 step = sliding ? 1 : side, wanted = sliding && image_gradient ? 1 : (kEnoughTasks + B - 1) / B;
         strip_rows = round_up((H + wanted - 1) / wanted, step), strips = (H + strip_rows - 1) / strip_rows;
@@ -137,7 +138,7 @@ struct Stem {
     Place place(const T* pixels, i64 from, i64 y, i64 q, i64 v) const {
         if (!sliding) return {pixels + (y % side * side + q) * C * pitch + v * L, pixels + v * L, side * C * pitch, C * pitch, v};
         const T* row = pixels + (y - from) * C * pitch + v * L;  // the row of the window's first position
-        return {row + back * C * pitch + L, row + L - back, C * pitch, 1, v};
+        return {row + back * C * pitch + margin, row + margin - back, C * pitch, 1, v};
     }
 
     static void load(const T* p, i64 pitch, Sums& x) {
@@ -295,7 +296,7 @@ struct Stem {
 
     // Query rows that share their packed pixels: a row of blocks, or a strip of sliding windows.
     void run_rows(const Scratch& s, i64 b, i64 from, i64 until, double* sums) const {
-        const i64 first = sliding ? from - back : from, row_size = queries * C * pitch, margin = sliding ? L : 0;
+        const i64 first = sliding ? from - back : from, row_size = queries * C * pitch;
         const i64 rows = sliding ? until - from + side - 1 : side;
         for (i64 r = 0; r < rows; ++r) {
             T* to = s.pixels + r * row_size;

@@ -1,0 +1,170 @@
+"""Local attention of a layer's input, its projections inside the C++ kernel: the operator `sasa::projected_attention`.
+
+The kernel makes query, key and value row by row, in the order that it reads them in, while they are in the cache.
+Without gradients they are never written; for a backward the kernel keeps them in its own order. The gradients of the
+input and of the weight are PyTorch's, from that of the projection.
+
+Shapes: B batch, C channels of the input, N heads, D head width, H x W map, K window side; P = 3 projections (query,
+key, value; 2 without key).
+"""
+
+import functools
+from typing import Optional
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sasa.kernels import cpu, reference
+from sasa.kernels.functional import composite_serves, kernel_serves
+from sasa.kernels.interface import AttentionOptions, differentiable_gradients, empty_inner_map
+from sasa.kernels.operators import empty_embeddings, split_packed
+from sasa.kernels.projection import project, projection_gradients
+
+
+def serves(
+    x: Tensor,
+    weight: Tensor,
+    rel_row: Tensor | None,
+    rel_col: Tensor | None,
+    heads: tuple[int, int],
+    kernel_size: int,
+    backend: str,
+) -> bool:
+    """Whether `attend` serves: fp32 or fp64 on a CPU by the C++ kernel, of a map with channels innermost in memory.
+
+    Not what is compiled or traced: a compiler fuses the projection with what stands before it.
+
+    Args:
+        x, rel_row, rel_col: as for `attend`.
+        weight: of any shape.
+        heads, kernel_size: (N, D) and K.
+        backend: "auto" or a name of `backends()`.
+    """
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or not x.numel():
+        return False
+    if composite_serves(backend, x, weight, rel_row, rel_col) or not kernel_serves(x, heads[1], kernel_size, backend):
+        return False
+    tables, wanted = [y for y in (rel_row, rel_col) if y is not None], (heads[0], heads[1] // 2, kernel_size)
+    if len(tables) == 1 or any(y.shape != wanted for y in tables):
+        return False  # the steps refuse it, as they do what follows
+    if any(y.dtype != x.dtype or y.device != x.device for y in (weight, *tables)):
+        return False
+    return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+
+
+def attend(
+    x: Tensor,
+    weight: Tensor,
+    rel_row: Tensor | None,
+    rel_col: Tensor | None,
+    num_heads: int,
+    options: AttentionOptions,
+    pooled: bool = False,
+) -> Tensor:
+    """Attention of x's projections; only where `serves` says so.
+
+    Args:
+        x: (B, C, H, W).
+        weight: (P, N * D, C), the rows of the P projections one after the other.
+        rel_row, rel_col: (N, D/2, K), or both None.
+        num_heads: N.
+        options: see `functional.local_attention`.
+        pooled: the averages of the 2 x 2 blocks instead; H and W are even.
+
+    Returns:
+        (B, N, D, H, W) or with `pooled` (B, N, D, H/2, W/2), channels innermost in memory.
+    """
+    tensors = (x, weight, rel_row, rel_col)
+    keep = torch.is_grad_enabled() and any(y is not None and y.requires_grad for y in tensors)
+    return _projected_attention(*tensors, num_heads, *options, pooled, keep)[0]
+
+
+@torch.library.custom_op("sasa::projected_attention", mutates_args=())
+def _projected_attention(
+    x: Tensor,
+    weight: Tensor,
+    rel_row: Optional[Tensor],
+    rel_col: Optional[Tensor],
+    num_heads: int,
+    kernel_size: int,
+    border: str,
+    scale: float,
+    pooled: bool,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """-> out, and with `keep` the log-sum-exp (B, N, H, W) and the maps in the kernel's order; else empty tensors."""
+    options = AttentionOptions(kernel_size, border, scale)
+    return cpu.project_and_attend(x, weight, rel_row, rel_col, num_heads, options, pooled, keep)
+
+
+@_projected_attention.register_fake
+def _(x, weight, rel_row, rel_col, num_heads, kernel_size, border, scale, pooled, keep):
+    return cpu.empty_projected(x, weight.shape[1], num_heads, weight.shape[0], pooled, keep)
+
+
+@torch.library.custom_op("sasa::projected_attention_backward", mutates_args=())
+def _projected_attention_backward(
+    grad_out: Tensor,
+    kept: Tensor,
+    rel_row: Optional[Tensor],
+    rel_col: Optional[Tensor],
+    out: Optional[Tensor],
+    lse: Tensor,
+    parts: int,
+    kernel_size: int,
+    border: str,
+    scale: float,
+    pooled: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """-> gradients of the projection (B, P, N, D, H, W), rel_row and rel_col; an empty tensor where there is none."""
+    options = AttentionOptions(kernel_size, border, scale)
+    grad, *tables = cpu.projected_backward(grad_out, kept, rel_row, rel_col, out, lse, parts, options, pooled)
+    return grad, *(kept.new_empty(0) if x is None else x for x in tables)
+
+
+@_projected_attention_backward.register_fake
+def _(grad_out, kept, rel_row, rel_col, out, lse, parts, kernel_size, border, scale, pooled):
+    grad = empty_inner_map(grad_out, (parts, *grad_out.shape[1:3]), lse.shape[2:])
+    return grad, *empty_embeddings(kept, rel_row, rel_col)
+
+
+def _setup_context(ctx, inputs, output):
+    *tensors, num_heads, kernel_size, border, scale, pooled, keep = inputs
+    out, lse, kept = output
+    ctx.mark_non_differentiable(lse, kept)
+    ctx.save_for_backward(*tensors, None if pooled else out, lse, kept)  # pooled: see csrc/pairs.h
+    ctx.num_heads, ctx.options, ctx.pooled, ctx.kept = num_heads, (kernel_size, border, scale), pooled, keep
+
+
+def _backward(ctx, grad_out, grad_lse, grad_kept):
+    *inputs, out, lse, kept = ctx.saved_tensors  # once: a second look would make checkpointing compute them again
+    x, weight, rel_row, rel_col = inputs
+    rest = (None,) * 6
+    if torch.is_grad_enabled():  # create_graph=True
+        options = AttentionOptions(*ctx.options)
+        again = functools.partial(_by_reference, num_heads=ctx.num_heads, options=options, pooled=ctx.pooled)
+        return *differentiable_gradients(again, inputs, [grad_out]), *rest
+    if not ctx.kept:
+        raise RuntimeError("sasa::projected_attention was called with keep=False: it has no backward")
+    grad, grad_row, grad_col = _projected_attention_backward(
+        grad_out, kept, rel_row, rel_col, out, lse, weight.shape[0], *ctx.options, ctx.pooled
+    )
+    grad_x, grad_weight = projection_gradients(grad.flatten(1, 3), x, weight.flatten(0, 1), ctx.needs_input_grad[:2])
+    grad_weight = None if grad_weight is None else grad_weight.view_as(weight)
+    tables = (None, None) if rel_row is None else (grad_row, grad_col)
+    return grad_x, grad_weight, *tables, *rest
+
+
+def _by_reference(
+    x: Tensor, weight: Tensor, rel_row: Tensor | None, rel_col: Tensor | None, *,
+    num_heads: int, options: AttentionOptions, pooled: bool,
+) -> list[Tensor]:  # fmt: skip
+    """`attend` by the projection and the reference's forward, with its K * K copies."""
+    heads = (weight.shape[0], num_heads, weight.shape[1] // num_heads)
+    maps = split_packed(project(x, weight.flatten(0, 1)[:, :, None, None]).unflatten(1, heads))
+    out, _ = reference.forward(*maps, rel_row, rel_col, options)
+    return [F.avg_pool2d(out.flatten(1, 2), 2).unflatten(1, heads[1:]) if pooled else out]
+
+
+torch.library.register_autograd("sasa::projected_attention", _backward, setup_context=_setup_context)
