@@ -6,8 +6,9 @@
 
 #pragma once
 
-#include <cstdint>
-#include <vector>
+#include <cstdlib>
+#include <memory>
+#include <new>
 
 #include "packing.h"
 
@@ -20,24 +21,27 @@ struct Projection {
 
     static constexpr int kPixels = kRegisters >= 32 ? 12 : 6, kPair = 2;
 
-    i64 inputs, depth;      // channels of the input; of a head
-    int group, channels;    // heads of a vector, and channels of each
-    i64 vectors;            // of a part: even, the last ones may be zeros
-    std::vector<T> memory;  // [part][heads / G][vector][input channel][L]
-    T* weights = nullptr;
+    struct Free {
+        void operator()(T* p) const { std::free(p); }
+    };
+
+    i64 inputs, depth;                   // channels of the input; of a head
+    int group, channels;                 // heads of a vector, and channels of each
+    i64 vectors;                         // of a part: even, the last ones may be zeros
+    std::unique_ptr<T[], Free> weights;  // [part][heads / G][vector][input channel][L]
 
     // weight: [part][head][channel][input channel]; the first part, the query, is multiplied by `scale`.
     Projection(const T* weight, i64 parts, i64 heads, i64 head_depth, i64 in_channels, int g, T scale)
         : inputs(in_channels), depth(head_depth), group(g), channels(L / g) {
         vectors = round_up((depth + channels - 1) / channels, kPair);
         const i64 groups = heads / group, one = vectors * inputs * L;
-        memory.resize(parts * groups * one + 64 / sizeof(T));
-        weights = reinterpret_cast<T*>(round_up(reinterpret_cast<std::intptr_t>(memory.data()), 64));
+        weights.reset(static_cast<T*>(std::aligned_alloc(64, round_up(parts * groups * one * sizeof(T), 64))));
+        if (!weights) throw std::bad_alloc();
         for (i64 p = 0; p < parts; ++p)
             for (i64 n = 0; n < groups; ++n)
                 for (i64 v = 0; v < vectors; ++v)
                     pack(weight + (p * heads + n * group) * depth * inputs, v, p ? T(1) : scale,
-                         weights + (p * groups + n) * one + v * inputs * L);
+                         weights.get() + (p * groups + n) * one + v * inputs * L);
     }
 
     void pack(const T* from, i64 vector, T factor, T* to) const {
@@ -59,7 +63,7 @@ struct Projection {
     template <class F>
     void rows(i64 part, i64 heads, i64 head, const Map<const T>& x, i64 b, i64 y, i64 count, i64 columns, F&& to,
               i64 step) const {
-        const T* w = weights + (part * (heads / group) + head / group) * vectors * inputs * L;
+        const T* w = weights.get() + (part * (heads / group) + head / group) * vectors * inputs * L;
         const i64 blocks = (columns + kPixels - 1) / kPixels;
         for (i64 v = 0; v < vectors; v += kPair, w += kPair * inputs * L)
             for (i64 r = 0; r < count; ++r) {
