@@ -296,7 +296,7 @@ def settle(config: Config, data: Data, amp: torch.dtype | None, nominal: int, sp
 
 
 def without_parts(config: Config) -> Config:
-    """The Config for other images than those it was trained on, of which no part is taken or held out."""
+    """The Config with the whole training set: for another folder's images, or where only those of test are used."""
     return dataclasses.replace(config, train_images=None, holdout=0.0, early_stop=0)
 
 
