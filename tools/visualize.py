@@ -37,7 +37,7 @@ from sasa.analysis.attention_maps import (
 )
 from sasa.analysis.page import ImageAttention, NetworkAttention, StageProbe
 from sasa.console import Parser, one_line, print_error, printable
-from sasa.data.errors import DataError
+from sasa.data.errors import DataError, WorkerError
 from sasa.data.images import Files
 from sasa.training import checkpoint
 from sasa.training.checkpoint import CheckpointError
@@ -116,7 +116,7 @@ def main(arguments: list[str] | None = None) -> int:
         about = "; ".join(f"{title}: {shown.name}, step {step}" for title, shown, step in
                           zip(titles, networks, steps, strict=True))  # fmt: skip
         files.write_text(folder / "attention.html", page.render(" and ".join(dict.fromkeys(titles)), about, networks))
-    except (ConfigError, DataError, CheckpointError, OSError) as error:
+    except (ConfigError, DataError, WorkerError, CheckpointError, OSError) as error:
         parser.error(str(error))
     for name in (*written, "attention.html"):
         print(f"{(folder / name).stat().st_size:>10,} bytes  {printable(folder / name)}")

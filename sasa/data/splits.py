@@ -60,7 +60,12 @@ class Split(Protocol):
         """
 
     def image(self, index: int) -> tuple[Tensor, int]:
-        """One image as evaluation feeds it, (3, H, W) float32, and its label. Raises DataError, IndexError."""
+        """One image as evaluation feeds it, (3, H, W) float32, and its label.
+
+        Raises:
+            DataError, IndexError: a file that cannot be read, a number beyond the images.
+            WorkerError: no memory, or no more open files.
+        """
 
     def fingerprint(self) -> dict[str, Any]:
         """`sasa.data.fingerprint.fingerprint` of the images."""

@@ -142,6 +142,8 @@ class Workers:
                 dead = [worker for worker in workers if not worker.is_alive()]
                 if dead:
                     raise WorkerError(f"{_how_it_died(dead[0])}: {_RESTART}") from error
+                if isinstance(error, WorkerError):  # which has the process's traceback before its own text
+                    raise WorkerError(str(error).strip().rpartition(f"{WorkerError.__name__}: ")[2]) from error
                 if not isinstance(error, RuntimeError) or "timed out" not in str(error):
                     raise WorkerError(f"a batch was lost on its way ({one_line(error)}): {_RESTART}") from error
             waited = time.monotonic() - began

@@ -286,6 +286,24 @@ def test_packing_that_a_signal_ends_leaves_nothing_behind(tree, tmp_path, monkey
     assert "stopped by a signal" in capsys.readouterr().err and list((tmp_path / "made").iterdir()) == []
 
 
+def test_an_image_that_packing_cannot_read_is_named(tree, tmp_path, monkeypatch):
+    class Broken(io.BytesIO):
+        def read(self, *_):
+            raise OSError(5, "Input/output error")
+
+    whole = pack.Files.open
+    monkeypatch.setattr(pack.Files, "open", lambda files, i: Broken() if i == 3 else whole(files, i))
+    name = sorted((tree / "train" / "a dog.v2").iterdir())[3]
+    assert message(shards.pack, tree, tmp_path / "made") == f"{name}: Input/output error"
+
+
+def test_what_a_killed_pack_has_left_is_mentioned(tree, tmp_path):
+    """SIGKILL leaves its folder, which is hidden and may be as large as the set."""
+    (tmp_path / ".pack-x1").mkdir()
+    lines = shards.pack(tree, tmp_path)
+    assert lines[0].startswith(f"{tmp_path / '.pack-x1'}: of a pack that was killed") and len(lines) == 3
+
+
 def test_packing_without_place_for_the_index_leaves_nothing_behind(tree, tmp_path, monkeypatch):
     def full(path):
         raise OSError(28, "No space left on device")
