@@ -9,10 +9,9 @@ from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
-from sasa.console import printable
+from sasa.console import printable, show_apart
 from sasa.data.decode import EXTENSIONS, readable_formats
 from sasa.data.errors import DataError
-from sasa.data.fingerprint import show_apart
 from sasa.data.images import Files
 
 # Folders of file servers and archivers; those that begin with a dot are hidden.
