@@ -341,6 +341,9 @@ def _check_together(config: Config) -> None:
         raise ConfigError(f"--min-lr {config.min_lr:g}: must be at most --lr {config.lr:g}")
     if None not in (config.repeats, config.batch_size) and config.repeats > max(config.batch_size // 2, 1):
         raise ConfigError(f"--repeats {config.repeats}: must be at most half of --batch-size {config.batch_size}")
+    side = config.img_size or SIDES.get(config.dataset)
+    if config.reflect and side and config.pad and config.pad >= side:
+        raise ConfigError(f"--pad {config.pad}: with --reflect must be below the image's side, {side} pixels")
     if config.dataset != "auto" and SIDES[config.dataset] is None:
         for name in ("pad", "rotate", "translate", "zoom"):
             if getattr(config, name):

@@ -5,6 +5,7 @@ import contextlib
 import os
 import sys
 import unicodedata
+from collections.abc import Iterable
 from typing import NoReturn
 
 USAGE_ERROR = 2  # exit code: wrong usage or data
@@ -25,6 +26,13 @@ def _escape(character: str) -> str:
     if 0xDC80 <= code <= 0xDCFF:  # surrogateescape's stand-in for one byte
         code -= 0xDC00
     return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
+
+
+def show_apart(name: str, others: Iterable[str]) -> str:
+    """`name` for a message, apart from the `others`: as an escape where composed and decomposed letters show alike."""
+    looks = unicodedata.normalize("NFC", name)
+    alike = any(other != name and unicodedata.normalize("NFC", other) == looks for other in others)
+    return ascii(name) if alike else printable(name)
 
 
 def one_line(message: object, limit: int = _LINE_LIMIT) -> str:

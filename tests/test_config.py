@@ -245,6 +245,8 @@ def test_a_wrong_command_line_is_one_line_that_says_what_is_allowed(capsys, flag
     ({"ema": 1.0}, "--ema 1.0 below 1"),
     ({"holdout": 2.5}, "--holdout 2.5 whole number"),
     ({"save_every": 0, "save_minutes": 0.0}, "--save-every --save-minutes"),
+    ({"reflect": True, "pad": 8}, "--pad 8 --reflect below 8 pixels"),
+    ({"reflect": True, "pad": 20, "img_size": 16}, "--pad 20 --reflect below 16 pixels"),
     ({"position": "none", "content": False}, "--no-content --position none"),
     ({"position": "absolute", "content": False}, "--no-content --position absolute"),
     ({"model_name": "NaiveResNet26", "attention_stages": (3, 4)}, "--attention-stages 3 4 NaiveResNet26"),
@@ -254,6 +256,13 @@ def test_values_that_do_not_go_together(given, words):
         resolve(given, "DIGITS")
     assert [word for word in words.split() if word not in str(error.value)] == []
     assert "\n" not in str(error.value)
+
+
+def test_a_reflection_that_stays_within_the_image_is_allowed():
+    """And padding of black may be of any width."""
+    assert resolve({"reflect": True, "pad": 7}, "DIGITS").pad == 7
+    assert resolve({"reflect": True, "pad": 20, "img_size": 21}, "DIGITS").pad == 20
+    assert resolve({"reflect": False, "pad": 8}, "DIGITS").pad == 8
 
 
 # ---- recipes --------------------------------------------------------------------------------------------------------

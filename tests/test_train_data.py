@@ -32,6 +32,12 @@ def test_evaluate_in_small_batches_is_the_same(tmp_path, tiny, capsys):
     assert evaluated(capsys, folder / "best.pt") == evaluated(capsys, folder / "best.pt", "--batch-size", "5")
 
 
+def test_evaluate_of_a_run_that_holds_out_images_to_end_early_by(tmp_path, tiny, capsys):
+    folder = go(tmp_path, "--holdout 8 --early-stop 1 --train-images 30")
+    top1, *_ = evaluated(capsys, folder / "best.pt")
+    assert top1 == pytest.approx(read(folder)["test_top1_pct"], abs=5e-4)
+
+
 def test_evaluate_of_another_network_or_data_set_is_refused(tmp_path, tiny, capsys):
     folder = go(tmp_path)
     for flags in ("--dataset MNIST", "--kernel-size 3"):
@@ -74,6 +80,40 @@ def test_evaluate_on_another_folder_of_the_same_classes(tmp_path, tiny, seen, ca
     other = make_tree(tmp_path / "other", val_images=5)
     *_, classes = evaluated(capsys, folder / "last.pt", "--data-dir", str(other))
     assert [count for _, count in classes] == [5, 5, 5]
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "scored", "named"),
+    [("empty", "whole", 9, 1), ("whole", "empty", 8, 1), ("empty", "cut", 8, 2)],
+)
+def test_a_validation_image_may_change_between_two_validations(
+    tmp_path, tiny, monkeypatch, before, after, scored, named
+):
+    """Each pass counts what it skipped itself."""
+    tree = make_tree(tmp_path / "tree")
+    path = tree / "val" / "bee" / "1.jpg"
+    whole = path.read_bytes()
+    contents = {"whole": whole, "empty": b"", "cut": whole[:-200]}
+    path.write_bytes(contents[before])
+
+    def spoil(logits, call):
+        if call == 8:  # of 12, in the second epoch
+            path.write_bytes(contents[after])
+        return logits
+
+    monkeypatch.setattr(Tiny, "spoil", staticmethod(spoil))
+    summary = read(go(tmp_path, tree_flags(tree, 0), "--skip-bad-images"))
+    assert (summary["test_images"], summary["bad_images"]) == (scored, named)
+
+
+def test_a_validation_split_of_which_nothing_can_be_read_is_named(tmp_path, tiny, capsys):
+    tree = make_tree(tmp_path / "tree")
+    folder = go(tmp_path, tree_flags(tree, 0), "--max-steps 1")
+    for path in tree.glob("val/*/*.jpg"):
+        path.write_bytes(b"")
+    flags = "--skip-bad-images --num-workers 0 --batch-size 2"
+    assert small_runs.run(tmp_path, "--evaluate", str(folder / "best.pt"), *flags.split()) == 2
+    assert "cannot read any of the 9 images to evaluate on" in capsys.readouterr().err
 
 
 def test_fashion_mnist_from_its_four_files(tmp_path, tiny):

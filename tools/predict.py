@@ -18,10 +18,10 @@ import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 from config import FIELDS, Config, ConfigError
@@ -30,20 +30,18 @@ from sasa import files
 from sasa.console import Parser, print_error, printable
 from sasa.data.decode import EXTENSIONS
 from sasa.data.images import Evaluated, Files
-from sasa.data.specs import SPECS
 from sasa.settings import parse_value
 from sasa.training import checkpoint
 from sasa.training.checkpoint import CheckpointError
 from sasa.training.device import amp_of_checkpoint, pick_device
 from sasa.training.network import network_of
 from tools.arguments import positive
+from tools.own_images import EVALUATION, as_in_the_set, evaluated
 
 PROG = "tools.predict"
-EVALUATION = ("eval_size", "eval_crop", "eval_interpolation")  # fields of Config that are flags here too
 TABLE_ROWS, TABLE_CLASSES, NAME_WIDTH = 20, 3, 60
 MARKS = {"csv": b"path,class_1,probability_1", "json": b'{\n  "content": "sasa predictions"'}  # how our files begin
 WORKERS, WORKERS_FROM = 4, 64  # decoding processes, from that many images on
-LUMA = (0.299, 0.587, 0.114)  # of ITU-R BT.601, as PIL makes gray pictures
 
 
 class Prediction(NamedTuple):
@@ -156,13 +154,6 @@ def check_output(path: Path, mark: bytes) -> None:
         raise ConfigError(f"--output {path}: is there already, and not written by this command; name another")
 
 
-def evaluated(config: Config, info: DataInfo, given: dict[str, Any]) -> Evaluated:
-    """How images are fed: as the run evaluates, but for the flags given."""
-    values = {key: getattr(config, key) for key in EVALUATION} | given
-    size = values["eval_size"] or info.image_size
-    return Evaluated(size, round(size / values["eval_crop"]), values["eval_interpolation"])
-
-
 # ---- which images ---------------------------------------------------------------------------------------------------
 
 
@@ -221,14 +212,13 @@ def predict(
         WorkerError: a decoding process died.
         FloatingPointError: outputs that are not finite.
     """
-    gray = len(SPECS[images.info.name].mean) == 1
     top_k = min(top_k, images.info.num_classes)
     predictions = []
     try:
         with tqdm(total=len(paths), unit="images", disable=not bar, leave=False) as progress:
             for batch, index in images.eval_batches(batch_size):
                 with autocast():
-                    logits = network(as_gray(batch) if gray else batch)
+                    logits = network(as_in_the_set(batch, images.info))
                 numbers = index.tolist()
                 probabilities = logits.float().softmax(1).cpu()
                 if not probabilities.isfinite().all():
@@ -244,12 +234,6 @@ def predict(
     finally:
         images.close()
     return predictions
-
-
-def as_gray(images: Tensor) -> Tensor:
-    """(B, 3, H, W) normalised, the same for each channel -> three equal channels, as a gray data set is fed."""
-    weights = torch.tensor(LUMA, device=images.device, dtype=images.dtype).view(1, 3, 1, 1)
-    return (images * weights).sum(1, keepdim=True).expand(-1, 3, -1, -1)
 
 
 # ---- how they are written -------------------------------------------------------------------------------------------

@@ -37,13 +37,14 @@ from sasa.analysis.attention_maps import (
 )
 from sasa.analysis.page import ImageAttention, NetworkAttention, StageProbe
 from sasa.console import Parser, one_line, print_error, printable
-from sasa.data.errors import DataError
+from sasa.data.errors import DataError, WorkerError
 from sasa.data.images import Files
 from sasa.training import checkpoint
 from sasa.training.checkpoint import CheckpointError
 from sasa.training.device import pick_device
 from sasa.training.network import Trained, network_of
-from sasa.training.run import load_data
+from sasa.training.run import load_data, without_parts
+from tools.own_images import as_in_the_set, evaluated
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -115,7 +116,7 @@ def main(arguments: list[str] | None = None) -> int:
         about = "; ".join(f"{title}: {shown.name}, step {step}" for title, shown, step in
                           zip(titles, networks, steps, strict=True))  # fmt: skip
         files.write_text(folder / "attention.html", page.render(" and ".join(dict.fromkeys(titles)), about, networks))
-    except (ConfigError, DataError, CheckpointError, OSError) as error:
+    except (ConfigError, DataError, WorkerError, CheckpointError, OSError) as error:
         parser.error(str(error))
     for name in (*written, "attention.html"):
         print(f"{(folder / name).stat().st_size:>10,} bytes  {printable(folder / name)}")
@@ -161,12 +162,16 @@ def read_images(args: argparse.Namespace, trained: Trained) -> tuple[DataInfo, l
     """
     config, known = trained.config, trained.info
     if args.images:
-        own = FolderData(Files(args.images), [0] * len(args.images), known)
-        return known, [NamedImage(Path(path).name, "", own.image(i)[0]) for i, path in enumerate(args.images)]
+        own = FolderData(
+            Files(args.images), [0] * len(args.images), known, evaluated=evaluated(config, known, given={})
+        )
+        fed = [as_in_the_set(own.image(i)[0][None], known)[0] for i in range(len(own))]
+        return known, [NamedImage(Path(path).name, "", image) for path, image in zip(args.images, fed, strict=True)]
     dataset = args.dataset or config.dataset
     if dataset != config.dataset:
         config = resolve({"img_size": config.img_size}, dataset)
-    data = load_data(dataclasses.replace(config, data_dir=args.data_dir or config.data_dir, num_workers=0), "cpu")
+    folder = args.data_dir or config.data_dir
+    data = load_data(dataclasses.replace(without_parts(config), data_dir=folder, num_workers=0), "cpu")
     size, chosen = len(data.test), []
     for index in args.index or [0]:
         if not 0 <= index < size:
@@ -239,6 +244,8 @@ def stage_probes(
     if args.probe_images == 0:
         return [], "No linear probes: --probe-images 0."
     own_folder = args.data_dir if args.dataset in (None, config.dataset) and args.data_dir else config.data_dir
+    if own_folder != config.data_dir:
+        config = without_parts(config)  # which are numbers of the run's own images
     try:
         data = load_data(dataclasses.replace(config, data_dir=own_folder, num_workers=0), "cpu")
     except (ConfigError, DataError, OSError) as error:

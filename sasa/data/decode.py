@@ -20,6 +20,7 @@ _UPRIGHT = {
     5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }  # fmt: skip
+_PNG_GRAY_BITS = {"L;2": 2, "L;4": 4}  # by Pillow's names of how a row's pixels are packed
 _TIFF_BITS, _TIFF_PHOTOMETRIC, _TIFF_SAMPLE_FORMAT = 258, 262, 339
 _WHITE_IS_ZERO, _UNSIGNED = 0, 1
 
@@ -55,9 +56,10 @@ def decode(file: BinaryIO, upright: bool = True) -> Image.Image:
             f"no image of a kind that is read ({kinds}), or of pixels that Pillow does not read: save it as 8-bit PNG"
         ) from None
     with opened as image:
+        bits = _PNG_GRAY_BITS.get(image.tile[0][3], 8) if image.format == "PNG" and image.tile else 8
         image.load()
         turn = _UPRIGHT.get(_orientation(image)) if upright else None
-        image = _to_rgb(image)
+        image = _to_rgb(image, bits)
         return image if turn is None else image.transpose(turn)
 
 
@@ -68,7 +70,8 @@ def _orientation(image: Image.Image) -> int:
         return 1
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def _to_rgb(image: Image.Image, bits: int) -> Image.Image:
+    """`bits`: of a gray pixel in the file, where it has 2 to 8."""
     formats = getattr(image, "tag_v2", {}).get(_TIFF_SAMPLE_FORMAT, (_UNSIGNED,))
     if image.mode == "L" and tuple(formats) != (_UNSIGNED,):  # Pillow reads 8 signed bits as unsigned
         raise UnsupportedImageError("signed 8-bit pixels have no agreed range: save it with 8 or 16 unsigned bits")
@@ -80,6 +83,10 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     colour = image.info.get("transparency")
     if isinstance(colour, tuple) and max(colour) > 255:
         raise UnsupportedImageError("16-bit colour with a transparent value: save it with an alpha channel, or without")
+    if isinstance(colour, int) and image.mode in ("1", "L"):
+        # Pillow spreads the pixels over 0..255, but not this value; of one bit, depending on its version.
+        clear = 255 * bool(colour) if image.mode == "1" else colour * 255 // (2**bits - 1)
+        return image.convert("L").point([0 if value == clear else value for value in range(256)]).convert("RGB")
     if colour is not None or image.mode in ("LA", "La", "PA", "RGBA", "RGBa"):
         image = image.convert("RGBA")
         black = Image.new("RGB", image.size)

@@ -6,4 +6,5 @@ class DataError(Exception):
 
 
 class WorkerError(Exception):
-    """A decoding process died, or handed nothing over: the data may be sound, and a restart can help."""
+    """A decoding process died, handed nothing over, or lacks memory or open files: the data may be sound, and a restart
+    can help."""

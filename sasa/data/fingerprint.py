@@ -6,14 +6,13 @@ a hash of its own, which locates a difference. Plain values only, for checkpoint
 """
 
 import hashlib
-import unicodedata
 import zlib
 from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor
 
-from sasa.console import printable
+from sasa.console import printable, show_apart
 
 CLASSES_APART = 1000
 _NAMED = 3  # differences of one kind that are named one by one
@@ -144,10 +143,3 @@ def _count(split: dict | None) -> str:
 
 def _numbers(values: list[float]) -> str:
     return "(" + ", ".join(f"{value:g}" for value in values) + ")"
-
-
-def show_apart(name: str, others: Iterable[str]) -> str:
-    """`name` for a message, apart from the `others`: as an escape where composed and decomposed letters show alike."""
-    looks = unicodedata.normalize("NFC", name)
-    alike = any(other != name and unicodedata.normalize("NFC", other) == looks for other in others)
-    return ascii(name) if alike else printable(name)

@@ -1,5 +1,6 @@
 """One image of a tree or of shards: decoded, cropped and resized, as workers do it."""
 
+import errno
 import os
 import stat
 from concurrent.futures import ThreadPoolExecutor
@@ -15,9 +16,11 @@ from torch.utils.data import Dataset, default_collate
 from sasa.console import one_line, printable
 from sasa.data.augment import AugmentConfig, crop_box
 from sasa.data.decode import decode
+from sasa.data.errors import WorkerError
 from sasa.data.specs import TREE_EVAL_CROP
 
 _STATS_AT_ONCE, _STAT_THREADS = 4096, 16
+_SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # of open files and of memory
 _LONGEST = 16  # short sides of a picture that evaluation resizes: of a longer one its middle
 
 
@@ -151,6 +154,9 @@ class ImageFiles(Dataset):
         A training image that cannot be read is replaced by the next in the list that can, with that one's label, so
         that batches keep their size and do not depend on the workers. Without skip_bad_images, in evaluation, and
         where no file at all can be read, the image is None.
+
+        Raises:
+            WorkerError: this process has no memory, or may open no more files, which says nothing about the image.
         """
         bad: list[str] = []
         for index in range(key.index, key.index + len(self)):
@@ -169,7 +175,11 @@ class ImageFiles(Dataset):
             with self.files.open(index) as file:
                 return decode(file)
         except OSError as error:
+            if error.errno in _SHORTAGES:
+                raise WorkerError(f"{printable(self.files.name(index))}: {error.strerror}") from error
             raise _BadImageError(one_line(error.strerror or error, 200)) from error
+        except MemoryError as error:
+            raise WorkerError(f"{printable(self.files.name(index))}: out of memory") from error
         except Exception as error:  # broken files make the decoders raise anything
             raise _BadImageError(one_line(error, 200)) from error
 

@@ -17,6 +17,7 @@ from sasa.data.shard_index import write_indexes
 from sasa.data.trees import read_trees
 
 IMAGES_A_SHARD = 1000  # about 100 MB of ImageNet
+_UNFINISHED = ".pack-"  # how the folders begin in which shards are written
 
 
 def pack(tree: Path, folder: Path, images_a_shard: int = IMAGES_A_SHARD) -> list[str]:
@@ -25,7 +26,7 @@ def pack(tree: Path, folder: Path, images_a_shard: int = IMAGES_A_SHARD) -> list
     Nothing appears in `folder` before all of it is written, and nothing that lies there is replaced.
 
     Returns:
-        A line for each split, and for what the tree leaves out.
+        A line for each split, for what the tree leaves out, and for what a pack that was killed has left.
 
     Raises:
         DataError: a tree that cannot be packed, or a folder that holds shards or names of classes.
@@ -35,6 +36,7 @@ def pack(tree: Path, folder: Path, images_a_shard: int = IMAGES_A_SHARD) -> list
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _refuse_a_set(folder)
+        notes = notes + [_left_behind(path) for path in sorted(folder.glob(f"{_UNFINISHED}*"))]
         with _emptied_afterwards(folder) as made:
             for split, (images, labels) in (("train", train), ("val", val)):
                 for number, first in enumerate(range(0, len(labels), images_a_shard)):
@@ -62,6 +64,10 @@ def _refuse_a_set(folder: Path) -> None:
         )
 
 
+def _left_behind(path: Path) -> str:
+    return f"{printable(path)}: of a pack that was killed, or that is running now; remove it if none is"
+
+
 def _is_of_a_set(name: str) -> bool:
     return name.startswith(("train-", "val-")) and name.endswith((".tar", "-index.npz"))
 
@@ -69,7 +75,7 @@ def _is_of_a_set(name: str) -> bool:
 @contextlib.contextmanager
 def _emptied_afterwards(folder: Path) -> Iterator[Path]:
     """A new folder inside `folder`, of one file system with it, which is gone when the block ends."""
-    made = Path(tempfile.mkdtemp(prefix=".pack-", dir=folder))
+    made = Path(tempfile.mkdtemp(prefix=_UNFINISHED, dir=folder))
     try:
         yield made
     finally:
@@ -77,11 +83,14 @@ def _emptied_afterwards(folder: Path) -> Iterator[Path]:
 
 
 def _write_shard(path: Path, images: Files, labels: list[int], numbers: range) -> None:
-    """The images of these numbers: KEY.suffix and KEY.cls each, KEY the number."""
+    """The images of these numbers: KEY.suffix and KEY.cls each, KEY the number. Raises DataError, OSError."""
     with tarfile.open(path, "w") as tar:
         for number in numbers:
-            with images.open(number) as file:
-                image = file.read()
+            try:
+                with images.open(number) as file:
+                    image = file.read()
+            except OSError as error:
+                raise DataError(f"{printable(images.name(number))}: {one_line(error.strerror or error)}") from error
             suffix = os.path.splitext(images.name(number))[1].lower()
             for name, content in ((f"{number:08d}{suffix}", image), (f"{number:08d}.cls", b"%d" % labels[number])):
                 member = tarfile.TarInfo(name)

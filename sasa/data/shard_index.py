@@ -25,7 +25,7 @@ from sasa.files import open_regular, replacing
 MAX_SHARDS = 100_000  # that a pattern names
 _INDEX_BYTES = 2**33  # of an index, far beyond any set
 _ZIP = b"PK\3\4"  # how an npz file begins
-_ANEW = "write it anew: python preprocess.py index"
+ANEW = "write it anew: python preprocess.py index"
 
 
 class Index(NamedTuple):
@@ -44,9 +44,12 @@ def expand(pattern: str) -> list[str]:
     """The shards that a pattern such as train-{000000..000999}.tar names; {a,b} names two.
 
     Raises:
-        DataError: a pattern that is none, or of more than MAX_SHARDS; a shard that is no regular file.
+        DataError: a pattern that is none, of several folders or of more than MAX_SHARDS; a shard that is no regular
+            file.
     """
     shown = f"--data-dir {printable(pattern)}"
+    if re.search(r"[{}]", os.path.dirname(pattern)):  # one index describes them, which lies beside them
+        raise DataError(f"{shown}: braces stand for shards of one folder, not in the folder's own name")
     parts = [_choices(part, shown) for part in re.split(r"(\{[^{}]*\})", pattern)]
     count = 1
     for part in parts:
@@ -114,8 +117,11 @@ def _user_cache() -> Path | None:
 # ---- reading --------------------------------------------------------------------------------------------------------
 
 
-def read_index(shards: list[str], index_dir: Path | None = None) -> Index:
+def read_index(shards: list[str], index_dir: Path | None = None, is_whole: bool = False) -> Index:
     """The index of these shards, checked against them.
+
+    Args:
+        is_whole: they must be all that it describes, not a part of them.
 
     Raises:
         DataError: there is none, it is damaged, or the shards are not those that it describes.
@@ -131,14 +137,18 @@ def read_index(shards: list[str], index_dir: Path | None = None) -> Index:
     for i, shard in enumerate(shards):
         place = known.get(Path(shard).name)
         if place is None:
-            raise DataError(f"{printable(shard)}: not a shard that {shown} describes; {_ANEW}")
+            raise DataError(f"{printable(shard)}: not a shard that {shown} describes; {ANEW}")
         found = os.stat(shard)
         same_time = found.st_mtime_ns == stored["mtime_ns"][place]
         if found.st_size != stored["bytes"][place] or (
             not same_time and digest(list(members(shard))) != stored["digests"][place]
         ):
-            raise DataError(f"{printable(shard)}: not the file that {shown} describes; {_ANEW}")
+            raise DataError(f"{printable(shard)}: not the file that {shown} describes; {ANEW}")
         number[place] = i
+    if is_whole and (number < 0).any():
+        missing = Path(shards[0]).parent / stored["shards"][number.argmin()].item()
+        raise DataError(f"{printable(missing)}: not among the shards that are read, but {shown} describes it; bring it "
+                        f"back, or {ANEW}")  # fmt: skip
     samples = np.column_stack((number[stored["samples"][:, 0]], stored["samples"][:, 1:]))
     chosen = samples[:, 0] >= 0
     classes = stored["classes"].tolist()
@@ -182,7 +192,7 @@ def _load(path: Path) -> dict[str, np.ndarray]:
         if (size > stored["bytes"][shard] - start).any():
             raise ValueError("a sample ends beyond its shard")
     except Exception as error:  # damaged in whatever way
-        raise DataError(f"{printable(path)}: damaged ({one_line(error)}); {_ANEW}") from error
+        raise DataError(f"{printable(path)}: damaged ({one_line(error)}); {ANEW}") from error
     return stored
 
 

@@ -17,6 +17,7 @@ FORM = "members KEY.jpg and KEY.cls side by side, not compressed"
 MAX_CLASSES = 1_000_000  # labels are below it: the largest sets of this kind have 21,841
 _LABEL_BYTES = 20  # of a .cls: digits and a line break
 _HEADER_BYTES = 2**20  # of a header with a member's long name
+_PADDING_BYTES = 2**20  # of zeros after the last member: tar -b pads to a multiple of its blocking
 _MEMBERS_NAMED = 5
 
 
@@ -56,6 +57,7 @@ def members(shard: str) -> Iterator[Member]:
                 if image.issparse():
                     raise DataError(f"{shown}: {printable(image.name)} is stored with holes; shards have {FORM}")
                 yield Member(image.name, image.offset_data, image.size, _label(tar, cls, shown))
+            _check_end(file, tar.offset)
     except (tarfile.TarError, OSError, ValueError, OverflowError) as error:
         raise DataError(f"{shown}: {one_line(error)}; shards have {FORM}") from error
 
@@ -70,14 +72,33 @@ class _Headers(io.FileIO):
 
 
 def _regular(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
-    """The members that are files. A header whose size is negative leads back, in older Pythons round and round."""
+    """The members that are files. A link is refused: its sample would be lost without a word.
+
+    A header whose size is negative leads back, in older Pythons round and round.
+    """
     place = -1
     for member in tar:
         if member.offset <= place or member.size < 0:
             raise tarfile.ReadError("a member of negative size")
         place = member.offset
+        if member.islnk() or member.issym():
+            raise tarfile.ReadError(
+                f"{printable(member.name)} is a link to {printable(member.linkname)}, without a file of its own; make "
+                "the shard anew by tar --hard-dereference --dereference"
+            )
         if member.isreg():
             yield member
+
+
+def _check_end(file: io.FileIO, end: int) -> None:
+    """After the last member come zeros, and nothing else: at a damaged header, or at the end of a file that was cut,
+    tarfile stops as it does at a whole shard's end mark."""
+    size = file.seek(0, io.SEEK_END) - end
+    if size < tarfile.BLOCKSIZE:
+        raise tarfile.ReadError("no end mark: cut short")
+    file.seek(end)
+    if size > _PADDING_BYTES or any(file.read(size)):
+        raise tarfile.ReadError(f"at byte {end} neither a member nor the end: damaged, or archives joined to one file")
 
 
 def _label(tar: tarfile.TarFile, member: tarfile.TarInfo, shard: str) -> int:

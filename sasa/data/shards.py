@@ -24,9 +24,10 @@ from typing import NamedTuple
 import numpy as np
 
 from sasa.console import Parser, fail, print_error, printable, show, show_every_character
+from sasa.data.class_files import read_classes
 from sasa.data.errors import DataError
 from sasa.data.pack import IMAGES_A_SHARD, pack
-from sasa.data.shard_index import expand, read_index, write_index, write_indexes
+from sasa.data.shard_index import ANEW, expand, read_index, write_index, write_indexes
 
 __all__ = ["DataError", "ShardFiles", "expand", "main", "pack", "read_shards", "write_index"]
 
@@ -94,7 +95,7 @@ def read_shards(pattern: str, index_dir: Path | None = None) -> Shards:
     """
     train, shown = expand(pattern), f"--data-dir {printable(pattern)}"
     val = _validation_shards(pattern, shown)
-    of_train, of_val = read_index(train, index_dir), read_index(val, index_dir)
+    of_train, of_val = read_index(train, index_dir), read_index(val, index_dir, is_whole=True)
     classes = of_train.classes
     if of_train.is_numbered and of_val.is_numbered:  # a split that lacks the last classes has the same numbers
         classes = max(classes, of_val.classes, key=len)
@@ -103,6 +104,9 @@ def read_shards(pattern: str, index_dir: Path | None = None) -> Shards:
             f"{shown}: training and validation shards have different classes; index both in one command: python "
             "preprocess.py index TRAIN VAL, with their names in classes.txt or without any"
         )
+    named, source = read_classes(Path(pattern).parent)
+    if named not in (None, classes):
+        raise DataError(f"{printable(source)}: other classes than those of the index; {ANEW} TRAIN VAL")
     parts = ((ShardFiles(shards, of.samples), of.labels.tolist()) for shards, of in ((train, of_train), (val, of_val)))
     return Shards(classes, *parts)
 

@@ -26,10 +26,12 @@ class Split(Protocol):
     Attributes:
         info: of the whole data set.
         bad_images: "path: what is wrong" of each file that this process could not read and skipped so far.
+        skipped: how often this process could not read a file in its latest pass; in `eval_batches`, images left out.
     """
 
     info: DataInfo
     bad_images: list[str]
+    skipped: int
 
     def __len__(self) -> int: ...
 
@@ -53,12 +55,17 @@ class Split(Protocol):
     def eval_batches(self, batch_size: int, rank: int = 0, world_size: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
         """Each image once over all ranks, in order, not augmented: (B, 3, H, W) float32 and labels (B,) int64.
 
-        Skipped files are left out, so that nothing counts twice: the total over all ranks is len(self) less their
-        bad_images.
+        Skipped files are left out, so that nothing counts twice: the total over all ranks is len(self) less what they
+        have `skipped` at the end.
         """
 
     def image(self, index: int) -> tuple[Tensor, int]:
-        """One image as evaluation feeds it, (3, H, W) float32, and its label. Raises DataError, IndexError."""
+        """One image as evaluation feeds it, (3, H, W) float32, and its label.
+
+        Raises:
+            DataError, IndexError: a file that cannot be read, a number beyond the images.
+            WorkerError: no memory, or no more open files.
+        """
 
     def fingerprint(self) -> dict[str, Any]:
         """`sasa.data.fingerprint.fingerprint` of the images."""
@@ -94,7 +101,7 @@ class TensorData:
                 these.
             memory_format: of the batches.
         """
-        self.info, self.bad_images, self._format = info, [], memory_format
+        self.info, self.bad_images, self.skipped, self._format = info, [], 0, memory_format
         self.images, self.labels = images.to(device), labels.to(device)
         self._fingerprint = identity or of_tensors(images, labels, info.num_classes)
         self._listed = listed or list_tensors(images, labels, (f"image {i}" for i in range(len(labels))))
@@ -171,6 +178,10 @@ class FolderData:
         self._files = ImageFiles(files, labels, info.image_size, skip_bad_images, evaluated)
         self._reader = Reader(self._files, self._device, num_workers, worker_timeout, is_stopped)
         self.bad_images = self._reader.bad_images
+
+    @property
+    def skipped(self) -> int:
+        return self._reader.skipped
 
     def __len__(self) -> int:
         return len(self._files)

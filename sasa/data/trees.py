@@ -9,10 +9,9 @@ from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
-from sasa.console import printable
+from sasa.console import printable, show_apart
 from sasa.data.decode import EXTENSIONS, readable_formats
 from sasa.data.errors import DataError
-from sasa.data.fingerprint import show_apart
 from sasa.data.images import Files
 
 # Folders of file servers and archivers; those that begin with a dot are hidden.
@@ -69,11 +68,12 @@ def _read_split(data_dir: Path, split: str) -> tuple[list[str], Labelled, str]:
     if not names:
         raise DataError(f"{printable(root)}: no class folders in it; put one folder of images for each class there")
     by_class = lister.list_classes([os.path.join(root, name) for name in names])
-    for name, paths in zip(names, by_class, strict=True):
-        if not paths:
-            raise DataError(f"{printable(root / name)}: class folder without images; fill it or remove it")
-    labels = [label for label, paths in enumerate(by_class) for _ in paths]
     note = lister.note()
+    for name, paths in zip(names, by_class, strict=True):
+        if not paths:  # files that are left out can be why
+            seen = f" ({split}/ as a whole: {note})" if note else ""
+            raise DataError(f"{printable(root / name)}: class folder without images; fill it or remove it{seen}")
+    labels = [label for label, paths in enumerate(by_class) for _ in paths]
     files = Files([path for paths in by_class for path in paths], str(data_dir))
     return names, (files, labels), f"{printable(root)}: {note}" if note else ""
 
@@ -144,6 +144,7 @@ class _Lister:
                 if entry.is_dir():
                     (links if entry.is_symlink() else folders).append(entry.path)
                 elif self._is_image(entry):
+                    self._taken[os.path.splitext(entry.name)[1].lower()] += 1
                     names.append(entry.name)
             found.append((folder, sorted(names)))
 
@@ -172,8 +173,6 @@ class _Lister:
             self._endings[os.path.splitext(entry.name)[1] or "none"] += 1
         if not regular:
             self._left_out["pipes, devices and sockets"] += 1
-        if regular and named:
-            self._taken[os.path.splitext(entry.name)[1].lower()] += 1
         return regular and named
 
     def note(self) -> str:

@@ -142,6 +142,8 @@ class Workers:
                 dead = [worker for worker in workers if not worker.is_alive()]
                 if dead:
                     raise WorkerError(f"{_how_it_died(dead[0])}: {_RESTART}") from error
+                if isinstance(error, WorkerError):  # which has the process's traceback before its own text
+                    raise WorkerError(str(error).strip().rpartition(f"{WorkerError.__name__}: ")[2]) from error
                 if not isinstance(error, RuntimeError) or "timed out" not in str(error):
                     raise WorkerError(f"a batch was lost on its way ({one_line(error)}): {_RESTART}") from error
             waited = time.monotonic() - began
@@ -175,11 +177,13 @@ class Reader:
 
     Attributes:
         bad_images: "path: what is wrong" of each file that was skipped so far.
+        skipped: how often a file was skipped in the latest pass.
     """
 
     def __init__(self, files: ImageFiles, device: torch.device, num_workers: int, *args, **kwargs) -> None:
         """`args`, `kwargs`: the rest of what `Workers` takes."""
         self.bad_images: list[str] = []
+        self.skipped = 0
         self.workers = Workers(files, collate, files.files.name, device, num_workers, *args, **kwargs)
         self._files, self._device = files, device
 
@@ -190,12 +194,15 @@ class Reader:
             DataError: a file that cannot be read, unless such are skipped; no file at all that can.
             WorkerError: a process died, or handed nothing over.
         """
+        self.skipped = 0
         for images, labels, bad in self.workers.batches(keys):
             if bad and not self._files.skip_bad_images:
                 raise DataError(f"cannot read image {bad[0]}; repair or remove it, or skip such with --skip-bad-images")
-            self.bad_images.extend(line for line in dict.fromkeys(bad) if line not in self.bad_images)
-            if len(self.bad_images) == len(self._files):
-                raise DataError(f"cannot read any of the {len(self._files)} images, the first: {self.bad_images[0]}")
+            self.skipped += len(bad)
+            lines = dict.fromkeys(bad)
+            self.bad_images.extend(line for line in lines if line not in self.bad_images)
+            if len(lines) == len(self._files):  # in one batch: from one to the next a file may become whole, or break
+                raise DataError(f"cannot read any of the {len(self._files)} images, the first: {bad[0]}")
             yield images.to(self._device, non_blocking=True), labels.to(self._device, non_blocking=True)
 
     def close(self) -> None:

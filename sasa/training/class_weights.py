@@ -5,10 +5,12 @@ becomes of the file.
 """
 
 import json
-import math
+import sys
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
-from sasa.console import one_line, printable
+from sasa.console import one_line, printable, show_apart
 from sasa.settings import ConfigError
 
 NONE, BALANCED = "none", "balanced"
@@ -36,12 +38,20 @@ def settle(value: str) -> str:
 
 
 def _canonical(text: str, shown: str) -> str:
+    def distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        repeated = [name for name, count in Counter(name for name, _ in pairs).items() if count > 1]
+        if repeated:  # json would take the last
+            raise ConfigError(f"{shown}: {printable(repeated[0])} stands there more than once")
+        return dict(pairs)
+
     try:
-        weights = json.loads(text)
+        weights = json.loads(text, object_pairs_hook=distinct)
+    except ConfigError:
+        raise
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{shown}: is not JSON ({one_line(error, 100)})") from None
     good = isinstance(weights, dict) and all(
-        type(weight) in (int, float) and math.isfinite(weight) and weight >= 0 for weight in weights.values()
+        type(weight) in (int, float) and 0 <= weight <= sys.float_info.max for weight in weights.values()
     )
     if not good or not any(weights.values()):
         raise ConfigError(
@@ -71,5 +81,7 @@ def of_classes(value: str, class_names: tuple[str, ...], counts: list[int]) -> l
     odd = sorted(weights.keys() ^ set(class_names))
     if odd:
         what = "has no weight" if odd[0] in class_names else "is no class of the data set"
-        raise ConfigError(f"--class-weights: {printable(odd[0])} {what}; allowed is one weight for each class name")
+        raise ConfigError(
+            f"--class-weights: {show_apart(odd[0], odd)} {what}; allowed is one weight for each class name"
+        )
     return [weights[name] for name in class_names]

@@ -14,7 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sasa.data.errors import DataError
 from sasa.training import distributed
+from sasa.training.distributed import SharedError
 from sasa.training.signals import StopRequest
 
 EVAL_BATCH = 256
@@ -73,7 +75,8 @@ def evaluate(
         The score, top-5 being top-`num_classes` where there are fewer than five; None where a rank was stopped.
 
     Raises:
-        RuntimeError: the number of images seen is not the split's, less the unreadable ones that it skipped.
+        SharedError: an image that cannot be read, unless such are skipped; no image that can.
+        RuntimeError: the number of images seen is not the split's, less the unreadable ones that this pass skipped.
     """
     training = model.training
     model.eval()
@@ -90,6 +93,8 @@ def evaluate(
     expected = len(split) - sum(part.skipped for part in parts)
     if seen != expected:
         raise RuntimeError(f"evaluated {seen} images of a split of {expected}")
+    if not seen:
+        raise SharedError(DataError(f"cannot read any of the {len(split)} images to evaluate on"))
     confusion = None if own.confusion is None else sum(part.confusion for part in parts)
     wrong = [item for part in parts for item in part.wrong][:keep_wrong]
     top1 = right.sum().item()
@@ -106,7 +111,7 @@ class _Part(NamedTuple):
     right: Tensor
     confusion: Tensor | None
     wrong: list[tuple[Tensor, int, int]]
-    skipped: int  # unreadable images
+    skipped: int  # unreadable images, in this pass: in the next one a file may be whole again
 
 
 @torch.inference_mode()
@@ -128,7 +133,7 @@ def _score(model, split, num_classes, batch_size, autocast, keep_wrong, stop) ->
                 wrong.append((images[i].cpu(), labels[i].item(), best[i, 0].item()))
     sums = _Sums(num_classes, torch.device("cpu")) if sums is None else sums  # a rank without images
     loss, top5, counts, right, confusion = sums.on_the_host()
-    return _Part(seen, loss, top5, counts, right, confusion, wrong, len(split.bad_images))
+    return _Part(seen, loss, top5, counts, right, confusion, wrong, split.skipped)
 
 
 class _Sums:

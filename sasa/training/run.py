@@ -295,6 +295,11 @@ def settle(config: Config, data: Data, amp: torch.dtype | None, nominal: int, sp
     )  # fmt: skip
 
 
+def without_parts(config: Config) -> Config:
+    """The Config with the whole training set: for another folder's images, or where only those of test are used."""
+    return dataclasses.replace(config, train_images=None, holdout=0.0, early_stop=0)
+
+
 def load_data(config: Config, device: torch.device | str, is_stopped: Callable[[], bool] = lambda: False) -> Data:
     """The data set of a Config, on the main rank first, which downloads what is missing.
 

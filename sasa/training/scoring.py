@@ -19,7 +19,7 @@ from sasa.training.device import amp_of_checkpoint, pick_device
 from sasa.training.evaluation import EVAL_BATCH, evaluate
 from sasa.training.network import network_of
 from sasa.training.resume import changed_keys, settled
-from sasa.training.run import load_data
+from sasa.training.run import load_data, without_parts
 
 
 def evaluate_checkpoint(command: Command) -> int:
@@ -44,7 +44,7 @@ def evaluate_checkpoint(command: Command) -> int:
     network, classes = trained.network.to(device), trained.info.num_classes
     autocast = partial(torch.autocast, device.type, dtype=amp, enabled=amp is not None)
     batch_size = config.batch_size if "batch_size" in given else EVAL_BATCH
-    data = load_data(dataclasses.replace(config, train_images=None, holdout=0.0), device)
+    data = load_data(without_parts(config), device)
     try:
         order = order_of_classes(trained.info, data.info, state["format"] == checkpoint.FORMAT, config.data_dir, path)
         split = data.test if order is None else Relabelled(data.test, order)
@@ -105,8 +105,8 @@ class Relabelled:
         return len(self._split)
 
     @property
-    def bad_images(self) -> list[str]:
-        return self._split.bad_images
+    def skipped(self) -> int:
+        return self._split.skipped
 
     def eval_batches(self, *place: int) -> Iterator[tuple[Tensor, Tensor]]:
         for images, labels in self._split.eval_batches(*place):

@@ -25,9 +25,11 @@ def encoded(image: Image.Image, kind: str, **options) -> io.BytesIO:
     return io.BytesIO(file.getvalue())
 
 
-def png(bits: int, colour: int, pixels: np.ndarray, *extra: tuple[bytes, bytes]) -> io.BytesIO:
-    """A PNG written by hand: Pillow writes no 16-bit colour."""
-    head = struct.pack(">IIBBBBB", pixels.shape[1], pixels.shape[0], bits, colour, 0, 0, 0)
+def png(
+    bits: int, colour: int, pixels: np.ndarray, *extra: tuple[bytes, bytes], width: int | None = None
+) -> io.BytesIO:
+    """A PNG written by hand: Pillow writes no 16-bit colour. `width`: of pixels that are packed into bytes."""
+    head = struct.pack(">IIBBBBB", width or pixels.shape[1], pixels.shape[0], bits, colour, 0, 0, 0)
     data = zlib.compress(b"".join(b"\0" + row.tobytes() for row in pixels))
     chunks = [(b"IHDR", head), *extra, (b"IDAT", data), (b"IEND", b"")]
     parts = (
@@ -98,6 +100,18 @@ def test_16_bit_colour_and_8_bit_inverted_gray():
 def test_pixels_without_an_agreed_range_and_other_kinds_of_files_are_refused(file, words):
     with pytest.raises(UnsupportedImageError, match=words):
         decode(file)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_a_transparent_gray_value_is_of_the_files_own_bits(bits):
+    """Each value in turn, and one that no pixel has: Pillow spreads the pixels over 0..255, but not that value."""
+    most = 2**bits - 1
+    values = np.arange(most + 1) if bits < 8 else np.array([0, 1, 7, 85, 254, 255])
+    row = np.packbits((values[:, None] >> np.arange(bits)[::-1] & 1).astype(np.uint8).flatten())[None]
+    for clear in (*values.tolist(), *([most + 1] if bits > 1 else [])):
+        file = png(bits, 0, row, (b"tRNS", struct.pack(">H", clear)), width=len(values))
+        wanted = np.where(values == clear, 0, values * (255 // most))
+        assert np.array_equal(pixels(file)[0], np.repeat(wanted[:, None], 3, 1)), clear
 
 
 def test_what_is_transparent_becomes_black():

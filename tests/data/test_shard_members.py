@@ -61,3 +61,56 @@ def test_a_size_of_pax_that_is_negative_ends(tmp_path):
     path.write_bytes(sample("a") + head + header("b.png", 0, b"0") + bytes(2 * BLOCK))
     with pytest.raises(DataError, match=r"negative size|header"):
         list(members(str(path)))
+
+
+WHOLE = sample("a") + sample("b") + sample("c")
+END = bytes(2 * BLOCK)
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 20, 2048])
+def test_zeros_after_the_last_member_are_an_end(tmp_path, blocks):
+    """One block at least, which GNU tar takes with a warning; up to the padding of tar -b 2048."""
+    path = tmp_path / "train-0.tar"
+    path.write_bytes(WHOLE + bytes(blocks * BLOCK))
+    assert [member.name for member in members(str(path))] == ["a.png", "b.png", "c.png"]
+
+
+def flipped(place: int) -> bytes:
+    content = bytearray(WHOLE + END)
+    content[place] ^= 0xFF
+    return bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (flipped(4 * BLOCK + 10), f"at byte {4 * BLOCK} neither a member nor the end"),
+        (flipped(8 * BLOCK + 150), f"at byte {8 * BLOCK} neither a member nor the end"),
+        (WHOLE, "no end mark: cut short"),
+        (WHOLE[: 4 * BLOCK], "no end mark: cut short"),
+        (WHOLE[: 4 * BLOCK + 100], "no end mark: cut short"),
+        (WHOLE + END + WHOLE + END, f"at byte {12 * BLOCK} neither a member nor the end"),
+        (WHOLE + bytes(2**20 + BLOCK), f"at byte {12 * BLOCK} neither a member nor the end"),
+    ],
+    ids=["name", "checksum", "cut-at-the-end", "cut-at-a-sample", "cut-in-a-header", "joined", "unwritten"],
+)  # fmt: skip
+def test_a_damaged_shard_is_not_read_in_part(tmp_path, content, words):
+    """tarfile ends at each of these as at a whole shard's end mark."""
+    path = tmp_path / "train-0.tar"
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=rf"train-0\.tar: {words}"):
+        list(members(str(path)))
+
+
+@pytest.mark.parametrize("kind", [tarfile.LNKTYPE, tarfile.SYMTYPE], ids=["hard", "symbolic"])
+def test_a_sample_that_is_a_link_is_refused_by_name(tmp_path, kind):
+    """As tar writes the second name of a file that deduplication has linked."""
+    path = tmp_path / "train-0.tar"
+    path.write_bytes(sample("a") + END)
+    with tarfile.open(path, "a") as tar:
+        for name in ("b.cls", "b.png"):
+            link = tarfile.TarInfo(name)
+            link.type, link.linkname = kind, f"a{name[1:]}"
+            tar.addfile(link)
+    with pytest.raises(DataError, match=r"train-0\.tar: b\.cls is a link to a\.cls.*--hard-dereference"):
+        list(members(str(path)))

@@ -104,6 +104,34 @@ def test_part_of_the_shards_is_part_of_the_images(packed):
     assert "train-000001.tar at byte 512" in files.name(0)
 
 
+@pytest.mark.parametrize("name", ["val-000000.tar", "val-000001.tar"])
+def test_part_of_the_validation_shards_is_refused(packed, tmp_path, name):
+    """Nobody names them, so that a lost one would go unnoticed: the score would be of other images."""
+    folder = shutil.copytree(packed, tmp_path / "shards")
+    (folder / name).unlink()
+    text = message(shards.read_shards, pattern(folder))
+    assert str(folder / name) in text and "val-index.npz describes it" in text
+
+
+def test_class_names_that_are_corrected_after_indexing_are_not_ignored(packed, tmp_path):
+    folder = shutil.copytree(packed, tmp_path / "shards")
+    (folder / "classes.txt").write_text("a dog\ncat\n")
+    text = message(shards.read_shards, pattern(folder))
+    assert str(folder / "classes.txt") in text and "preprocess.py index" in text
+    val = str(folder / "val-{000000..000001}.tar")
+    assert shards.main(["index", pattern(folder), val]) == 0
+    assert shards.read_shards(pattern(folder)).classes == ["a dog", "cat"]
+    (folder / "classes.txt").unlink()  # the index has them
+    assert shards.read_shards(pattern(folder)).classes == ["a dog", "cat"]
+
+
+def test_names_that_come_after_an_index_of_numbers_are_not_ignored(tmp_path):
+    for split in ("train", "val"):
+        shards.write_index([str(foreign(tmp_path, split))])
+    (tmp_path / "classes.txt").write_text("a\nb\nc\nd\n")
+    assert "other classes than those of the index" in message(shards.read_shards, str(tmp_path / "train-0.tar"))
+
+
 def foreign(folder: Path, split: str, names=("jpg", "cls"), label=b"3") -> Path:
     """A shard of two samples that another program might have written."""
     path = folder / f"{split}-0.tar"
@@ -256,6 +284,24 @@ def test_packing_that_a_signal_ends_leaves_nothing_behind(tree, tmp_path, monkey
     finally:
         signal.signal(number, before)
     assert "stopped by a signal" in capsys.readouterr().err and list((tmp_path / "made").iterdir()) == []
+
+
+def test_an_image_that_packing_cannot_read_is_named(tree, tmp_path, monkeypatch):
+    class Broken(io.BytesIO):
+        def read(self, *_):
+            raise OSError(5, "Input/output error")
+
+    whole = pack.Files.open
+    monkeypatch.setattr(pack.Files, "open", lambda files, i: Broken() if i == 3 else whole(files, i))
+    name = sorted((tree / "train" / "a dog.v2").iterdir())[3]
+    assert message(shards.pack, tree, tmp_path / "made") == f"{name}: Input/output error"
+
+
+def test_what_a_killed_pack_has_left_is_mentioned(tree, tmp_path):
+    """SIGKILL leaves its folder, which is hidden and may be as large as the set."""
+    (tmp_path / ".pack-x1").mkdir()
+    lines = shards.pack(tree, tmp_path)
+    assert lines[0].startswith(f"{tmp_path / '.pack-x1'}: of a pack that was killed") and len(lines) == 3
 
 
 def test_packing_without_place_for_the_index_leaves_nothing_behind(tree, tmp_path, monkeypatch):
@@ -431,5 +477,21 @@ def test_patterns(tmp_path):
         ("train-{3..1}.tar", "counts down"),
         ("train-{{1..2}}.tar", "not nested"),
         ("train-{08..11}.tar", "no file"),
+        ("{a,b}/train-08.tar", "of one folder"),
+        ("{a/train-08,b/train-09}.tar", "of one folder"),
     ):
         assert words in message(names, pattern)
+
+
+def test_a_pattern_of_several_folders_is_refused_by_reading_and_by_indexing(tmp_path, capsys):
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        for split in ("train", "val"):
+            foreign(tmp_path / folder, split)
+    several = str(tmp_path / "{a,b}" / "train-0.tar")
+    assert "of one folder" in message(shards.read_shards, several)
+    several = str(tmp_path / "{a,b}" / "train-{0..0}.tar")
+    with pytest.raises(SystemExit) as ended:
+        shards.main(["index", several])
+    assert ended.value.code == 2 and "of one folder" in capsys.readouterr().err
+    assert not list(tmp_path.rglob("*.npz"))

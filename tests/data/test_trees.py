@@ -112,6 +112,35 @@ def test_a_truncated_jpeg_can_be_skipped_and_is_counted(tree):
     assert [len(y) for _, y in test.eval_batches(1)] == [1] * 13 and "val/cat/06.jpg" in test.bad_images[0]
 
 
+def test_an_empty_class_whose_files_are_left_out_says_so(tree):
+    for path in tree.glob("train/dog/*.jpg"):
+        path.rename(path.with_suffix(".heic"))
+    with pytest.raises(DataError, match=r"train/dog: class folder without images.*11 files .* ending \(\.heic\)"):
+        read_trees("FOLDER", tree)
+
+
+def test_a_loose_image_is_left_out_and_not_taken(tree):
+    Image.new("RGB", (9, 9)).save(tree / "train" / "loose.gif")
+    assert read_trees("FOLDER", tree).notes == [f"{tree / 'train'}: left out: 1 images outside the class folders"]
+
+
+def test_what_was_skipped_is_counted_anew_in_each_pass(tree):
+    """A file that fails in another way each time, more often than there are files, and is whole in the end."""
+    path = tree / "val" / "cat" / "06.jpg"
+    whole = path.read_bytes()
+    for image in tree.glob("val/*/*.jpg"):
+        if image.name not in ("05.jpg", "06.jpg"):
+            image.unlink()
+    _, _, _, test = load(dataset="FOLDER", data_dir=tree, img_size=16, skip_bad_images=True)
+    contents = (b"", whole[:25], whole[:-60], whole[:-120], whole[:-180])
+    for content in contents:
+        path.write_bytes(content)
+        assert sum(len(y) for _, y in test.eval_batches(4)) == 3 and test.skipped == 1
+    assert len(test.bad_images) >= len(test) == 4
+    path.write_bytes(whole)
+    assert sum(len(y) for _, y in test.eval_batches(4)) == 4 and test.skipped == 0
+
+
 def test_nothing_readable_is_an_error_even_when_skipping(tree):
     for path in tree.glob("train/*/*.jpg"):
         path.write_bytes(b"not an image")

@@ -1,5 +1,6 @@
 """workers.py: batches do not depend on the processes; those that die or fall silent end the pass in one line."""
 
+import errno
 import functools
 import multiprocessing
 import os
@@ -15,7 +16,7 @@ import torch
 
 from data_sets import FOR_TREES, batches, same, truncate
 from preprocess import WorkerError, load
-from sasa.data import workers
+from sasa.data import images, workers
 from sasa.data.images import Files, ImageFiles, Key
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -34,6 +35,25 @@ def test_workers_change_nothing(tree):
     assert same(*(batches(t, 3, 1, batch_size=6, augment=FOR_TREES) for t in (alone, shared)))
     assert same(list(alone_test.eval_batches(4)), list(shared_test.eval_batches(4)))
     assert alone.bad_images == shared.bad_images and len(alone.bad_images) == 1
+
+
+@pytest.mark.parametrize("count", [0, 2])
+@pytest.mark.parametrize(
+    ("shortage", "words"),
+    [(OSError(errno.EMFILE, "Too many open files"), "Too many open files"), (MemoryError(), "out of memory")],
+    ids=["files", "memory"],
+)
+def test_a_shortage_of_the_system_is_no_bad_image(tree, monkeypatch, count, shortage, words):
+    """Skipped, it would cost images that are whole, more or fewer as the machine is busy."""
+
+    def decode(file):
+        raise shortage
+
+    monkeypatch.setattr(images, "decode", decode)
+    _, train, _, _ = load(dataset="FOLDER", data_dir=tree, img_size=16, num_workers=count, skip_bad_images=True)
+    with pytest.raises(WorkerError, match=rf"^\S*train/\w+/\d+\.jpg: {words}$"):
+        batches(train)
+    assert train.bad_images == []
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="this system has no SIGUSR1")

@@ -8,7 +8,7 @@ import re
 import pytest
 import torch
 from PIL import Image
-from torchvision.transforms.v2.functional import pil_to_tensor
+from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 
 import preprocess
 import small_runs
@@ -198,6 +198,47 @@ def test_without_training_data_a_line_stands_in_place_of_the_probes(tmp_path, ne
     assert visualize.main([str(saved), "--no-effects", *given, "--output-dir", str(tmp_path / "out")]) == 0
     probes = data_of(tmp_path / "out")["networks"][0]["probes"]
     assert probes["stages"] == [] and words in probes["note"] and "\n" not in probes["note"]
+
+
+def read_images(saved, *flags):
+    """The images that the command shows, (B, 3, H, W)."""
+    args = visualize.parse([str(saved), *map(str, flags)])[1]
+    return torch.stack([chosen.image for chosen in visualize.read_images(args, visualize.load(saved, "cpu")[0])[1]])
+
+
+def test_own_images_of_a_gray_set_are_fed_as_its_test_images(tmp_path, network):
+    saved = save(tmp_path, network, stem=True, img_size=8)
+    digit = preprocess.load(dataset="DIGITS")[3].images[3]
+    to_pil_image(digit).save(tmp_path / "digit.png")
+    pixels = torch.randint(256, (3, 8, 8), dtype=torch.uint8)
+    to_pil_image(pixels).save(tmp_path / "photo.png")
+    to_pil_image(pixels).convert("L").save(tmp_path / "gray.png")
+    names = ("digit.png", "photo.png", "gray.png")
+    found = read_images(saved, "--images", *(tmp_path / name for name in names))
+    torch.testing.assert_close(found[:1], read_images(saved, "--index", 3), atol=2e-6, rtol=0)
+    assert torch.equal(found[1, 0], found[1, 1]) and torch.equal(found[1, 0], found[1, 2])
+    torch.testing.assert_close(found[1], found[2], atol=0.02, rtol=0)  # to the rounding of PIL's gray
+
+
+def test_own_images_of_a_tree_are_fed_as_the_run_evaluates(tmp_path, network, tree):
+    fed = {"img_size": 24, "eval_size": 28, "eval_crop": 0.8, "eval_interpolation": "bicubic"}
+    saved = save(tmp_path, network, "FOLDER", stem=True, data_dir=str(tree), **fed)
+    path = tree / "val" / "cat" / "05.jpg"
+    found = read_images(saved, "--images", path)
+    assert found.shape == (1, 3, 28, 28) and torch.equal(found, read_images(saved, "--index", 5))
+
+
+def test_another_folder_need_not_have_the_parts_that_the_run_trained_on(tmp_path, network, tree):
+    """8 test images and 8 to train on, fewer than the run's --train-images and --holdout."""
+    saved = save(tmp_path, network, "FOLDER", stem=True, data_dir="nowhere", train_images=60, holdout=20, early_stop=3)
+    for path in sorted(tree.glob("*/*/*.jpg")):
+        if path.name >= "04.jpg":
+            path.unlink()
+    assert len(read_images(saved, "--data-dir", tree, "--index", 0, 7)) == 2
+    flags = ["--data-dir", str(tree), "--no-effects", "--output-dir", str(tmp_path / "out")]
+    assert visualize.main([str(saved), *flags]) == 0
+    note = data_of(tmp_path / "out")["networks"][0]["probes"]["note"]
+    assert f"{tree} has 2 classes, the network 10" in note
 
 
 def test_two_checkpoints_are_shown_on_one_page(best, tmp_path, network):

@@ -90,6 +90,8 @@ def test_a_file_becomes_text_of_the_configuration(tmp_path):
 
 @pytest.mark.parametrize(("content", "words"), [
     (None, "cannot be read"), ("{", "is not JSON"), ("[1]", "must be"), ('{"a": -1}', "must be"),
+    ('{"a": 1, "b": 2, "a": 9}', "a stands there more than once"), ("{}", "must be"),
+    ('{"a": 1' + "0" * 400 + "}", "must be"), ('{"a": 1' + "0" * 5000 + "}", "is not JSON"),
     ('{"a": NaN}', "must be"), ('{"a": 0}', "must be"), ('{"a": true}', "must be"),
 ])  # fmt: skip
 def test_a_wrong_file_is_one_line(tmp_path, content, words):
@@ -99,6 +101,12 @@ def test_a_wrong_file_is_one_line(tmp_path, content, words):
     with pytest.raises(ConfigError, match=words) as error:
         settle(str(path))
     assert "--class-weights" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_names_that_look_alike_are_shown_apart():
+    """Composed in the folder's name, decomposed in the file, as some editors and file systems write it."""
+    with pytest.raises(ConfigError, match=r"'cafe\\u0301' is no class"):
+        of_classes(settle(json.dumps({"cafe\u0301": 1})), ("caf\u00e9",), [1])
 
 
 @pytest.mark.parametrize(
