@@ -41,7 +41,14 @@ from sasa.training.files import new_run_id
 from sasa.training.guard import Guard
 from sasa.training.image_list import SPLITS, Listed
 from sasa.training.network import build_network
-from sasa.training.optim import MovingAverage, build_ema, build_optimizer, ema_decay, set_batch_norm_momentum
+from sasa.training.optim import (
+    MovingAverage,
+    build_ema,
+    build_optimizer,
+    ema_decay,
+    learning_rate,
+    set_batch_norm_momentum,
+)
 from sasa.training.resume import RunSpec, form_of
 from sasa.training.sync_batchnorm import sync_batch_norms
 
@@ -142,6 +149,16 @@ class Run:
             seed=self.config.seed, augment=augmentation(self.config), rank=distributed.rank(),
             world_size=distributed.world_size(), global_batch=progress.global_batch,
         )  # fmt: skip
+
+    def rate(self, index: int) -> float:
+        """The learning rate of step `index`, the run's first being 0; it belongs to the open epoch.
+
+        The schedule goes by the epochs that are done, not by the steps: with more or fewer images
+        (--allow-changed-data) it neither jumps nor ends elsewhere.
+        """
+        progress, steps = self.progress, self.steps_per_epoch
+        batch = min(progress.batch + index - progress.step, steps - 1)  # above it where the epoch has become shorter
+        return learning_rate(self.config, progress.epoch * steps + batch, steps)
 
     def draw_drop_path(self, index: int, piece: int) -> None:
         """The residual branches that the micro-batch number `piece` of step `index` leaves out."""
