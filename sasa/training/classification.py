@@ -86,11 +86,16 @@ def pictures_of(result: Evaluation, info: preprocess.DataInfo) -> list[Tensor]:
 
 @torch.no_grad()
 def show_attention(run: Run, monitor: Monitor) -> None:
-    """TensorBoard's attention panels, of the same few validation images each time."""
+    """TensorBoard's attention panels, of the same few validation images each time.
+
+    They are of the main rank's part: another's, read here, would be among the skipped ones of both.
+    """
     model = run.eval_model
     if not attention_layers(model) or not distributed.is_main():
         return
-    images, _ = next(run.data.val.eval_batches(WATCHED_IMAGES))
+    images, _ = next(run.data.val.eval_batches(WATCHED_IMAGES, 0, distributed.world_size()), (None, None))
+    if images is None:  # of a part that is empty, or of which nothing can be read
+        return
     training = model.training
     model.eval()
     with record_attention(model, pixels=lattice(WATCHED_PIXELS)) as layers, run.autocast():
