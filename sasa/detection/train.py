@@ -42,7 +42,7 @@ from sasa.training import checkpoint, distributed
 from sasa.training.device import amp_of_checkpoint, peak_memory_mib, pick_device
 from sasa.training.files import BEST, SUMMARY, write_json
 from sasa.training.monitor import Monitor
-from sasa.training.resume import changed_keys, settled
+from sasa.training.resume import changed_keys, refuse_other_task, settled
 from sasa.training.saving import Saver
 from sasa.training.task import Task, Validation
 
@@ -182,6 +182,7 @@ def evaluate_checkpoint(command: Command) -> int:
     require_pycocotools()
     path = Path(command.evaluate)
     state = distributed.on_main_rank(partial(checkpoint.load, path))
+    refuse_other_task(state["config"], path, DetectionConfig)
     given = settled(command.given, state["config"])
     saved = DetectionConfig.from_dict(state["config"])
     config = dataclasses.replace(saved, **given)

@@ -224,9 +224,7 @@ def set_up(spec: RunSpec, is_stopped: Callable[[], bool] = lambda: False) -> Run
     config = spec.config
     device, amp = prepare_machine(config)
     data = load_data(config, device, is_stopped)
-    nominal = nominal_batch(config, distributed.world_size())
-    if spec.state is not None:
-        nominal = spec.state["progress"]["global_batch"]
+    nominal = spec.global_batch or nominal_batch(config, distributed.world_size())
     config = settle(config, data, amp, nominal, spec)
     weights = distributed.on_all_ranks(partial(_class_weights, config, data, device))
     model = distributed.on_all_ranks(partial(_make_network, config, data, device))
@@ -271,7 +269,8 @@ def assemble(
     Args:
         kind: Run, or a class of it for other data. config: settled. nominal: images of a step over all ranks.
     """
-    identity = Identity(distributed.on_main_rank(lambda: spec.run_id or new_run_id()), data.identity())
+    run_id = distributed.on_main_rank(lambda: spec.run_id or new_run_id())
+    identity = Identity(run_id, data.identity(), spec.init_from)
     check_ranks_agree(identity.data)
     return kind(
         config, identity, spec.recipe, spec.folder, device, data, model,
