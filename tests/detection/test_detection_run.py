@@ -213,23 +213,26 @@ def test_a_classification_network_s_weights_go_into_the_backbone(tmp_path, capsy
 
 
 def test_a_run_of_other_weights_that_was_never_saved_never_begins_with_new_ones(tmp_path, capsys, monkeypatch):
+    class Killed(BaseException):
+        pass
+
     network = build("ResNet26", 10, kernel_size=3)
     classification_checkpoint(tmp_path / "best.pt", network)
     flags, kept = ["--init-from", str(tmp_path / "best.pt")], {}
 
     def end(run, *_):
         kept.update({name: value.clone() for name, value in run.model.state_dict().items()})
-        raise KeyboardInterrupt
+        raise Killed
 
     monkeypatch.setattr(train, "train_epochs", end)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Killed):
         started(tmp_path / "a", *flags)
     kept.clear()
     capsys.readouterr()
     assert started(tmp_path / "a", "--resume") == 2 and kept == {}
     error = capsys.readouterr().err
     assert "--init-from" in error and "give it again" in error and error.count("\n") == 1
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Killed):
         started(tmp_path / "a", "--resume", *flags)
     assert torch.equal(kept["backbone.body.layer1.0.conv1.weight"], network.state_dict()["layer1.0.conv1.weight"])
 

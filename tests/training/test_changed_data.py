@@ -44,9 +44,9 @@ def test_damaged_images_are_skipped_by_a_resume_that_allows_it(tree, tmp_path, t
 
 @pytest.mark.parametrize("factor", [3, 1 / 2])
 def test_the_rate_goes_by_the_epochs_whatever_the_number_of_images(tree, tmp_path, tiny, monkeypatch, factor):
-    """6 steps an epoch, from the middle of the third of 6 on more or fewer; 2 warm up, then a cosine to 0."""
+    """6 steps an epoch, from the 5th of the third of 6 epochs on more or fewer; 2 warm up, then a cosine to 0."""
     flags = f"{tree_flags(tree, 0)} --epochs 6 --warmup-epochs 2"
-    assert run(tmp_path, flags, "--max-steps 15") == 0
+    assert run(tmp_path, flags, "--max-steps 16") == 0
     for folder in (tree / "train").iterdir():
         for i in range(8, round(8 * factor)):
             shutil.copy(folder / f"{i % 8}.jpg", folder / f"{i}.jpg")
@@ -61,8 +61,8 @@ def test_the_rate_goes_by_the_epochs_whatever_the_number_of_images(tree, tmp_pat
     monkeypatch.setattr(train, "check_finite", watched)
     assert run(tmp_path, flags, "--resume --allow-changed-data") == 0
     config, steps = resolve({"lr": 0.02, "epochs": 6, "warmup_epochs": 2.0}, "FOLDER"), round(6 * factor)
-    wanted = [learning_rate(config, step, steps) for step in range(2 * steps + 3, 6 * steps)]
-    assert rates == pytest.approx(wanted) and len(wanted) == 4 * steps - 3
+    first = 2 * steps + min(4, steps)  # an epoch that has become as short is over
+    assert rates == pytest.approx([learning_rate(config, step, steps) for step in range(first, 6 * steps)])
     logged = [row["lr"] for row in small_runs.log_rows(tmp_path / "run")]
     ends = [learning_rate(config, epoch * 6 - 1, 6) for epoch in (1, 2)]
     assert logged == pytest.approx(ends + [learning_rate(config, epoch * steps - 1, steps) for epoch in (3, 4, 5, 6)])
