@@ -263,9 +263,7 @@ class Config(Settings):
     name: str | None = option(
         None, "name this run's folder", otherwise="by model, stem, data set, recipe, seed", free=True, is_name=True
     )
-    save_every: int = option(
-        1, "save whenever this many epochs are done, a minute apart at least; 0: not by epochs", low=0, free=True
-    )
+    save_every: int = option(1, "save whenever this many epochs are done; 0: not by epochs", low=0, free=True)
     save_minutes: float = option(
         10.0, "save last.pt whenever this many minutes are over, 0: not by the clock", low=0, free=True
     )

@@ -30,7 +30,7 @@ from sasa.training.checkpoint import CheckpointError
 from sasa.training.classification import CLASSIFICATION
 from sasa.training.device import is_out_of_memory
 from sasa.training.distributed import SharedError
-from sasa.training.files import IMAGES, claim_folder
+from sasa.training.files import IMAGES, Start, claim_folder
 from sasa.training.lock import FolderLock
 from sasa.training.monitor import Monitor, Silent
 from sasa.training.resume import RunSpec, check_data, report_changes
@@ -106,8 +106,8 @@ def run_spec(spec: RunSpec, command: Command, stop: StopRequest, task: Task) -> 
     try:
         if distributed.is_main():
             task.describe(run)
-        if command.init_from is not None:
-            initialise(run, Path(command.init_from), task.initial_weights)
+        if spec.state is None and spec.init_from is not None:
+            initialise(run, Path(spec.init_from), task.initial_weights)
         if spec.state is not None:
             tolerated = command.allow_changed_data, getattr(run.config, "skip_bad_images", False)
             identities = spec.state["data"], run.identity.data
@@ -126,7 +126,9 @@ def train(run: Run, stop: StopRequest, overwrite: bool, task: Task) -> int:
     config, progress = run.config, run.progress
     fresh, begun = progress.step == 0, progress.step
     first = distributed.on_all_ranks(lambda: next(run.batches())) if fresh else None  # wrong data: no file changed
-    distributed.on_main_rank(partial(claim_folder, run.folder, config, run.identity.run_id, overwrite))
+    begun_with = Start(run.recipe, progress.global_batch, run.identity.init_from)
+    claim = (run.folder, config, run.identity.run_id, begun_with, overwrite, is_over(run))
+    distributed.on_main_rank(partial(claim_folder, *claim))
     if distributed.is_main():
         monitor = Monitor(run.folder, progress, run.steps_per_epoch, config.progress and sys.stderr.isatty(),
                           config.log_csv)  # fmt: skip

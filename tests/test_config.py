@@ -169,6 +169,8 @@ def test_the_commands_that_are_not_fields():
     assert parse_command_line(["--resume"]).resume == "" and parse_command_line(["--resume", "x.pt"]).resume == "x.pt"
     assert parse_command_line(["--evaluate", "x.pt"]).evaluate == "x.pt"
     assert parse_command_line(["--init-from", "x.pt", "--overwrite"]).overwrite
+    both = parse_command_line(["--init-from", "x.pt", "--resume"])
+    assert (both.init_from, both.resume) == ("x.pt", "")
 
 
 # As DESIGN.md section 4 lists them, less those of later steps (--attention-every, --sync-bn).
@@ -230,7 +232,7 @@ def test_every_flag_of_the_contract_is_in_the_help(capsys):
     ("stray", "stray"),
     ("--stem yes", "yes"),
     ("--resume --overwrite", "--resume --overwrite"),
-    ("--resume --init-from x.pt", "--resume --init-from"),
+    ("--resume y.pt --init-from x.pt", "--resume --init-from"),
     ("--evaluate x.pt --resume", "--evaluate --resume"),
 ])  # fmt: skip
 def test_a_wrong_command_line_is_one_line_that_says_what_is_allowed(capsys, flags, words):

@@ -115,8 +115,7 @@ def check_environment(record: Record) -> None:
 
 def contradictions(record: Record) -> Iterator[str]:
     """What differs among the files of the run, a line each: nothing is replayed for it."""
-    saved, _ = read_config(record.folder)
-    for line in changed_keys(record.config, Config.from_dict(saved)):
+    for line in changed_keys(record.config, Config.from_dict(read_config(record.folder).config)):
         yield f"config.json and {LAST}: {line}"
     for row, own in zip(record.rows, record.state["progress"]["rows"], strict=True):
         for group in differing_groups(row["digests"], own.get("digests", {})):
@@ -168,7 +167,7 @@ def replay(record: Record, segment: Segment, config: Config) -> str | None:
     """Train a stretch again; None where every epoch's digests are those of log.jsonl, else what differs first.
 
     Raises:
-        Refused: other data than the run's, or epochs of another environment.
+        Refused: other data than the run's, epochs of another environment, or a beginning that was not kept.
         SharedError: the machine or the data do not allow it.
     """
     for row in record.rows[segment.start : segment.stop]:
@@ -176,7 +175,10 @@ def replay(record: Record, segment: Segment, config: Config) -> str | None:
             raise Refused(f"epoch {row['epoch']} was trained in another environment than the run's last")
     path = record.kept.get(segment.start)
     state = None if path is None else checkpoint.load_run(path)
-    run = set_up(RunSpec(config, record.folder, {}, True, state, record.state["run_id"]))
+    if state is None and record.state.get("init_from") is not None:
+        raise Refused(f"the run began with the weights of {record.state['init_from']}, and no state of then was kept")
+    batch = record.state["progress"]["global_batch"]
+    run = set_up(RunSpec(config, record.folder, {}, True, state, record.state["run_id"], global_batch=batch))
     try:
         changed = data_differences(record.state["data"], run.identity.data)
         if changed:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from config import ConfigError
+from config import ConfigError, nominal_batch
 from sasa.analysis.flops import count_parameters
 from sasa.detection import digits
 from sasa.detection.coco import read_split
@@ -108,9 +108,7 @@ def set_up(spec: RunSpec, is_stopped: Callable[[], bool] = lambda: False) -> Det
     if config.batch_norm != "frozen":
         side = math.ceil(config.img_size / 32)  # of the backbone's last map
         distributed.on_all_ranks(partial(check_last_map, config, len(data.train), side))
-    nominal = config.batch_size * config.accumulate * distributed.world_size()
-    if spec.state is not None:
-        nominal = spec.state["progress"]["global_batch"]
+    nominal = spec.global_batch or nominal_batch(config, distributed.world_size())
     build = partial(seeded, partial(build_detector, config, data.info.num_classes), config, device)
     detector = distributed.on_all_ranks(build)
     distributed.on_all_ranks(partial(check_bf16_gradients, dense(detector), config.img_size, amp, device))

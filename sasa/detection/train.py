@@ -42,8 +42,7 @@ from sasa.training import checkpoint, distributed
 from sasa.training.device import amp_of_checkpoint, peak_memory_mib, pick_device
 from sasa.training.files import BEST, SUMMARY, write_json
 from sasa.training.monitor import Monitor
-from sasa.training.optim import learning_rate
-from sasa.training.resume import changed_keys, settled
+from sasa.training.resume import changed_keys, refuse_other_task, settled
 from sasa.training.saving import Saver
 from sasa.training.task import Task, Validation
 
@@ -74,7 +73,7 @@ def validate(run: DetectionRun, monitor: Monitor, stop: StopRequest, is_last: bo
         "train_loss": progress.loss_sum / progress.images,
         "train_box_loss": box_loss,
         **{f"val_{name}_pct": result.figures.get(name) for name in FIGURES},
-        "lr": learning_rate(config, progress.step - 1, run.steps_per_epoch),
+        "lr": run.rate(progress.step - 1),
         "images_per_s": progress.images / progress.epoch_seconds,
         "epoch_s": progress.epoch_seconds,
         "peak_mem_mib": peak_memory_mib(run.device),
@@ -183,6 +182,7 @@ def evaluate_checkpoint(command: Command) -> int:
     require_pycocotools()
     path = Path(command.evaluate)
     state = distributed.on_main_rank(partial(checkpoint.load, path))
+    refuse_other_task(state["config"], path, DetectionConfig)
     given = settled(command.given, state["config"])
     saved = DetectionConfig.from_dict(state["config"])
     config = dataclasses.replace(saved, **given)

@@ -97,6 +97,7 @@ class Identity(NamedTuple):
 
     run_id: str
     data: dict[str, Any]  # preprocess.data_identity
+    init_from: str | None = None  # the checkpoint whose weights it began with, as --init-from named it
 
 
 def run_state(
@@ -260,7 +261,7 @@ def newest(folder: Path) -> tuple[dict[str, Any], Path, list[str]] | None:
     problems = []
     for name in (LAST, PREVIOUS):
         path = folder / name
-        if not path.exists():
+        if not os.path.lexists(path):  # a link to nowhere is a file that is there and not whole
             continue
         try:
             return load_run(path), path, problems

@@ -1,10 +1,11 @@
 """--class-weights: what each class counts in the loss. Read without torch.
 
-A file's weights become a part of the run's configuration, as one line of text, so that a run goes on exactly whatever
-becomes of the file.
+A file's weights become a part of the run's configuration, as one line of text, so that a run goes on exactly where the
+file is gone; with one that has changed, it is not resumed.
 """
 
 import json
+import os
 import sys
 from collections import Counter
 from pathlib import Path
@@ -35,6 +36,16 @@ def settle(value: str) -> str:
             '{"class name": weight, ...}'
         ) from None
     return _canonical(text, shown)
+
+
+def is_of_a_file(settled: Any) -> bool:
+    """Whether a settled value holds weights that were read from a file."""
+    return isinstance(settled, str) and settled.startswith("{")
+
+
+def is_gone(value: str) -> bool:
+    """Whether the flag's value names a file that is not there."""
+    return value.lower() not in (NONE, BALANCED) and not value.startswith("{") and not os.path.lexists(value)
 
 
 def _canonical(text: str, shown: str) -> str:

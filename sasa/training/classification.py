@@ -17,7 +17,6 @@ from sasa.training.evaluation import EVAL_BATCH, Evaluation, evaluate
 from sasa.training.files import BEST, SUMMARY, write_json
 from sasa.training.losses import mean_loss
 from sasa.training.monitor import WRONG_SHOWN, Monitor
-from sasa.training.optim import learning_rate
 from sasa.training.resume import specify_run
 from sasa.training.run import Run, bad_images, describe, set_up
 from sasa.training.saving import Saver, TrainingError
@@ -63,7 +62,7 @@ def validate(run: Run, monitor: Monitor, stop: StopRequest, is_last: bool) -> Va
         "val_loss": result.loss if is_scored else None,
         "val_top1_pct": result.top1_pct if is_scored else None,
         "val_top5_pct": result.top5_pct if is_scored else None,
-        "lr": learning_rate(config, progress.step - 1, run.steps_per_epoch),
+        "lr": run.rate(progress.step - 1),
         "images_per_s": progress.images / progress.epoch_seconds,
         "epoch_s": progress.epoch_seconds,
         "peak_mem_mib": peak_memory_mib(run.device),
@@ -87,11 +86,16 @@ def pictures_of(result: Evaluation, info: preprocess.DataInfo) -> list[Tensor]:
 
 @torch.no_grad()
 def show_attention(run: Run, monitor: Monitor) -> None:
-    """TensorBoard's attention panels, of the same few validation images each time."""
+    """TensorBoard's attention panels, of the same few validation images each time.
+
+    They are of the main rank's part: another's, read here, would be among the skipped ones of both.
+    """
     model = run.eval_model
     if not attention_layers(model) or not distributed.is_main():
         return
-    images, _ = next(run.data.val.eval_batches(WATCHED_IMAGES))
+    images, _ = next(run.data.val.eval_batches(WATCHED_IMAGES, 0, distributed.world_size()), (None, None))
+    if images is None:  # of a part that is empty, or of which nothing can be read
+        return
     training = model.training
     model.eval()
     with record_attention(model, pixels=lattice(WATCHED_PIXELS)) as layers, run.autocast():

@@ -47,8 +47,10 @@ def parse_command_line(
         given = {f.name: _value(f, values[f.name]) for f in fields(settings) if f.name in values}
     except ConfigError as error:
         fail_here(error)
-    if "resume" in command and ("init_from" in command or command.get("overwrite")):
-        fail_here("--resume goes on with a run: it does not go with --init-from or --overwrite")
+    if "resume" in command and command.get("overwrite"):
+        fail_here("--resume goes on with a run: it does not go with --overwrite")
+    if command.get("resume") and "init_from" in command:
+        fail_here("--resume PATH names the state to go on from: --init-from goes with --resume alone")
     if "evaluate" in command and ("resume" in command or "init_from" in command):
         fail_here("--evaluate does not go with --resume or --init-from")
     return Command(given, **command)
@@ -60,7 +62,9 @@ def _parser(settings: type[Settings], prog: str, about: str) -> Parser:
         _add_flag(parser, f)
     parser.add_argument("--resume", nargs="?", const="", metavar="PATH",
                         help="go on from PATH, or from the newest whole checkpoint of the run's folder")  # fmt: skip
-    parser.add_argument("--init-from", metavar="PATH", help="start from the weights of a checkpoint, nothing else")
+    parser.add_argument("--init-from", metavar="PATH",
+                        help="start from the weights of a checkpoint, nothing else; with --resume, only where the run "
+                        "has no checkpoint yet")  # fmt: skip
     parser.add_argument("--evaluate", metavar="PATH", help="evaluate a checkpoint and end")
     parser.add_argument("--overwrite", action="store_true", help="replace a run that the folder already holds")
     parser.add_argument("--allow-changed-data", action="store_true",

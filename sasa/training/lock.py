@@ -23,6 +23,10 @@ POLL_SECONDS = 0.25
 _UNSUPPORTED = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)
 
 
+def _not_lockable(folder: Path, error: OSError) -> ConfigError:
+    return ConfigError(f"{printable(folder / NAME)}: cannot be locked ({error.strerror}); --name names another folder")
+
+
 class FolderLock:
     """A POSIX record lock on a run's folder: forked workers do not inherit it, and the kernel frees it on any death."""
 
@@ -33,13 +37,16 @@ class FolderLock:
         """Wait for the folder for up to WAIT_SECONDS. Where locks are not supported, one line warns instead.
 
         Raises:
-            ConfigError: another run has it, on which host, as which process and since when.
-            OSError: the lock's file cannot be made.
+            ConfigError: another run has it, on which host, as which process and since when; or the lock's file cannot
+                be made.
         """
         if fcntl is None:
             return
         flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
-        self._descriptor = os.open(folder / NAME, flags, 0o666)
+        try:
+            self._descriptor = os.open(folder / NAME, flags, 0o666)
+        except OSError as error:  # something else has its name, or the folder lets nothing be made
+            raise _not_lockable(folder, error) from error
         until = time.monotonic() + WAIT_SECONDS
         while True:
             try:
@@ -51,7 +58,7 @@ class FolderLock:
                           "other", file=sys.stderr)  # fmt: skip
                     return
                 if error.errno not in (errno.EACCES, errno.EAGAIN):
-                    raise
+                    raise _not_lockable(folder, error) from error
                 if time.monotonic() >= until:
                     raise ConfigError(
                         f"{folder}: another run is in it, {self._holder()}; --name names another"

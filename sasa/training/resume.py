@@ -1,6 +1,7 @@
 """From a command to the specification of a run: which configuration, which folder, which state to continue from."""
 
 import dataclasses
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -9,7 +10,8 @@ from typing import Any
 import torch
 
 import preprocess
-from config import Config, ConfigError, Settings, flag_of, resolve
+from config import Config, ConfigError, Settings, flag_of, nominal_batch, resolve
+from sasa.console import printable
 from sasa.data.fingerprint import differences as data_differences
 from sasa.data.fingerprint import only_sizes_differ
 from sasa.settings import renamed
@@ -20,6 +22,7 @@ from sasa.training.files import (
     CONFIG,
     LAST,
     PREVIOUS,
+    RunRecord,
     held_files,
     make_folder,
     read_config,
@@ -42,6 +45,8 @@ class RunSpec:
         state: to go on from; None: step 0.
         run_id: of the run that goes on; None: a new one.
         source: the folder that the state was read from.
+        global_batch: images of a step over all ranks, of a run that was started; None: those of these ranks.
+        init_from: the checkpoint whose weights the run begins with, or began with where there is a state.
     """
 
     config: Settings
@@ -51,11 +56,12 @@ class RunSpec:
     state: dict[str, Any] | None = None
     run_id: str | None = None
     source: Path | None = None
+    global_batch: int | None = None
+    init_from: str | None = None
 
 
 def new_config(given: dict[str, Any]) -> Config:
-    """The configuration of a new run of train.py by its flags."""
-    given = given | settled_weights(given)
+    """The configuration of a new run of train.py by its flags, a file of --class-weights not read yet."""
     dataset = given.get("dataset", "auto")
     return resolve(given, auto_dataset(given) if dataset == "auto" else dataset, distributed.world_size())
 
@@ -80,6 +86,8 @@ def specify_run(
         return _specify_from_file(Path(command.resume), given, lock, settings)
     config = new(given)
     folder = Path(config.output_dir, config.name or config.default_name())
+    if command.resume is None:
+        config = dataclasses.replace(config, **settled_weights(given))
     make_folder(folder)
     lock.acquire(folder)
     if command.resume is None:
@@ -87,42 +95,45 @@ def specify_run(
             refuse_foreign_files(folder)
         else:
             refuse_other_run(folder)
-        return RunSpec(config, folder, _left_to_recipe(config, given))
+        return RunSpec(config, folder, _left_to_recipe(config, given), init_from=command.init_from)
     found = checkpoint.newest(folder)
     if found is None:
         print(f"--resume: no checkpoint was ever written to {folder}: starting at step 0")
-        if not (folder / CONFIG).exists():
-            return RunSpec(config, folder, _left_to_recipe(config, given))
-        saved, run_id = read_config(folder)
-        config = resumed_config(saved, given, settings)
-        return RunSpec(config, folder, _left_to_recipe(config, given), True, run_id=run_id)
+        if (folder / CONFIG).exists():
+            return _started_again(read_config(folder), command, folder, settings)
+        config = dataclasses.replace(config, **settled_weights(given))
+        return RunSpec(config, folder, _left_to_recipe(config, given), init_from=command.init_from)
     state, path, problems = found
     for problem in problems:
         print(f"--resume: {problem}: using {path.name}, the whole one before it")
     _refuse_another_runs(state, folder)
-    spec = _resumed(state, given, folder, settings, folder)
-    if path.name == PREVIOUS and (folder / LAST).exists():  # the next save must not put a damaged file in its place
+    spec = _resumed(state, path, given, folder, settings)
+    if path.name == PREVIOUS and os.path.lexists(folder / LAST):  # or the next save would put it in this one's place
         (folder / LAST).replace(folder / f"damaged-{LAST}")
+    if command.init_from is not None:
+        print(f"--init-from {command.init_from}: not read, the run goes on from {path}")
     return spec
 
 
 def _specify_from_file(path: Path, given: dict[str, Any], lock: FolderLock, settings: type[Settings]) -> RunSpec:
     """--resume PATH: in the file's own folder, or in another one, which has to be empty."""
     state = checkpoint.load_run(path)
-    own = path.absolute().parent
     folder = path.parent
+    if folder.name in ("", ".."):  # of a path as it is typed in the run's folder or below: no name for a run
+        folder = folder.resolve()
+    own = folder.absolute()
     if "output_dir" in given or "name" in given:
         name = given.get("name") or state["config"].get("name") or own.name
         folder = Path(given.get("output_dir", own.parent), name)
     if folder.absolute() != own and (not folder.exists() or not folder.samefile(own)):
         if held_files(folder):
             raise ConfigError(f"--resume {path} into {folder}: it already holds a run; allowed is an empty folder")
-        spec = dataclasses.replace(_resumed(state, given, folder, settings, own), run_id=None)
+        spec = dataclasses.replace(_resumed(state, path, given, folder, settings), run_id=None)
         make_folder(folder)
         lock.acquire(folder)
         refuse_other_run(folder)
         return spec
-    spec = _resumed(state, given, folder, settings, own)
+    spec = _resumed(state, path, given, folder, settings)
     make_folder(folder)
     lock.acquire(folder)
     _refuse_another_runs(state, folder)
@@ -131,10 +142,8 @@ def _specify_from_file(path: Path, given: dict[str, Any], lock: FolderLock, sett
 
 def _refuse_another_runs(state: dict[str, Any], folder: Path) -> None:
     """The folder's files are replaced by those of the run that goes on: they must be its own. Raises ConfigError."""
-    if (folder / CONFIG).exists():
-        _, run_id = read_config(folder)
-        if run_id != state["run_id"]:
-            raise ConfigError(f"{folder}: its config.json is another run's than the checkpoint; --name names another")
+    if (folder / CONFIG).exists() and read_config(folder).run_id != state["run_id"]:
+        raise ConfigError(f"{folder}: its config.json is another run's than the checkpoint; --name names another")
 
 
 def auto_dataset(given: dict[str, Any]) -> str:
@@ -145,19 +154,73 @@ def auto_dataset(given: dict[str, Any]) -> str:
     return name
 
 
+def _started_again(record: RunRecord, command: Command, folder: Path, settings: type[Settings]) -> RunSpec:
+    """A run that ended before its first save: it begins again as it was started, by its config.json.
+
+    Raises:
+        ConfigError: what it was started with is not known, or is not there.
+    """
+    start = record.start
+    if start is None:
+        raise ConfigError(
+            f"--resume: {folder} holds no checkpoint, and its config.json, of an older version, does not tell all that "
+            "the run was started with; --overwrite starts a new one"
+        )
+    if start.init_from is not None and command.init_from is None:
+        raise ConfigError(
+            f"--resume: {folder} holds no checkpoint, and its run was started with --init-from {start.init_from}: give "
+            "it again, or the run would begin with new weights"
+        )
+    refuse_other_task(record.config, folder / CONFIG, settings)
+    config = resumed_config(record.config, command.given, settings)
+    left = _still_left(start.recipe, config, command.given)
+    batch, ranks = start.global_batch, distributed.world_size()
+    if batch != nominal_batch(config, ranks):
+        print(f"--resume: started on {batch} images a step, goes on with them on {ranks} ranks")
+    more = {"run_id": record.run_id, "global_batch": batch, "init_from": command.init_from}
+    return RunSpec(config, folder, left, True, **more)
+
+
 def _resumed(
-    state: dict[str, Any], given: dict[str, Any], folder: Path, settings: type[Settings], source: Path
+    state: dict[str, Any], path: Path, given: dict[str, Any], folder: Path, settings: type[Settings]
 ) -> RunSpec:
     """Raises ConfigError where flags, or an edited recipe, would change the run's result."""
+    refuse_other_task(state["config"], path, settings)
     config = resumed_config(state["config"], given, settings)
-    left = {key: value for key, value in renamed(state["recipe"]).items() if key not in given}
+    left = _still_left(state["recipe"], config, given)
+    more = {"global_batch": state["progress"]["global_batch"], "init_from": state.get("init_from")}
+    return RunSpec(config, folder, left, True, state, state["run_id"], path.absolute().parent, **more)
+
+
+def _still_left(provided: dict[str, Any], config: Settings, given: dict[str, Any]) -> dict[str, Any]:
+    """What the recipe `provided` when the run was started, less what the command line gives now.
+
+    Raises:
+        ConfigError: the recipe has been edited since.
+    """
+    left = {key: value for key, value in renamed(provided).items() if key not in given}
     changed = recipe_changes(config, left)
     if changed:
         raise ConfigError(
             f"--resume: the recipe {config.recipe_name()} has changed since the run was started: "
             f"{'; '.join(changed)}. Give these flags with the run's values to go on with them"
         )
-    return RunSpec(config, folder, left, True, state, state["run_id"], source)
+    return left
+
+
+def refuse_other_task(saved: dict[str, Any], path: Path, settings: type[Settings]) -> None:
+    """A detector's checkpoint is of no use to train.py, nor the other way round.
+
+    Args:
+        saved: the configuration that the file at `path` holds. settings: the kind that is wanted.
+
+    Raises:
+        ConfigError: it is of the other kind.
+    """
+    detects = "anchor_scales" in saved
+    if detects != ("anchor_scales" in {f.name for f in fields(settings)}):
+        what, command = ("detector", "-m sasa.detection.train") if detects else ("classification network", "train.py")
+        raise ConfigError(f"{printable(path)}: belongs to a {what}, which python {command} takes")
 
 
 def resumed_config(saved: dict[str, Any], given: dict[str, Any], settings: type[Settings] = Config) -> Settings:
@@ -176,7 +239,7 @@ def resumed_config(saved: dict[str, Any], given: dict[str, Any], settings: type[
 
 def settled(given: dict[str, Any], saved: dict[str, Any]) -> dict[str, Any]:
     """The given values with what "auto" stands for here, where the saved configuration has the value itself."""
-    values = given | settled_weights(given)
+    values = given | settled_weights(given, saved)
     if values.get("dataset") == "auto":
         values["dataset"] = auto_dataset(given)
     if values.get("form") == "auto" and type(saved.get("img_size")) is int:
@@ -187,9 +250,22 @@ def settled(given: dict[str, Any], saved: dict[str, Any]) -> dict[str, Any]:
     return values
 
 
-def settled_weights(given: dict[str, Any]) -> dict[str, Any]:
-    """--class-weights of the given values as the configuration holds it. Raises ConfigError."""
-    return {"class_weights": class_weights.settle(given["class_weights"])} if "class_weights" in given else {}
+def settled_weights(given: dict[str, Any], saved: dict[str, Any] | None = None) -> dict[str, Any]:
+    """--class-weights of the given values as the configuration holds it.
+
+    Args:
+        saved: the configuration of a run that goes on: it has the weights of a file that is gone.
+
+    Raises:
+        ConfigError: a file that cannot be read, or that holds something else.
+    """
+    if "class_weights" not in given:
+        return {}
+    value, kept = given["class_weights"], (saved or {}).get("class_weights")
+    if class_weights.is_of_a_file(kept) and class_weights.is_gone(value):
+        print(f"--class-weights {printable(value)}: the file is gone, the run keeps the weights that it had")
+        return {"class_weights": kept}
+    return {"class_weights": class_weights.settle(value)}
 
 
 def form_of(image_size: int) -> str:

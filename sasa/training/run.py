@@ -41,7 +41,14 @@ from sasa.training.files import new_run_id
 from sasa.training.guard import Guard
 from sasa.training.image_list import SPLITS, Listed
 from sasa.training.network import build_network
-from sasa.training.optim import MovingAverage, build_ema, build_optimizer, ema_decay, set_batch_norm_momentum
+from sasa.training.optim import (
+    MovingAverage,
+    build_ema,
+    build_optimizer,
+    ema_decay,
+    learning_rate,
+    set_batch_norm_momentum,
+)
 from sasa.training.resume import RunSpec, form_of
 from sasa.training.sync_batchnorm import sync_batch_norms
 
@@ -143,6 +150,16 @@ class Run:
             world_size=distributed.world_size(), global_batch=progress.global_batch,
         )  # fmt: skip
 
+    def rate(self, index: int) -> float:
+        """The learning rate of step `index`, the run's first being 0; it belongs to the open epoch.
+
+        The schedule goes by the epochs that are done, not by the steps: with more or fewer images
+        (--allow-changed-data) it neither jumps nor ends elsewhere.
+        """
+        progress, steps = self.progress, self.steps_per_epoch
+        batch = min(progress.batch + index - progress.step, steps - 1)  # above it where the epoch has become shorter
+        return learning_rate(self.config, progress.epoch * steps + batch, steps)
+
     def draw_drop_path(self, index: int, piece: int) -> None:
         """The residual branches that the micro-batch number `piece` of step `index` leaves out."""
         if self.drop_path is None:
@@ -207,9 +224,7 @@ def set_up(spec: RunSpec, is_stopped: Callable[[], bool] = lambda: False) -> Run
     config = spec.config
     device, amp = prepare_machine(config)
     data = load_data(config, device, is_stopped)
-    nominal = nominal_batch(config, distributed.world_size())
-    if spec.state is not None:
-        nominal = spec.state["progress"]["global_batch"]
+    nominal = spec.global_batch or nominal_batch(config, distributed.world_size())
     config = settle(config, data, amp, nominal, spec)
     weights = distributed.on_all_ranks(partial(_class_weights, config, data, device))
     model = distributed.on_all_ranks(partial(_make_network, config, data, device))
@@ -254,7 +269,8 @@ def assemble(
     Args:
         kind: Run, or a class of it for other data. config: settled. nominal: images of a step over all ranks.
     """
-    identity = Identity(distributed.on_main_rank(lambda: spec.run_id or new_run_id()), data.identity())
+    run_id = distributed.on_main_rank(lambda: spec.run_id or new_run_id())
+    identity = Identity(run_id, data.identity(), spec.init_from)
     check_ranks_agree(identity.data)
     return kind(
         config, identity, spec.recipe, spec.folder, device, data, model,

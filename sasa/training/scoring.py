@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from config import ConfigError
+from config import Config, ConfigError
 from preprocess import DataError, DataInfo
 from sasa.console import print_error, printable
 from sasa.data.fingerprint import class_differences, class_order
@@ -18,7 +18,7 @@ from sasa.training.cli import PROG, Command
 from sasa.training.device import amp_of_checkpoint, pick_device
 from sasa.training.evaluation import EVAL_BATCH, evaluate
 from sasa.training.network import network_of
-from sasa.training.resume import changed_keys, settled
+from sasa.training.resume import changed_keys, refuse_other_task, settled
 from sasa.training.run import load_data, without_parts
 
 
@@ -31,6 +31,7 @@ def evaluate_checkpoint(command: Command) -> int:
     """
     path = Path(command.evaluate)
     state = distributed.on_main_rank(partial(checkpoint.load, path))
+    refuse_other_task(state["config"], path, Config)
     given = settled(command.given, state["config"] | {"form": "auto"})
     trained = network_of(state, given.get("backend"))
     config = dataclasses.replace(trained.config, **given)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from sasa.training import distributed
-from sasa.training.optim import learning_rate, obeys_flag, set_rate
+from sasa.training.optim import obeys_flag, set_rate
 from sasa.training.run import Run
 from sasa.training.saving import TrainingError
 
@@ -87,7 +87,7 @@ def train_step(
         wishes: this rank's requests, as late as they can be known.
         loss_of: the mean loss of a micro-batch, and what is counted of it, summed over its images.
     """
-    rate = learning_rate(run.config, index, run.steps_per_epoch)
+    rate = run.rate(index)
     set_rate(run.optimizer, rate)
     # The average's first update copies, which no flag can soften.
     is_guarded = reads_late(run) and (run.ema is None or run.ema.has_begun)

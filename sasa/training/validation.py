@@ -67,6 +67,7 @@ def check_state(state: Any, format_number: int, older: int) -> None:
     _check_tensors(state["model"], "model")
     if now:
         _want(isinstance(state["run_id"], str), "run_id")
+        _want(isinstance(state.get("init_from"), str | None), "init_from")
         _check_data(state["data"])
     if kind == "run":
         for name in ("ema", "best"):

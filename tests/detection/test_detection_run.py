@@ -70,7 +70,7 @@ def test_a_run_s_files_and_figures(tmp_path, capsys):
     events = b"".join(path.read_bytes() for path in folder.glob("events.*"))
     for tag in (b"1_validation/map_pct", b"2_training/box_loss", b"5_images/first_batch", b"5_images/detections"):
         assert tag in events, tag
-    config, run_id = read_config(folder)
+    config, run_id, _ = read_config(folder)
     assert len(run_id) == 16 and DetectionConfig.from_dict(config).fpn_channels == 16
 
 
@@ -210,6 +210,44 @@ def test_a_classification_network_s_weights_go_into_the_backbone(tmp_path, capsy
     assert "backbone.body.fc.weight: not in this network, left" in printed
     assert "head.regression_head.bbox_reg.1.weight: not in the checkpoint, stays new" in printed
     assert "backbone.body.layer1.0.conv1.weight" not in printed  # taken as it is
+
+
+def test_a_run_of_other_weights_that_was_never_saved_never_begins_with_new_ones(tmp_path, capsys, monkeypatch):
+    class Killed(BaseException):
+        pass
+
+    network = build("ResNet26", 10, kernel_size=3)
+    classification_checkpoint(tmp_path / "best.pt", network)
+    flags, kept = ["--init-from", str(tmp_path / "best.pt")], {}
+
+    def end(run, *_):
+        kept.update({name: value.clone() for name, value in run.model.state_dict().items()})
+        raise Killed
+
+    monkeypatch.setattr(train, "train_epochs", end)
+    with pytest.raises(Killed):
+        started(tmp_path / "a", *flags)
+    kept.clear()
+    capsys.readouterr()
+    assert started(tmp_path / "a", "--resume") == 2 and kept == {}
+    error = capsys.readouterr().err
+    assert "--init-from" in error and "give it again" in error and error.count("\n") == 1
+    with pytest.raises(Killed):
+        started(tmp_path / "a", "--resume", *flags)
+    assert torch.equal(kept["backbone.body.layer1.0.conv1.weight"], network.state_dict()["layer1.0.conv1.weight"])
+
+
+def test_a_classification_networks_checkpoint_is_called_one(tmp_path, capsys):
+    assert started(tmp_path / "a", "--max-steps", "1") == 0
+    path = tmp_path / "a/run/last.pt"
+    state = torch.load(path, weights_only=True)
+    del state["config"]["anchor_scales"]
+    torch.save(state, path)
+    for flags in (["--resume"], ["--evaluate", str(path)]):
+        capsys.readouterr()
+        assert started(tmp_path / "a", *flags) == 2
+        error = capsys.readouterr().err
+        assert f"{path}: belongs to a classification network" in error and error.count("\n") == 1
 
 
 def test_names_of_a_detector_stay():

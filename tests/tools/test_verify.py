@@ -70,6 +70,16 @@ def test_without_kept_states_the_whole_run_is_replayed_from_its_seed(run, capsys
     assert verified(capsys, run)[:2] == (0, "epochs 1 to 4: equal\n")
 
 
+def test_a_run_of_other_weights_cannot_be_replayed_from_its_seed(run, capsys):
+    """Their file may be another by now; the state at the start holds them."""
+    last = torch.load(run / "last.pt", weights_only=True)
+    torch.save(last | {"init_from": "x.pt"}, run / "last.pt")
+    assert verified(capsys, run, "--epochs", "1", "1")[:2] == (0, "epoch 1: equal\n")
+    (run / "state-0000.pt").unlink()
+    code, _, error = verified(capsys, run, "--epochs", "1", "1")
+    assert code == 2 and "not compared: the run began with the weights of x.pt" in error and error.count("\n") == 1
+
+
 def test_one_byte_of_a_digest(run, capsys):
     def change(row):
         text = row["digests"]["optimizer"]

@@ -15,6 +15,7 @@ from torch import nn
 import ranks
 import small_runs
 from ranks import on_rank
+from tiny_runs import make_tree, tree_flags
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
@@ -248,6 +249,36 @@ def test_resume_on_another_number_of_ranks_keeps_the_global_batch_and_says_so(tm
     if number == 3:  # the same images under one norm: the same losses
         straight = go(tmp_path / "straight", 2, f"{FLAGS} --batch-size 7")
         assert held(resumed)["losses"] == pytest.approx(held(straight)["losses"][5:], abs=1e-4)
+
+
+@pytest.mark.parametrize("number", [1, 3])
+def test_a_run_that_was_never_saved_keeps_its_global_batch_and_rate_on_other_ranks(tmp_path, number):
+    """Started on 2 ranks, ended in the first step; a loss that is not finite saves nothing."""
+    flags = f"{FLAGS.replace('--lr 0.05 ', '')} --batch-size 6"
+    straight = go(tmp_path / "straight", 2, flags)
+    spoil = on_rank(0, 1, ranks.not_finite)
+    codes, _ = ranks.launch(tmp_path, 2, ranks.train_small, str(tmp_path), flags, spoil)
+    assert codes == [1, 1] and not (tmp_path / "run/last.pt").exists()
+    go(tmp_path, number, f"{flags} --resume")
+    outputs = [(output / "rank0.txt").read_text().splitlines() for output in (straight, tmp_path)]
+    said = [[line for line in lines if "steps of 12 images" in line or "peak rate" in line] for lines in outputs]
+    assert len(said[0]) == 2 and said[0] == said[1]
+    assert f"--resume: started on 12 images a step, goes on with them on {number} ranks" in outputs[1]
+    if number == 3:  # the same images under one norm: the same losses
+        assert held(tmp_path)["losses"] == pytest.approx(held(straight)["losses"], abs=1e-4)
+
+
+# ---- images that cannot be read -------------------------------------------------------------------------------------
+
+
+def test_attention_panels_read_no_other_ranks_images(tmp_path):
+    """One that both have found unreadable would be missing twice in the next validation."""
+    tree = make_tree(tmp_path / "tree", train_images=4, val_images=2)
+    (tree / "val/cow/1.jpg").write_bytes(b"junk")
+    flags = f"{tree_flags(tree, 0)} --img-size 8 --skip-bad-images --epochs 2 --batch-size 3 --attention-every 1"
+    go(tmp_path, 2, flags)
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    assert (summary["test_images"], summary["bad_images"]) == (5, 1)
 
 
 # ---- torchrun -------------------------------------------------------------------------------------------------------

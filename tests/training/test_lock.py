@@ -72,9 +72,18 @@ def test_no_link_is_followed(tmp_path):
     folder = tmp_path / "run"
     folder.mkdir()
     (folder / lock.NAME).symlink_to(tmp_path / "mine")
-    with pytest.raises(OSError):
+    with pytest.raises(ConfigError, match=f"{lock.NAME}: cannot be locked"):
         FolderLock().acquire(folder)
     assert (tmp_path / "mine").read_text() == "precious"
+
+
+def test_a_lock_that_fails_otherwise_is_one_line(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(lock.fcntl, "lockf", refuse)
+    with pytest.raises(ConfigError, match="cannot be locked"):
+        FolderLock().acquire(tmp_path)
 
 
 def test_a_damaged_note_of_the_holder_is_no_traceback(tmp_path, holder, monkeypatch):

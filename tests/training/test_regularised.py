@@ -64,6 +64,25 @@ def test_weights_of_a_file_are_kept_in_the_run(tmp_path, blocks, capsys):
     assert "has no weight" in capsys.readouterr().err
 
 
+def test_a_run_keeps_the_weights_of_a_file_that_is_gone(tmp_path, blocks, capsys):
+    """By the same command, which is what a requeued job has; a new run, or one without such weights, needs the file."""
+    path = tmp_path / "weights.json"
+    path.write_text(json.dumps({str(i): 1 + i for i in range(10)}))
+    flags = [*SHORT.split(), "--class-weights", str(path)]
+    assert small_runs.run(tmp_path / "straight", *flags, "--max-steps", "4") == 0
+    assert small_runs.run(tmp_path, *flags, "--max-steps", "2") == 0
+    assert small_runs.run(tmp_path / "plain", *SHORT.split(), "--max-steps", "2") == 0
+    path.unlink()
+    capsys.readouterr()
+    assert small_runs.run(tmp_path, *flags, "--max-steps", "4", "--resume") == 0
+    assert f"--class-weights {path}: the file is gone, the run keeps the weights that it had" in capsys.readouterr().out
+    assert_same_run(tmp_path / "straight" / "run", tmp_path / "run")
+    for output, more in (("new", []), ("new", ["--resume"]), ("plain", ["--resume"])):
+        assert small_runs.run(tmp_path / output, *flags, *more) == 2
+        error = capsys.readouterr().err
+        assert f"--class-weights {path}: cannot be read" in error and error.count("\n") == 1
+
+
 def test_an_older_run_goes_on(tmp_path, blocks):
     """A state from before these fields, whose recipe said randaugment: bitwise the run of today's names."""
     flags = [*SHORT.split(), "--randaugment"]

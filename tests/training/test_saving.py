@@ -6,8 +6,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from config import resolve
-from sasa.training import saving
+import tiny_runs
+from config import FIELDS, resolve
+from sasa.training import checkpoint, saving
 from sasa.training.files import LAST, kept_name
 from sasa.training.saving import SAVE_FAILURES, Saver, TrainingError
 
@@ -129,3 +130,18 @@ def test_a_list_that_cannot_be_written_costs_a_line(heard, written, monkeypatch)
     of, run = saver(heard), StandIn(Path("run"))
     assert of.save(run) and of.save(run)
     assert len(heard.lines) == 1 and "was not written" in heard.lines[0]
+
+
+def test_an_epoch_of_a_second_is_saved_too(tmp_path, tiny, monkeypatch):
+    """As the flag's help has it: no time must pass between two saves."""
+    steps, save = [], checkpoint.save
+
+    def watched(state, folder, name=LAST):
+        if name == LAST:
+            steps.append(state["progress"]["step"])
+        save(state, folder, name)
+
+    monkeypatch.setattr(checkpoint, "save", watched)
+    tiny_runs.go(tmp_path, "--epochs 3 --save-every 1 --save-minutes 0")
+    assert steps == [10, 20, 30, 30]  # and at the end
+    assert FIELDS["save_every"].metadata["help"] == "save whenever this many epochs are done; 0: not by epochs"
