@@ -320,8 +320,12 @@ FIELDS = {f.name: f for f in fields(Config)}
 IN_RECIPE = tuple(f.name for f in fields(Config) if f.metadata["in_recipe"])
 
 
-def _check_together(config: Config) -> None:
-    """Values that do not go together. Raises ConfigError."""
+def check_any_run(config: Settings) -> None:
+    """Refuses values that do not go together in any kind of run.
+
+    Raises:
+        ConfigError: names the flag, its value and what is allowed.
+    """
     if config.position in ("none", "absolute") and not config.content:
         raise ConfigError(
             f"--no-content leaves no logits with --position {config.position}: allowed is --position relative"
@@ -331,14 +335,19 @@ def _check_together(config: Config) -> None:
         raise ConfigError(f"--attention-stages {stages}: {config.model_name} is a convolution network, allowed is none")
     if config.warmup_epochs is not None and config.epochs is not None and config.warmup_epochs >= config.epochs:
         raise ConfigError(f"--warmup-epochs {config.warmup_epochs:g}: must be below --epochs {config.epochs}")
+    if None not in (config.min_lr, config.lr) and config.min_lr > config.lr:
+        raise ConfigError(f"--min-lr {config.min_lr:g}: must be at most --lr {config.lr:g}")
+    if config.save_every == 0 and config.save_minutes == 0:
+        raise ConfigError("--save-every 0 and --save-minutes 0 would never save: one must be above 0")
+
+
+def _check_together(config: Config) -> None:
+    """Values that do not go together. Raises ConfigError."""
+    check_any_run(config)
     if config.holdout >= 1 and config.holdout != int(config.holdout):
         raise ConfigError(f"--holdout {config.holdout:g}: must be a fraction below 1 or a whole number of images")
     if config.early_stop and not config.holdout:
         raise ConfigError(f"--early-stop {config.early_stop}: needs --holdout, whose images it goes by")
-    if config.save_every == 0 and config.save_minutes == 0:
-        raise ConfigError("--save-every 0 and --save-minutes 0 would never save: one must be above 0")
-    if None not in (config.min_lr, config.lr) and config.min_lr > config.lr:
-        raise ConfigError(f"--min-lr {config.min_lr:g}: must be at most --lr {config.lr:g}")
     if None not in (config.repeats, config.batch_size) and config.repeats > max(config.batch_size // 2, 1):
         raise ConfigError(f"--repeats {config.repeats}: must be at most half of --batch-size {config.batch_size}")
     if config.dataset != "auto" and SIDES[config.dataset] is None:
