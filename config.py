@@ -395,7 +395,7 @@ def resolve(given: dict[str, Any], dataset: str, world_size: int = 1) -> Config:
     return dataclasses.replace(config, lr=config.lr * rate_factor(config, nominal_batch(config, world_size)))
 
 
-def nominal_batch(config: Config, world_size: int) -> int:
+def nominal_batch(config: Config, world_size: int = 1) -> int:
     """Images of a step over all ranks, where the training set has as many."""
     return config.batch_size * config.accumulate * world_size
 
@@ -404,3 +404,8 @@ def rate_factor(config: Config, global_batch: int) -> float:
     """What the recipe's rate is multiplied by for this many images a step."""
     ratio = global_batch / config.lr_batch
     return {"none": 1.0, "linear": ratio, "sqrt": math.sqrt(ratio)}[config.lr_scaling]
+
+
+def rate_for(config: Config, images: int, nominal: int) -> float:
+    """The recipe's rate, which `config` has for steps of `nominal` images, for steps of `images`."""
+    return config.lr * (rate_factor(config, images) / rate_factor(config, nominal))
