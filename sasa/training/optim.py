@@ -10,6 +10,7 @@ from torch.optim.swa_utils import AveragedModel
 from config import Settings
 from sasa.training.lamb import Lamb
 
+READERS = ("fc.", "backbone.fpn.", "head.")  # of a body's features: the classifier; a detector's pyramid and heads
 EMBEDDINGS = ("rel_row", "rel_col", "emb_row", "emb_col", "emb_mix")
 
 
@@ -57,20 +58,19 @@ def parameter_groups(
 
 
 def layer_depths(model: nn.Module) -> dict[str, int]:
-    """Of each parameter, how many steps it lies before what reads the network's features (0): a block is one, the stem
-    is the first.
-
-    What reads them is the classifier; in a detector, whose names are longer, the pyramid and the heads.
-    """
+    """Of each parameter, how many steps it lies before what reads the body's features (0): a block is one, what comes
+    before the blocks is the first."""
     places = {name: _place(name) for name, _ in model.named_parameters()}
     order = sorted({place for place in places.values() if place})
     return {name: len(order) - order.index(place) if place else 0 for name, place in places.items()}
 
 
 def _place(name: str) -> tuple[int, int] | None:
-    """(stage, block in it) of a parameter of the body, (0, 0) of the stem's; None outside."""
-    found = re.search(r"(?:^|\.)(?:stem|layer(\d+)\.(\d+))\.", name)
-    return (int(found[1] or 0), int(found[2] or 0)) if found else None
+    """(stage, block in it) of a parameter of the body, (0, 0) before the blocks; None of what reads the features."""
+    if name.startswith(READERS):
+        return None
+    found = re.search(r"(?:^|\.)layer(\d+)\.(\d+)\.", name)
+    return (int(found[1]), int(found[2])) if found else (0, 0)
 
 
 def build_optimizer(model: nn.Module, config: Settings, device: torch.device) -> torch.optim.Optimizer:
