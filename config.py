@@ -13,7 +13,7 @@ from typing import Any
 
 from sasa.data.specs import DATASETS, SIDES
 from sasa.recipes import RECIPES
-from sasa.settings import ConfigError, Settings, flag_of, from_recipe, option
+from sasa.settings import ConfigError, Settings, as_typed, flag_of, from_recipe, option
 
 MODELS = ("ResNet26", "ResNet38", "ResNet50", "NaiveResNet26", "NaiveResNet38")
 
@@ -359,6 +359,42 @@ def _check_together(config: Config) -> None:
                 )
 
 
+# Fields that have an effect beside certain values of another one only.
+NEEDED = {
+    "rand_rounds": ("auto_augment", "rand"), "rand_magnitude": ("auto_augment", "rand"),
+    "step_epochs": ("schedule", "step"), "step_factor": ("schedule", "step"),
+    "momentum": ("optimizer", "sgd"), "nesterov": ("optimizer", "sgd"),
+    "adam_beta1": ("optimizer", "adamw", "lamb"), "adam_beta2": ("optimizer", "adamw", "lamb"),
+    "adam_eps": ("optimizer", "adamw", "lamb"),
+    "bce_threshold": ("loss", "bce"), "compile_mode": ("compile", True),
+}  # fmt: skip
+
+
+def idle_flags(config: Settings, given: dict[str, Any]) -> dict[str, str]:
+    """The given fields that have no effect in a run of this configuration, each with why, in a line."""
+    rules, why = {f.name: f.metadata["rule"] for f in fields(config)}, {}
+    for name, value in given.items():
+        flag = " ".join(as_typed(name, value))
+        if name in NEEDED:
+            other, *wanted = NEEDED[name]
+            if getattr(config, other) not in wanted:
+                known = [value for value in wanted if value in rules[other].get("choices", wanted)]
+                why[name] = f"{flag}: needs {' or '.join(' '.join(as_typed(other, value)) for value in known)}"
+        elif name in ("crop_area", "crop_aspect") and SIDES[config.dataset] is not None:
+            why[name] = f"{flag}: needs an image tree, whose images are cropped so; those of {config.dataset} are not"
+    return why
+
+
+def refuse_idle_flags(config: Settings, given: dict[str, Any]) -> None:
+    """Refuses flags that a new run would ignore. Not those of a resumed one, which may spell out any of its values.
+
+    Raises:
+        ConfigError: one of `idle_flags`.
+    """
+    for line in idle_flags(config, given).values():
+        raise ConfigError(line)
+
+
 def recipe(name: str, dataset: str, img_size: int | None = None) -> dict[str, Any]:
     """The values that a recipe gives to a data set fed at `img_size`: one for each field of `IN_RECIPE`.
 
@@ -388,8 +424,6 @@ def resolve(given: dict[str, Any], dataset: str, world_size: int = 1) -> Config:
     if "ema" not in given and values["ema"]:
         values["ema"] = None
     config = Config(**values)
-    if "bce_threshold" in given and config.loss != "bce":
-        raise ConfigError(f"--bce-threshold {config.bce_threshold:g}: needs --loss bce")
     if "lr" in given:
         return config
     return dataclasses.replace(config, lr=config.lr * rate_factor(config, nominal_batch(config, world_size)))

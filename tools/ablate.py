@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from config import DATASETS, MODELS, Config, ConfigError, nominal_batch, rate_factor, rate_for
+from config import DATASETS, MODELS, Config, ConfigError, idle_flags, nominal_batch, rate_factor, rate_for
 from sasa import console
 from sasa.console import Parser, one_line, print_error, printable
 from sasa.files import open_regular
@@ -280,6 +280,10 @@ def main(arguments: list[str] | None = None) -> int:
         if taken:
             fail(f"{in_words(taken)[0]} after --: {rows} set it themselves")
         configs = {trial: trial.config(budget) for trial in trials}
+        idle = [idle_flags(config, budget.given()) for config in configs.values()]
+        for name, why in idle[0].items():
+            if all(name in of for of in idle):
+                fail(why)
         lengths = sorted({config.epochs for config in configs.values()})
         if len(lengths) > 1:  # an error before hours are spent
             fail(f"{rows} train for {' and '.join(map(str, lengths))} epochs, which makes no table: --epochs N")

@@ -12,7 +12,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from config import Config, ConfigError, flag_of, resolve
+from config import Config, ConfigError, resolve
+from sasa.settings import as_typed
 from sasa.training import class_weights
 from sasa.training.cli import parse_command_line
 from tools import paper
@@ -89,13 +90,8 @@ def given_by(flags: Iterable[str]) -> dict[str, Any]:
 
 def in_words(given: dict[str, Any]) -> list[str]:
     """Fields as flags and values, in one spelling and order."""
-    words = []
-    for name in (f.name for f in dataclasses.fields(Config) if f.name in given):
-        value = given[name]
-        values = value if isinstance(value, tuple) else () if isinstance(value, bool) else (value,)
-        flag = flag_of(name).replace("--", "--no-", 1) if value is False else flag_of(name)
-        words += [flag, *(str(v).removesuffix(".0") for v in values)]
-    return words
+    names = [f.name for f in dataclasses.fields(Config) if f.name in given]
+    return [word for name in names for word in as_typed(name, given[name])]
 
 
 @dataclass(frozen=True)

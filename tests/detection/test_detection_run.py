@@ -243,6 +243,8 @@ def test_the_canvases_statistics(monkeypatch):
         ("--fpn-channels 20", "--fpn-channels 20"),
         ("--jitter-low 2", "--jitter-low 2: must be at most --jitter-high 1"),
         ("--lr 0.001 --min-lr 0.5", "--min-lr 0.5: must be at most --lr 0.001"),
+        ("--momentum 0.5", "--momentum 0.5: needs --optimizer sgd"),
+        ("--optimizer sgd --adam-beta1 0.5", "--adam-beta1 0.5: needs --optimizer adamw\n"),
         ("--warmup-epochs 9", "--warmup-epochs 9: must be below --epochs"),
         ("--position none --no-content", "--no-content leaves no logits"),
         ("--save-every 0 --save-minutes 0", "would never save"),

@@ -321,6 +321,7 @@ def test_threads_and_flags_after_the_dashes_reach_the_runs(stubbed, monkeypatch)
         ("--table 6 -- --no-content", "--no-content after --: rows"),
         ("--table strong --dry-run", "rows of --table strong train for 12 and 500 epochs"),
         ("--table 5 -- --class-weights nowhere.json", "--class-weights nowhere.json: cannot be read"),
+        ("--table 5 -- --momentum 0.8", "--momentum 0.8: needs --optimizer sgd"),
         ("--table 5 -- --early-stop 2", "--early-stop 2: needs --holdout"),
         ("--table recipe -- --no-zero-init-residual", "--no-zero-init-residual after --: rows"),
     ],
@@ -332,6 +333,14 @@ def test_wrong_usage_is_one_line_and_exit_2(capsys, tmp_path, monkeypatch, flags
     error = capsys.readouterr().err
     assert end.value.code == 2 and error.count("\n") == 1 and words in error, error
     assert not list(tmp_path.iterdir())
+
+
+def test_a_flag_that_some_rows_use_goes_to_all_of_them(tmp_path, capsys):
+    """Two rows of the recipe's table are SGD's."""
+    arguments = ["--table", "recipe", "--dry-run", "--output-dir", str(tmp_path), "--", "--momentum", "0.8"]
+    assert ablate.main(arguments) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 12 and all("--momentum 0.8" in line for line in lines)
 
 
 def test_the_real_train_py_runs_is_cut_and_is_not_run_again(tmp_path, capsys):
