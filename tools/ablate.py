@@ -3,9 +3,10 @@
     python -m tools.ablate --table 5 --dataset DIGITS --seeds 3
     python -m tools.ablate --table 1 port --model-name ResNet26 --dataset FashionMNIST -- --train-images 10000
 
-What all runs share (data set, epochs, the flags after --) names the folder that they are in, so that runs in one folder
-are comparable; rows that several tables share are run once. Every run is a train.py of its own with --resume: the same
-command continues after any kind of end, leaves alone what is done, and two of them at a time share the work.
+What all runs share (data set, epochs, the flags after --) names the folder that they are in, as far as it changes one
+of the rows, so that runs in one folder are comparable; rows that several tables share are run once. Every run is a
+train.py of its own with --resume: the same command continues after any kind of end, leaves alone what is done, and two
+of them at a time share the work.
 
 Exit codes: 0 all done, or left to another tools.ablate that has them; 1 a run failed (the others were run); 2 wrong
 usage, or runs that make no table; 75 stopped by a signal: the same command continues.
