@@ -13,7 +13,7 @@ from typing import Any
 
 from sasa.data.specs import DATASETS, SIDES
 from sasa.recipes import RECIPES
-from sasa.settings import ConfigError, Settings, flag_of, from_recipe, option
+from sasa.settings import ConfigError, Settings, as_typed, flag_of, from_recipe, option
 
 MODELS = ("ResNet26", "ResNet38", "ResNet50", "NaiveResNet26", "NaiveResNet38")
 
@@ -318,8 +318,12 @@ FIELDS = {f.name: f for f in fields(Config)}
 IN_RECIPE = tuple(f.name for f in fields(Config) if f.metadata["in_recipe"])
 
 
-def _check_together(config: Config) -> None:
-    """Values that do not go together. Raises ConfigError."""
+def check_any_run(config: Settings) -> None:
+    """Refuses values that do not go together in any kind of run.
+
+    Raises:
+        ConfigError: names the flag, its value and what is allowed.
+    """
     if config.position in ("none", "absolute") and not config.content:
         raise ConfigError(
             f"--no-content leaves no logits with --position {config.position}: allowed is --position relative"
@@ -329,14 +333,19 @@ def _check_together(config: Config) -> None:
         raise ConfigError(f"--attention-stages {stages}: {config.model_name} is a convolution network, allowed is none")
     if config.warmup_epochs is not None and config.epochs is not None and config.warmup_epochs >= config.epochs:
         raise ConfigError(f"--warmup-epochs {config.warmup_epochs:g}: must be below --epochs {config.epochs}")
+    if None not in (config.min_lr, config.lr) and config.min_lr > config.lr:
+        raise ConfigError(f"--min-lr {config.min_lr:g}: must be at most --lr {config.lr:g}")
+    if config.save_every == 0 and config.save_minutes == 0:
+        raise ConfigError("--save-every 0 and --save-minutes 0 would never save: one must be above 0")
+
+
+def _check_together(config: Config) -> None:
+    """Values that do not go together. Raises ConfigError."""
+    check_any_run(config)
     if config.holdout >= 1 and config.holdout != int(config.holdout):
         raise ConfigError(f"--holdout {config.holdout:g}: must be a fraction below 1 or a whole number of images")
     if config.early_stop and not config.holdout:
         raise ConfigError(f"--early-stop {config.early_stop}: needs --holdout, whose images it goes by")
-    if config.save_every == 0 and config.save_minutes == 0:
-        raise ConfigError("--save-every 0 and --save-minutes 0 would never save: one must be above 0")
-    if None not in (config.min_lr, config.lr) and config.min_lr > config.lr:
-        raise ConfigError(f"--min-lr {config.min_lr:g}: must be at most --lr {config.lr:g}")
     if None not in (config.repeats, config.batch_size) and config.repeats > max(config.batch_size // 2, 1):
         raise ConfigError(f"--repeats {config.repeats}: must be at most half of --batch-size {config.batch_size}")
     side = config.img_size or SIDES.get(config.dataset)
@@ -349,6 +358,42 @@ def _check_together(config: Config) -> None:
                     f"{flag_of(name)} {getattr(config, name):g}: {config.dataset} is trained on random resized crops "
                     "instead; allowed is 0"
                 )
+
+
+# Fields that have an effect beside certain values of another one only.
+NEEDED = {
+    "rand_rounds": ("auto_augment", "rand"), "rand_magnitude": ("auto_augment", "rand"),
+    "step_epochs": ("schedule", "step"), "step_factor": ("schedule", "step"),
+    "momentum": ("optimizer", "sgd"), "nesterov": ("optimizer", "sgd"),
+    "adam_beta1": ("optimizer", "adamw", "lamb"), "adam_beta2": ("optimizer", "adamw", "lamb"),
+    "adam_eps": ("optimizer", "adamw", "lamb"),
+    "bce_threshold": ("loss", "bce"), "compile_mode": ("compile", True),
+}  # fmt: skip
+
+
+def idle_flags(config: Settings, given: dict[str, Any]) -> dict[str, str]:
+    """The given fields that have no effect in a run of this configuration, each with why, in a line."""
+    rules, why = {f.name: f.metadata["rule"] for f in fields(config)}, {}
+    for name, value in given.items():
+        flag = " ".join(as_typed(name, value))
+        if name in NEEDED:
+            other, *wanted = NEEDED[name]
+            if getattr(config, other) not in wanted:
+                known = [value for value in wanted if value in rules[other].get("choices", wanted)]
+                why[name] = f"{flag}: needs {' or '.join(' '.join(as_typed(other, value)) for value in known)}"
+        elif name in ("crop_area", "crop_aspect") and SIDES[config.dataset] is not None:
+            why[name] = f"{flag}: needs an image tree, whose images are cropped so; those of {config.dataset} are not"
+    return why
+
+
+def refuse_idle_flags(config: Settings, given: dict[str, Any]) -> None:
+    """Refuses flags that a new run would ignore. Not those of a resumed one, which may spell out any of its values.
+
+    Raises:
+        ConfigError: one of `idle_flags`.
+    """
+    for line in idle_flags(config, given).values():
+        raise ConfigError(line)
 
 
 def recipe(name: str, dataset: str, img_size: int | None = None) -> dict[str, Any]:
@@ -380,14 +425,12 @@ def resolve(given: dict[str, Any], dataset: str, world_size: int = 1) -> Config:
     if "ema" not in given and values["ema"]:
         values["ema"] = None
     config = Config(**values)
-    if "bce_threshold" in given and config.loss != "bce":
-        raise ConfigError(f"--bce-threshold {config.bce_threshold:g}: needs --loss bce")
     if "lr" in given:
         return config
     return dataclasses.replace(config, lr=config.lr * rate_factor(config, nominal_batch(config, world_size)))
 
 
-def nominal_batch(config: Config, world_size: int) -> int:
+def nominal_batch(config: Config, world_size: int = 1) -> int:
     """Images of a step over all ranks, where the training set has as many."""
     return config.batch_size * config.accumulate * world_size
 
@@ -396,3 +439,8 @@ def rate_factor(config: Config, global_batch: int) -> float:
     """What the recipe's rate is multiplied by for this many images a step."""
     ratio = global_batch / config.lr_batch
     return {"none": 1.0, "linear": ratio, "sqrt": math.sqrt(ratio)}[config.lr_scaling]
+
+
+def rate_for(config: Config, images: int, nominal: int) -> float:
+    """The recipe's rate, which `config` has for steps of `nominal` images, for steps of `images`."""
+    return config.lr * (rate_factor(config, images) / rate_factor(config, nominal))

@@ -180,14 +180,19 @@ class ResNet(StagedNetwork):
                     set_initialiser(last, zero_norm)
                     last.reset_parameters()
 
-    def reset_classifier(self, num_classes: int) -> None:
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """A new, freshly initialised `fc` for `num_classes` classes; 0: none, forward then gives pooled features.
 
+        Args:
+            global_pool: timm's choice of the pool; "avg", or None to keep it, is the one that there is.
+
         Raises:
-            ValueError: a negative number.
+            ValueError: a negative number, or another pool.
         """
         if num_classes < 0:
             raise ValueError(f"num_classes={num_classes}: must be at least 0")
+        if global_pool not in (None, "avg"):
+            raise ValueError(f"global_pool={global_pool!r}: allowed are None and 'avg'")
         like = next(self.parameters())
         self.num_classes = num_classes
         self.fc = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()

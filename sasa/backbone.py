@@ -87,7 +87,8 @@ class StagedNetwork(nn.Module):
             The map after the last stage computed, and the list of intermediate maps in network order; or the list.
 
         Raises:
-            ValueError: an index out of range, or another `output_fmt`.
+            ValueError: an index out of range, another `output_fmt`, or no index with `stop_early`, which would leave
+                nothing to compute.
         """
         if output_fmt != "NCHW":
             raise ValueError(f"output_fmt={output_fmt!r}: allowed is NCHW")
@@ -103,6 +104,8 @@ class StagedNetwork(nn.Module):
             if not -count <= index < count:
                 raise ValueError(f"indices: {index} is out of the range of {count} maps")
             wanted.add(index % count)
+        if stop_early and not wanted:
+            raise ValueError("indices: stop_early needs at least one map to stop after, got none")
         self.check_image(x)
         maps = []
         for i, name in enumerate(FEATURES):

@@ -124,6 +124,13 @@ def flag_of(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+def as_typed(name: str, value: Any) -> list[str]:
+    """A field's flag and its values, in one spelling."""
+    values = value if isinstance(value, tuple) else () if isinstance(value, bool) else (value,)
+    flag = flag_of(name).replace("--", "--no-", 1) if value is False else flag_of(name)
+    return [flag, *(str(v).removesuffix(".0") for v in values)]
+
+
 # ---- what is allowed ------------------------------------------------------------------------------------------------
 
 

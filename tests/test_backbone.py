@@ -74,6 +74,14 @@ def test_chosen_intermediate_maps():
             net.forward_intermediates(x, **wrong)
 
 
+def test_no_intermediate_map_at_all():
+    net, x = network().eval(), torch.randn(1, 3, 16, 16)
+    last, maps = net.forward_intermediates(x, [])
+    assert torch.equal(last, net.forward_features(x)) and maps == []
+    with pytest.raises(ValueError, match="indices: stop_early needs at least one map"):
+        net.forward_intermediates(x, [], stop_early=True)
+
+
 def test_head_and_classifier():
     net, x = network().eval(), torch.randn(2, 3, 16, 16)
     features = net.forward_features(x)

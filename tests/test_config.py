@@ -13,7 +13,7 @@ import pytest
 import config
 import model
 import preprocess
-from config import FIELDS, IN_RECIPE, Config, ConfigError, recipe, resolve
+from config import FIELDS, IN_RECIPE, Config, ConfigError, recipe, refuse_idle_flags, resolve
 from sasa import settings
 from sasa.training.cli import parse_command_line
 
@@ -97,7 +97,6 @@ def test_randaugment_is_an_alias(capsys):
 @pytest.mark.parametrize(("flags", "words"), [
     ("--min-lr 0.5 --lr 0.1", "--min-lr 0.5: must be at most --lr 0.1"),
     ("--repeats 5 --batch-size 8", "--repeats 5: must be at most half of --batch-size 8"),
-    ("--bce-threshold 0.1", "--bce-threshold 0.1: needs --loss bce"),
     ("--early-stop 3", "--early-stop 3: needs --holdout"),
 ])  # fmt: skip
 def test_regularisation_that_does_not_go_together_is_refused(flags, words):
@@ -234,6 +233,12 @@ def test_every_flag_of_the_contract_is_in_the_help(capsys):
     ("--resume --overwrite", "--resume --overwrite"),
     ("--resume y.pt --init-from x.pt", "--resume --init-from"),
     ("--evaluate x.pt --resume", "--evaluate --resume"),
+    ("--evaluate x.pt --overwrite", "--evaluate --overwrite"),
+    ("--evaluate x.pt --allow-changed-data", "--evaluate --allow-changed-data"),
+    ("--evaluate x.pt --max-steps 3", "--evaluate --max-steps"),
+    ("--evaluate x.pt --keep-states 4", "--evaluate --keep-states"),
+    ("--evaluate x.pt --preview --log-csv", "--evaluate --preview --log-csv"),
+    ("--allow-changed-data", "--allow-changed-data --resume"),
 ])  # fmt: skip
 def test_a_wrong_command_line_is_one_line_that_says_what_is_allowed(capsys, flags, words):
     error = refused(capsys, *flags.split())
@@ -333,6 +338,32 @@ def test_a_flag_that_would_do_nothing_is_refused(dataset, given, words):
     with pytest.raises(ConfigError) as error:
         resolve(given, dataset)
     assert [word for word in words.split() if word not in str(error.value)] == []
+
+
+@pytest.mark.parametrize(("flags", "line", "used"), [
+    ("--momentum 0.8", "--momentum 0.8: needs --optimizer sgd", "--momentum 0.8 --optimizer sgd"),
+    ("--momentum 0.8 --recipe rsb", "--momentum 0.8: needs --optimizer sgd", "--momentum 0.8 --recipe paper"),
+    ("--no-nesterov", "--no-nesterov: needs --optimizer sgd", "--nesterov --recipe port"),
+    ("--adam-beta1 0.9 --optimizer sgd", "--adam-beta1 0.9: needs --optimizer adamw or --optimizer lamb",
+     "--adam-beta1 0.9"),
+    ("--adam-beta2 0.9 --recipe port", "--adam-beta2 0.9: needs --optimizer adamw or", "--adam-beta2 0.9 --recipe rsb"),
+    ("--adam-eps 1e-6 --recipe port", "--adam-eps 1e-06: needs --optimizer adamw or", "--adam-eps 1e-6"),
+    ("--step-epochs 5", "--step-epochs 5: needs --schedule step", "--step-epochs 5 --recipe port"),
+    ("--step-factor 0.5", "--step-factor 0.5: needs --schedule step", "--step-factor 0.5 --schedule step"),
+    ("--rand-magnitude 3", "--rand-magnitude 3: needs --auto-augment rand", "--rand-magnitude 3 --randaugment"),
+    ("--rand-rounds 3 --auto-augment trivial", "--rand-rounds 3: needs --auto-augment rand",
+     "--rand-rounds 3 --recipe strong"),
+    ("--bce-threshold 0.1", "--bce-threshold 0.1: needs --loss bce", "--bce-threshold 0.1 --recipe rsb"),
+    ("--compile-mode default", "--compile-mode default: needs --compile", "--compile-mode default --compile"),
+    ("--crop-area 0.5", "--crop-area 0.5: needs an image tree", "--crop-area 0.5 --dataset FOLDER"),
+    ("--crop-aspect 2", "--crop-aspect 2: needs an image tree", "--crop-aspect 2 --dataset WEBDATASET"),
+])  # fmt: skip
+def test_a_flag_that_needs_another_one_is_idle_without_it(flags, line, used):
+    given = parse_command_line(flags.split()).given
+    with pytest.raises(ConfigError, match=f"^{line}"):
+        refuse_idle_flags(resolve(given, "DIGITS"), given)
+    given = parse_command_line(used.split()).given
+    refuse_idle_flags(resolve(given, given.get("dataset", "DIGITS")), given)
 
 
 def test_a_recipes_own_warm_up_shrinks_for_a_short_run_and_an_explicit_one_does_not():

@@ -309,6 +309,17 @@ def test_reset_classifier():
     assert on_meta(ResNet26, 0)(torch.empty(2, 3, 32, 32, device="meta")).shape == (2, 2048)
 
 
+def test_reset_classifier_takes_timms_second_argument_where_it_names_the_pool_that_is_there():
+    net = on_meta(ResNet26, 4)
+    net.reset_classifier(7, None)
+    net.reset_classifier(5, global_pool="avg")
+    assert net.fc.out_features == 5
+    for other in ("max", ""):
+        with pytest.raises(ValueError, match="global_pool="):
+            net.reset_classifier(3, other)
+    assert net.fc.out_features == net.num_classes == 5
+
+
 @pytest.mark.usefixtures("narrow")
 def test_channels_last_gives_the_same():
     net = small(stem=True).eval()

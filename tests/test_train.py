@@ -245,9 +245,9 @@ def test_precision_of_products_and_cudnns_choice_reach_torch(tmp_path, tiny, mon
 
 
 def test_what_a_gpu_computes_by_is_printed(tmp_path, tiny, seen, monkeypatch, capsys):
-    go(tmp_path, "--matmul-precision high --compile-mode max-autotune --max-steps 1")
+    go(tmp_path, "--matmul-precision high --max-steps 1")
     torch.set_float32_matmul_precision("highest")
-    config = dataclasses.replace(seen[0].config, compile=True, amp="bf16")
+    config = dataclasses.replace(seen[0].config, compile=True, compile_mode="max-autotune", amp="bf16")
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A GPU")
     monkeypatch.setattr(runs, "keep_builds", lambda: "/the/cache")
     for benchmark, choice in ((True, "fastest"), (False, "own")):

@@ -3,9 +3,10 @@
     python -m tools.ablate --table 5 --dataset DIGITS --seeds 3
     python -m tools.ablate --table 1 port --model-name ResNet26 --dataset FashionMNIST -- --train-images 10000
 
-What all runs share (data set, epochs, the flags after --) names the folder that they are in, so that runs in one folder
-are comparable; rows that several tables share are run once. Every run is a train.py of its own with --resume: the same
-command continues after any kind of end, leaves alone what is done, and two of them at a time share the work.
+What all runs share (data set, epochs, the flags after --) names the folder that they are in, as far as it changes one
+of the rows, so that runs in one folder are comparable; rows that several tables share are run once. Every run is a
+train.py of its own with --resume: the same command continues after any kind of end, leaves alone what is done, and two
+of them at a time share the work.
 
 Exit codes: 0 all done, or left to another tools.ablate that has them; 1 a run failed (the others were run); 2 wrong
 usage, or runs that make no table; 75 stopped by a signal: the same command continues.
@@ -25,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from config import DATASETS, MODELS, Config, ConfigError
+from config import DATASETS, MODELS, Config, ConfigError, idle_flags, nominal_batch, rate_factor, rate_for
 from sasa import console
 from sasa.console import Parser, one_line, print_error, printable
 from sasa.files import open_regular
@@ -37,7 +38,7 @@ from tools.arguments import positive
 from tools.paper import DEPTHS, rows_for
 from tools.report import markdown, write_beside
 from tools.runs import RunsError, read, read_json, remember
-from tools.trials import TABLES, Budget, Trial, table_name, unique, varied
+from tools.trials import TABLES, Budget, Trial, in_words, table_name, unique, varied
 
 PROG = "tools.ablate"
 HERE = Path(__file__).resolve().parents[1]
@@ -74,9 +75,22 @@ def differing(saved: dict[str, Any], config: Config) -> list[str]:
             continue  # of a stem that the run does not have; it was 4 by default
         open_value = f.name in SETTLED and ours[f.name] in ("auto", None)
         before = saved.get(f.name, ADDED.get(f.name, f.default))
+        if f.name == "lr" and is_lowered_rate(before, config):
+            continue
         if not f.metadata["free"] and not open_value and before != ours[f.name]:
             names.append(f.name)
     return names
+
+
+def is_lowered_rate(rate: Any, config: Config) -> bool:
+    """Whether a run lowers its recipe's rate to this one where its training set is smaller than a batch.
+
+    How many images there are is known once they are read, and follows from fields that are compared themselves.
+    """
+    whole = nominal_batch(config)
+    if config.lr != config.recipe_values()["lr"] * rate_factor(config, whole):
+        return False
+    return any(rate == rate_for(config, images, whole) for images in range(1, whole))
 
 
 def other_run(folder: Path, config: Config) -> str | None:
@@ -260,11 +274,20 @@ def main(arguments: list[str] | None = None) -> int:
     tables = [(name, model if TABLES[name].rows[0].model is None else None) for name in args.table]
     chosen = unique(row for name, net in tables for row in rows_for(TABLES[name], net or args.model_name))
     trials = [Trial(row, seed) for seed in range(args.seeds) for row in chosen]
+    rows = f"rows of --table {' '.join(args.table)}"
     try:
-        taken = sorted(varied(chosen) & budget.given().keys())
+        budget = budget.for_rows(chosen)
+        taken = {name: value for name, value in budget.given().items() if name in varied(chosen)}
         if taken:
-            fail(f"{budget.spelled(taken[0])[0]} after --: rows of --table {' '.join(args.table)} set it themselves")
+            fail(f"{in_words(taken)[0]} after --: {rows} set it themselves")
         configs = {trial: trial.config(budget) for trial in trials}
+        idle = [idle_flags(config, budget.given()) for config in configs.values()]
+        for name, why in idle[0].items():
+            if all(name in of for of in idle):
+                fail(why)
+        lengths = sorted({config.epochs for config in configs.values()})
+        if len(lengths) > 1:  # an error before hours are spent
+            fail(f"{rows} train for {' and '.join(map(str, lengths))} epochs, which makes no table: --epochs N")
         folder = Path(args.output_dir, budget.name())
     except ConfigError as error:
         fail(error)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from sasa.analysis import figures
 from sasa.console import USAGE_ERROR, Parser, print_error, printable
 from tools.paper import CONVOLUTION, Row, rows_for
-from tools.runs import Folder, RunsError, read, read_rows, record, seeds_of
+from tools.runs import Folder, RunsError, length, read, read_rows, record, seeds_of
 from tools.trials import TABLES, run_name
 
 if TYPE_CHECKING:
@@ -47,8 +47,7 @@ def colour_of(row: Row, other: str) -> str:
 
 
 def title_of(folder: Folder) -> str:
-    epochs = next(iter(folder.summaries.values()))["epochs"]
-    return f"{' '.join([folder.budget.dataset, *folder.budget.words()])}, {epochs} epochs"
+    return f"{' '.join([folder.budget.dataset, *folder.budget.label()])}, {length(folder)}"
 
 
 def add_legend(ax: Axes) -> None:

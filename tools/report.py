@@ -19,7 +19,7 @@ from urllib.parse import quote
 
 from sasa.console import USAGE_ERROR, Parser, print_error, printable
 from sasa.files import json_text, write_text
-from tools.runs import ABOUT, Folder, RunsError, read, read_rows, records, remember
+from tools.runs import ABOUT, Folder, RunsError, length, read, read_rows, records, remember
 from tools.trials import TABLES, Budget
 
 PROG = "tools.report"
@@ -112,13 +112,13 @@ def caption(folder: Folder) -> str:
     summaries = list(folder.summaries.values())
     if not summaries:
         return "No run is done yet.\n"
-    images, epochs = summaries[0]["test_images"], summaries[0]["epochs"]
+    images = summaries[0]["test_images"]
     selected = re.sub(r"best top-1 .* on (.*), epoch .*", r"the epoch that was best on \1", summaries[0]["selected"])
     selected = escaped(selected.partition(" (")[0])
     machine = ", ".join(sorted({escaped(f"{s['device']} with torch {s['torch']}") for s in summaries}))
-    flags = " ".join(folder.budget.words())
+    flags = " ".join(folder.budget.label())
     return (
-        f"{len(summaries)} runs of {folder.budget.dataset}{f', `{flags}`' if flags else ''}, {epochs} epochs each, on "
+        f"{len(summaries)} runs of {folder.budget.dataset}{f', `{flags}`' if flags else ''}, {length(folder)} each, on "
         f"{machine}. Top-1 on the {images:,} test images (one is {100 / images:.2f} points) of {selected}; mean and "
         "standard deviation over n seeds. *Minus base*: difference to the base row (of the same depth), paired by "
         "seed, with its 95% interval (Student), in bold where that leaves out 0: elsewhere these runs show no "
@@ -147,7 +147,7 @@ def page(folders: list[Folder], results: Path, path: Path) -> str:
         parts.append(text_of(results / NOTES))
     for folder in folders:
         where = quote(os.fsencode(Path(os.path.relpath(folder.path, path.parent)).as_posix()))
-        parts.append(f"## {' '.join([folder.budget.dataset, *folder.budget.words()])}\n")
+        parts.append(f"## {' '.join([folder.budget.dataset, *folder.budget.label()])}\n")
         parts.append(texts(folder)[TABLES_FILE])
         if (folder.path / NOTES).exists():
             parts.append(text_of(folder.path / NOTES))

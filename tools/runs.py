@@ -99,7 +99,8 @@ def is_whole(summary: dict[str, Any]) -> bool:
 def read(path: Path) -> Folder:
     """Raises RunsError: not a folder of runs, or its runs were not of one length and test set.
 
-    Nor of one moving average, unless the rows of its tables set that, or the recipe that says it.
+    Nor of one moving average, unless the rows of its tables set that, or the recipe that says it. Where --early-stop
+    ends each run by its own figures, their length is the one that they may have.
     """
     budget, tables = read_about(path)
     summaries, configs = {}, {}
@@ -107,7 +108,8 @@ def read(path: Path) -> Folder:
         summary, config = read_json(folder / "summary.json"), read_json(folder / "config.json")
         if summary is not None and config is not None and is_whole(summary):
             summaries[folder.name], configs[folder.name] = summary, config
-    compared = [("epochs", summaries), ("test_images", summaries)]
+    lengths = configs if budget.given().get("early_stop") else summaries
+    compared = [("epochs", lengths), ("test_images", summaries)]
     if not varied(row for name, model in tables for row in rows_for(TABLES[name], model)) & {"ema", "recipe"}:
         compared.append(("ema", configs))
     for key, of in compared:
@@ -116,6 +118,13 @@ def read(path: Path) -> Folder:
             what = ", ".join(f"{value} in {printable(name)}" for value, name in kinds.items())
             raise RunsError(f"{printable(path)}: runs that cannot be compared, {key}: {what}")
     return Folder(path, budget, tables, summaries, configs)
+
+
+def length(folder: Folder) -> str:
+    """How long its runs trained, in words."""
+    if folder.budget.given().get("early_stop"):
+        return f"at most {next(iter(folder.configs.values()))['epochs']} epochs"
+    return f"{next(iter(folder.summaries.values()))['epochs']} epochs"
 
 
 # ---- files of runs --------------------------------------------------------------------------------------------------

@@ -4,13 +4,17 @@ Rows of several tables with the same network and flags are one run: a run's name
 without torch.
 """
 
+import contextlib
 import dataclasses
+import hashlib
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from config import Config, flag_of, resolve
+from config import Config, ConfigError, resolve
+from sasa.settings import as_typed
+from sasa.training import class_weights
 from sasa.training.cli import parse_command_line
 from tools import paper
 from tools.paper import Row, Table
@@ -69,6 +73,26 @@ def run_name(row: Row, seed: int) -> str:
 
 # ---- trials ---------------------------------------------------------------------------------------------------------
 
+FREE = {f.name for f in dataclasses.fields(Config) if f.metadata["free"]} - {"max_steps"}  # which cuts a run
+
+
+def given_by(flags: Iterable[str]) -> dict[str, Any]:
+    """The fields that flags of train.py set, with the values that a run's configuration holds.
+
+    Raises:
+        ConfigError: a file of class weights that is none.
+    """
+    given = parse_command_line(list(flags)).given
+    if "class_weights" in given:
+        given["class_weights"] = class_weights.settle(given["class_weights"])
+    return given
+
+
+def in_words(given: dict[str, Any]) -> list[str]:
+    """Fields as flags and values, in one spelling and order."""
+    names = [f.name for f in dataclasses.fields(Config) if f.name in given]
+    return [word for name in names for word in as_typed(name, given[name])]
+
 
 @dataclass(frozen=True)
 class Budget:
@@ -77,31 +101,49 @@ class Budget:
     dataset: str
     flags: tuple[str, ...] = ()
 
-    def given(self) -> dict[str, Any]:
-        """The flags that can change the result and say more than the recipe does."""
-        free = {f.name for f in dataclasses.fields(Config) if f.metadata["free"]} - {"max_steps"}  # which cuts a run
-        given = {k: v for k, v in parse_command_line(list(self.flags)).given.items() if k not in free}
-        for key in list(given):
-            rest = {k: v for k, v in given.items() if k != key}
-            if resolve(rest, self.dataset) == resolve(given, self.dataset):
-                given = rest
-        return given
+    def for_rows(self, chosen: Iterable[Row]) -> "Budget":
+        """The budget without the flags that change no run of these rows, nor of those that they are compared with.
 
-    def name(self) -> str:
-        """The folder: digits, fashionmnist-epochs-3-train-images-10000."""
-        return "-".join([self.dataset.lower(), *(word.strip("-") for word in self.words())])
+        A flag that says what the data set's recipe does changes a row that takes another recipe. --lr counts always: a
+        recipe's rate is lowered where the training set is smaller than a batch, a given one is not.
+
+        Raises:
+            ConfigError: values that do not go together.
+        """
+        compared = unique(r for row in chosen for r in (row, row._replace(model=row.depth, flags=row.base)))
+        own = [given_by(["--model-name", row.model, *row.flags.split()]) for row in compared]
+
+        def configs(shared: dict[str, Any]) -> list[Config]:
+            return [resolve(shared | of_row, self.dataset) for of_row in own]
+
+        given = given_by(self.flags)
+        whole = configs(given)
+        for name in [name for name in given if name not in FREE and name != "lr"]:
+            rest = {k: v for k, v in given.items() if k != name}
+            with contextlib.suppress(ConfigError):  # a flag that others need
+                if configs(rest) == whole:
+                    given = rest
+        return Budget(self.dataset, tuple(in_words(given)))
+
+    def given(self) -> dict[str, Any]:
+        """The fields of `flags` that can change the result."""
+        return {name: value for name, value in given_by(self.flags).items() if name not in FREE}
 
     def words(self) -> list[str]:
         """`given` as flags, in one spelling whatever the order and spelling of `flags`."""
-        given = self.given()
-        return [word for f in dataclasses.fields(Config) if f.name in given for word in self.spelled(f.name)]
+        return in_words(self.given())
 
-    def spelled(self, name: str) -> list[str]:
-        """A field of `given` as its flag and values."""
-        value = self.given()[name]
-        values = value if isinstance(value, tuple) else () if isinstance(value, bool) else (value,)
-        flag = flag_of(name).replace("--", "--no-", 1) if value is False else flag_of(name)
-        return [flag, *(str(v).removesuffix(".0") for v in values)]
+    def label(self) -> list[str]:
+        """`words` for names and headings, where a digest stands for the weights of classes."""
+        given = self.given()
+        weights = given.get("class_weights", class_weights.NONE)
+        if weights not in (class_weights.NONE, class_weights.BALANCED):
+            given["class_weights"] = hashlib.sha256(weights.encode()).hexdigest()[:8]
+        return in_words(given)
+
+    def name(self) -> str:
+        """The folder: digits, fashionmnist-epochs-3-train-images-10000."""
+        return "-".join([self.dataset.lower(), *(word.strip("-") for word in self.label())])
 
 
 class Trial(NamedTuple):
@@ -120,4 +162,4 @@ class Trial(NamedTuple):
         return ["--dataset", budget.dataset, *budget.flags, *own]
 
     def config(self, budget: Budget) -> Config:
-        return resolve(parse_command_line(self.flags(budget)).given, budget.dataset)
+        return resolve(given_by(self.flags(budget)), budget.dataset)

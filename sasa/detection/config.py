@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from config import FIELDS, ConfigError, Settings, flag_of, option
+from config import FIELDS, ConfigError, Settings, check_any_run, flag_of, option
 
 DATASETS = ("DIGITS", "COCO")
 ABOUT = "Train RetinaNet with attention (or its convolution baseline) to detect objects, resume it, evaluate it."
@@ -102,7 +102,10 @@ class DetectionConfig(Settings):
     step_epochs: int | None = same("step_epochs")
     step_factor: float | None = same("step_factor")
     min_lr: float | None = same("min_lr")
-    layer_decay: float = same("layer_decay")
+    layer_decay: float = same(
+        "layer_decay", "multiply the rate by this from each block of the backbone to the one before it, for "
+        "fine-tuning: pyramid and heads have the full rate, the stem the lowest",
+    )  # fmt: skip
     warmup_epochs: float | None = from_recipe("warm up linearly for this many epochs", float, low=0)
     momentum: float | None = from_recipe("set SGD's momentum", float, low=0, high=1)
     nesterov: bool | None = from_recipe("use SGD's momentum in Nesterov's form", bool)
@@ -185,19 +188,9 @@ def check_together(config: DetectionConfig) -> None:
     Raises:
         ConfigError: names the flag, its value and what is allowed.
     """
-    if config.position in ("none", "absolute") and not config.content:
-        raise ConfigError(
-            f"--no-content leaves no logits with --position {config.position}: allowed is --position relative"
-        )
-    if config.model_name.startswith("Naive") and config.attention_stages:
-        stages = " ".join(map(str, config.attention_stages))
-        raise ConfigError(f"--attention-stages {stages}: {config.model_name} is a convolution network, allowed is none")
-    if None not in (config.warmup_epochs, config.epochs) and config.warmup_epochs >= config.epochs:
-        raise ConfigError(f"--warmup-epochs {config.warmup_epochs:g}: must be below --epochs {config.epochs}")
+    check_any_run(config)
     if None not in (config.jitter_low, config.jitter_high) and config.jitter_low > config.jitter_high:
         raise ConfigError(f"--jitter-low {config.jitter_low:g}: must be at most --jitter-high {config.jitter_high:g}")
-    if config.save_every == 0 and config.save_minutes == 0:
-        raise ConfigError("--save-every 0 and --save-minutes 0 would never save: one must be above 0")
 
 
 # Of each data set, complete. DIGITS was chosen by trials (docs/detection.md). COCO: 36 epochs, rate 0.01 for 16 images,

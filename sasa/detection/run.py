@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from config import ConfigError, nominal_batch
+from config import ConfigError, nominal_batch, refuse_idle_flags
 from sasa.analysis.flops import count_parameters
 from sasa.detection import digits
 from sasa.detection.coco import read_split
@@ -88,12 +88,14 @@ class DetectionRun(Run):
 def specify(command: Command, lock: FolderLock) -> RunSpec:
     """The run that a training command names. For the main rank: it reads the run's folder."""
     require_pycocotools()  # before an hour of training, not after
-    return specify_run(command, lock, DetectionConfig, new_config)
 
+    def new(given: dict[str, Any]) -> DetectionConfig:
+        config = resolve(given, given.get("dataset", "DIGITS"), distributed.world_size())
+        if command.resume is None:
+            refuse_idle_flags(config, given)
+        return config
 
-def new_config(given: dict[str, Any]) -> DetectionConfig:
-    """The configuration of a new run by its flags."""
-    return resolve(given, given.get("dataset", "DIGITS"), distributed.world_size())
+    return specify_run(command, lock, DetectionConfig, new)
 
 
 def set_up(spec: RunSpec, is_stopped: Callable[[], bool] = lambda: False) -> DetectionRun:

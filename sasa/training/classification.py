@@ -8,16 +8,18 @@ import torch
 from torch import Tensor
 
 import preprocess
+from config import Config, refuse_idle_flags
 from sasa.analysis.attention_maps import attention_layers, lattice, record_attention
 from sasa.analysis.flops import count_flops, count_parameters
 from sasa.training import checkpoint, distributed, environment
-from sasa.training.cli import PROG
+from sasa.training.cli import PROG, Command
 from sasa.training.device import peak_memory_mib
 from sasa.training.evaluation import EVAL_BATCH, Evaluation, evaluate
 from sasa.training.files import BEST, SUMMARY, write_json
+from sasa.training.lock import FolderLock
 from sasa.training.losses import mean_loss
 from sasa.training.monitor import WRONG_SHOWN, Monitor
-from sasa.training.resume import specify_run
+from sasa.training.resume import RunSpec, new_config, specify_run
 from sasa.training.run import Run, bad_images, describe, set_up
 from sasa.training.saving import Saver, TrainingError
 from sasa.training.scoring import evaluate_checkpoint
@@ -25,6 +27,18 @@ from sasa.training.signals import StopRequest
 from sasa.training.task import Task, Validation
 
 WATCHED_IMAGES, WATCHED_PIXELS = 8, 64  # of the attention panels: the first validation images, pixels a map
+
+
+def specify(command: Command, lock: FolderLock) -> RunSpec:
+    """The run that a training command names. For the main rank: it reads the run's folder."""
+
+    def new(given: dict[str, Any]) -> Config:
+        config = new_config(given)
+        if command.resume is None:
+            refuse_idle_flags(config, given)
+        return config
+
+    return specify_run(command, lock, new=new)
 
 
 def loss_and_right(run: Run, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -177,7 +191,7 @@ def summary(run: Run, saver: Saver, result: Evaluation, about: str, skipped: int
 
 CLASSIFICATION = Task(
     prog=PROG,
-    specify=specify_run,
+    specify=specify,
     set_up=set_up,
     describe=describe,
     initial_weights=lambda weights: weights,

@@ -14,6 +14,7 @@ from sasa.console import Parser, fail
 from sasa.settings import ConfigError, Settings, flag_of, parse_value
 
 PROG = "train.py"
+OF_TRAINING = ("max_steps", "keep_states", "preview", "log_csv")  # what --evaluate would ignore and may be wanted of it
 ABOUT = "Train a stand-alone self-attention network (or its convolution baseline), resume it, evaluate it."
 
 
@@ -51,8 +52,12 @@ def parse_command_line(
         fail_here("--resume goes on with a run: it does not go with --overwrite")
     if command.get("resume") and "init_from" in command:
         fail_here("--resume PATH names the state to go on from: --init-from goes with --resume alone")
-    if "evaluate" in command and ("resume" in command or "init_from" in command):
-        fail_here("--evaluate does not go with --resume or --init-from")
+    if "evaluate" in command:
+        trains = [*sorted(command.keys() - {"evaluate"}), *(name for name in OF_TRAINING if given.get(name))]
+        if trains:
+            fail_here(f"--evaluate trains nothing: it does not go with {' or '.join(map(flag_of, trains))}")
+    if "allow_changed_data" in command and "resume" not in command:
+        fail_here("--allow-changed-data: needs --resume; a new run takes the data as it is")
     return Command(given, **command)
 
 

@@ -10,6 +10,7 @@ from torch.optim.swa_utils import AveragedModel
 from config import Settings
 from sasa.training.lamb import Lamb
 
+READERS = ("fc.", "backbone.fpn.", "head.")  # of a body's features: the classifier; a detector's pyramid and heads
 EMBEDDINGS = ("rel_row", "rel_col", "emb_row", "emb_col", "emb_mix")
 
 
@@ -57,20 +58,19 @@ def parameter_groups(
 
 
 def layer_depths(model: nn.Module) -> dict[str, int]:
-    """Of each parameter, how many steps it lies before the classifier (0): a block is one, the stem is the first."""
-    names = [name for name, _ in model.named_parameters()]
-    blocks = sorted({place for place in map(_block, names) if place})
-    top = len(blocks) + 1
-    return {
-        name: 0 if name.startswith("fc.") else top - blocks.index(_block(name)) - 1 if _block(name) else top
-        for name in names
-    }
+    """Of each parameter, how many steps it lies before what reads the body's features (0): a block is one, what comes
+    before the blocks is the first."""
+    places = {name: _place(name) for name, _ in model.named_parameters()}
+    order = sorted({place for place in places.values() if place})
+    return {name: len(order) - order.index(place) if place else 0 for name, place in places.items()}
 
 
-def _block(name: str) -> tuple[int, int] | None:
-    """(stage, place in it) of a block's parameter; None of the stem's and the classifier's."""
-    found = re.match(r"layer(\d+)\.(\d+)\.", name)
-    return (int(found[1]), int(found[2])) if found else None
+def _place(name: str) -> tuple[int, int] | None:
+    """(stage, block in it) of a parameter of the body, (0, 0) before the blocks; None of what reads the features."""
+    if name.startswith(READERS):
+        return None
+    found = re.search(r"(?:^|\.)layer(\d+)\.(\d+)\.", name)
+    return (int(found[1]), int(found[2])) if found else (0, 0)
 
 
 def build_optimizer(model: nn.Module, config: Settings, device: torch.device) -> torch.optim.Optimizer:

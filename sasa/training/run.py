@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import preprocess
 from attention import AttentionStem, LocalAttention2d
-from config import Config, ConfigError, Settings, nominal_batch, rate_factor
+from config import Config, ConfigError, Settings, nominal_batch, rate_factor, rate_for
 from preprocess import AugmentConfig, DataError, DataInfo, FolderData, Split
 from sasa.analysis.flops import count_flops, count_parameters
 from sasa.data.batches import own_pieces
@@ -301,7 +301,7 @@ def settle(config: Config, data: Data, amp: torch.dtype | None, nominal: int, sp
     info, real = data.info, min(nominal, len(data.train))
     lr = config.lr
     if not spec.started and "lr" in spec.recipe and real < nominal:  # the recipe's rate, for the batch that there is
-        lr *= rate_factor(config, real) / rate_factor(config, nominal)
+        lr = rate_for(config, real, nominal)
     return dataclasses.replace(
         config,
         form=form_of(info.image_size) if config.form == "auto" else config.form,

@@ -13,6 +13,7 @@ from sasa.analysis.flops import count_parameters
 from sasa.detection import digits
 from sasa.detection.flops import detector_flops
 from sasa.detection.retinanet import anchors, dense, retinanet
+from sasa.training.optim import parameter_groups
 
 SMALL = {"backbone": "ResNet26", "num_classes": 3, "fpn_channels": 16, "image_size": 64, "kernel_size": 3}
 
@@ -44,6 +45,23 @@ def test_parameters_of_the_convolution_detector_by_hand():
     pyramid = 256 * (512 + 1024 + 2048 + 3) + 5 * (9 * 256 * 256 + 256)  # three 1x1, three 3x3, P6, P7
     heads = 8 * (9 * 256 * 256 + 256) + (9 * 256 + 1) * 6 * (90 + 4)
     assert count_parameters(meta(attention_stages=())) == backbone + pyramid + heads
+
+
+@pytest.mark.parametrize("options", [{}, {"stem": True, "heads": "attention", "fpn": "attention"}], ids=str)
+def test_layer_decay_goes_by_the_depth_in_the_body_and_leaves_what_is_outside_alone(options):
+    """ResNet26: 8 blocks. Pyramid and heads have the full rate, layer4 half of it, ..., the stem 2^-9."""
+    detector = meta(**SMALL, **options)
+    groups = parameter_groups(detector, 0.5, 0.25, layer_decay=0.5)
+    factors = {id(p): group["lr_scale"] for group in groups for p in group["params"]}
+    blocks = [f"layer{stage}.{i}" for stage, depth in ((4, 1), (3, 4), (2, 2), (1, 1)) for i in reversed(range(depth))]
+    order = [f"backbone.body.{part}." for part in (*blocks, "stem")]
+    found = set()
+    for name, parameter in detector.named_parameters():
+        depth = next((i for i, start in enumerate(order, start=1) if name.startswith(start)), 0)
+        assert depth or name.startswith(("backbone.fpn.", "head.")), name
+        assert factors[id(parameter)] == 0.5**depth, name
+        found.add(depth)
+    assert found == set(range(10))
 
 
 def test_flops_of_the_convolution_detector_by_hand():

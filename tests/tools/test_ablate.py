@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import math
 import os
 import shutil
 import signal
@@ -13,7 +14,7 @@ import pytest
 
 from sasa.training.cli import parse_command_line
 from sasa.training.signals import STOP_SIGNALS
-from tools import ablate
+from tools import ablate, plot, runs
 from tools.paper import DEPTHS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -49,8 +50,9 @@ if (notes / ("wait-" + config.name)).exists():
     time.sleep(60)
 (folder / "last.pt").touch()
 (folder / "log.jsonl").write_text(json.dumps(dict(epoch=1, val_top1_pct=90.0)) + chr(10))
+epochs = 2 if config.early_stop and config.content else 1
 (folder / "summary.json").write_text(json.dumps(dict(
-    test_top1_pct=90.0 + config.seed, test_images=360, epochs=1, seconds=2.0, parameters=7, flops_per_image=5,
+    test_top1_pct=90.0 + config.seed, test_images=360, epochs=epochs, seconds=2.0, parameters=7, flops_per_image=5,
     selected="the last epoch (none held out)", device="cpu", torch="0")))
 """
 
@@ -66,7 +68,7 @@ class Stubbed:
         (self.folder / "calls").write_text("")
         handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
         try:
-            return ablate.main([*flags, "--dataset", "DIGITS", "--output-dir", str(self.folder / "out")])
+            return ablate.main(["--dataset", "DIGITS", "--output-dir", str(self.folder / "out"), *flags])
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
@@ -136,6 +138,35 @@ def test_a_folder_with_a_run_of_another_configuration_is_said_and_left_alone(stu
     assert "another configuration (lr): delete it" in error and error.count("\n") == 1
     shutil.rmtree(path.parent)
     assert stubbed("--table", "6") == 0 and stubbed.calls == ["resnet26-seed0"]
+
+
+def test_runs_that_end_early_by_their_own_figures_make_a_table(stubbed, capsys):
+    """The runs of the stub train for one epoch and for two."""
+    assert stubbed("--table", "6", "--", "--early-stop", "2", "--holdout", "0.2") == 0 and stubbed.calls == TABLE_6
+    assert "| q.r only | 7 | 0.0 | 90.00 | 1 |" in capsys.readouterr().out
+    folder = stubbed.folder / "out" / "digits-holdout-0.2-early-stop-2"
+    assert "`--holdout 0.2 --early-stop 2`, at most 12 epochs each, on cpu" in (folder / "tables.md").read_text()
+    assert plot.title_of(runs.read(folder)) == "DIGITS --holdout 0.2 --early-stop 2, at most 12 epochs"
+    path = folder / TABLE_6[0] / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"epochs": 13}))
+    with pytest.raises(runs.RunsError, match="cannot be compared, epochs: 13 in"):
+        runs.read(folder)
+
+
+def test_a_rate_that_a_run_has_lowered_for_few_images_is_the_same_configuration(stubbed):
+    """20 images where a batch has 32: the recipe's rate, by the root."""
+    flags = ("--table", "6", "--", "--train-images", "20")
+    assert stubbed(*flags) == 0 and stubbed.calls == TABLE_6
+    path = stubbed.folder / "out/digits-train-images-20/resnet26-seed0/config.json"
+    config = json.loads(path.read_text())
+    for images, code in ((20, 0), (33, 1)):  # which no batch of 32 has
+        path.write_text(json.dumps(config | {"lr": 1e-3 * math.sqrt(images / 32)}))
+        assert stubbed(*flags) == code and stubbed.calls == []
+    given = (*flags, "--lr", "2e-3")  # is not lowered
+    assert stubbed(*given) == 0
+    path = stubbed.folder / "out/digits-train-images-20-lr-0.002/resnet26-seed0/config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"lr": 2e-3 * math.sqrt(20 / 32)}))
+    assert stubbed(*given) == 1 and stubbed.calls == []
 
 
 def test_runs_that_make_no_table_are_one_line_and_exit_2(stubbed, capsys):
@@ -288,6 +319,10 @@ def test_threads_and_flags_after_the_dashes_reach_the_runs(stubbed, monkeypatch)
         ("--table 5 -- --position none", "--position after --: rows of --table 5 set it"),
         ("--table 4 1 -- --stem", "--stem after --: rows of --table 4 1 set it"),
         ("--table 6 -- --no-content", "--no-content after --: rows"),
+        ("--table strong --dry-run", "rows of --table strong train for 12 and 500 epochs"),
+        ("--table 5 -- --class-weights nowhere.json", "--class-weights nowhere.json: cannot be read"),
+        ("--table 5 -- --momentum 0.8", "--momentum 0.8: needs --optimizer sgd"),
+        ("--table 5 -- --early-stop 2", "--early-stop 2: needs --holdout"),
         ("--table recipe -- --no-zero-init-residual", "--no-zero-init-residual after --: rows"),
     ],
 )
@@ -300,19 +335,33 @@ def test_wrong_usage_is_one_line_and_exit_2(capsys, tmp_path, monkeypatch, flags
     assert not list(tmp_path.iterdir())
 
 
+def test_a_flag_that_some_rows_use_goes_to_all_of_them(tmp_path, capsys):
+    """Two rows of the recipe's table are SGD's."""
+    arguments = ["--table", "recipe", "--dry-run", "--output-dir", str(tmp_path), "--", "--momentum", "0.8"]
+    assert ablate.main(arguments) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 12 and all("--momentum 0.8" in line for line in lines)
+
+
 def test_the_real_train_py_runs_is_cut_and_is_not_run_again(tmp_path, capsys):
-    """Two steps of a row of Table 6, by subprocess."""
-    flags = ["--table", "6", "--epochs", "1", "--threads", "1", "--output-dir", str(tmp_path), "--dataset", "digits"]
-    shared = ["--", "--max-steps", "2", "--batch-size", "4", "--attention-every", "0"]
-    folder = tmp_path / "digits-epochs-1-batch-size-4-max-steps-2"
+    """A step of each row of Table 6, by subprocess, with settings that the run settles: the rate of 6 images where a
+    batch has 8, and weights of a file."""
+    weights = tmp_path / "weights.json"
+    weights.write_text(json.dumps({str(digit): 1 + digit for digit in range(10)}))
+    out = tmp_path / "out"
+    flags = ["--table", "6", "--epochs", "1", "--threads", "1", "--output-dir", str(out), "--dataset", "digits"]
+    shared = ["--", "--max-steps", "2", "--batch-size", "8", "--train-images", "6", "--attention-every", "0"]
+    shared += ["--class-weights", str(weights)]
     handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     try:
         assert ablate.main([*flags, *shared]) == 0
+        (folder,) = out.glob("digits-train-images-6-epochs-1-batch-size-8-class-weights-????????-max-steps-2")
         first = (folder / "resnet26-seed0" / "summary.json").read_bytes()
         assert ablate.main([*flags, *shared]) == 0
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
+    assert json.loads((folder / "resnet26-seed0" / "config.json").read_text())["lr"] < 1e-3 * math.sqrt(8 / 32)
     assert (folder / "resnet26-seed0" / "summary.json").read_bytes() == first
     assert capsys.readouterr().out.count("done before") == 2
     assert (folder / "table-6-resnet26.csv").read_text().count("8306442,") == 1

@@ -54,6 +54,16 @@ def test_the_caption_says_which_weights_were_scored(tmp_path, selected, said):
     assert said in report.caption(runs.read(tmp_path))
 
 
+def test_weights_of_classes_are_a_digest_in_headings_and_whole_in_the_command(tmp_path):
+    """A class may have any name."""
+    make_run(tmp_path, rows_for(TABLES["5"], "ResNet26")[2], 0, 90.0)
+    runs.remember(tmp_path, Budget("DIGITS", ("--class-weights", '{"<b>": 2, "a": 1}')), [("5", "ResNet26")])
+    folder = runs.read(tmp_path)
+    heading = report.page([folder], tmp_path, tmp_path / "results.md").partition("**Table 5")[0]
+    assert "## DIGITS --class-weights " in heading and "`--class-weights " in heading and "<b>" not in heading
+    assert report.command(folder.budget, "5", "ResNet26", 1).endswith("""-- --class-weights '{"<b>": 2.0, "a": 1.0}'""")
+
+
 @pytest.mark.parametrize(("scores", "cell"), [((80.0, 82.0), "**-10.00 +- 0.00**"), ((80.0, 93.0), "-4.50 +- 69.88")])
 def test_an_interval_that_leaves_out_0_is_bold_also_of_width_0(made, scores, cell):
     for seed, top1 in enumerate(scores):

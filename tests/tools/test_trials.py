@@ -1,15 +1,19 @@
 """tools.trials: the networks and configurations of the rows, which rows are one run, and names of budgets."""
 
 import dataclasses
+import re
 
 import pytest
 import torch
 
+from config import ConfigError
 from sasa.analysis.flops import count_parameters
 from sasa.training.network import build_network
 from tools import audit, paper
 from tools.paper import DEPTHS, Row, rows_for
 from tools.trials import TABLES, Budget, Trial, run_name, unique, varied
+
+TABLE_5 = rows_for(TABLES["5"], "ResNet26")
 
 
 def parameters_of(row, form: str, classes: int) -> int:
@@ -70,7 +74,8 @@ def test_a_depth_cuts_the_tables_whose_rows_name_their_networks():
 
 def test_a_budgets_folder_does_not_depend_on_how_its_flags_are_written():
     assert Budget("DIGITS").name() == "digits"
-    assert Budget("DIGITS", ("--epochs", "12", "--save-minutes", "2")).name() == "digits"  # the recipe's; free
+    recipes = Budget("DIGITS", ("--epochs", "12", "--save-minutes", "2")).for_rows(TABLE_5)
+    assert recipes.name() == "digits" and recipes.flags == ("--save-minutes", "2")  # which changes no result
     one = Budget("FashionMNIST", ("--epochs", "3", "--train-images", "10000"))
     other = Budget("FashionMNIST", ("--train-images", "10000", "--num-workers", "1", "--epochs", "03"))
     assert one.name() == other.name() == "fashionmnist-train-images-10000-epochs-3"
@@ -91,3 +96,53 @@ def test_a_budgets_words_are_flags_that_say_the_same(flags):
     budget = Budget(dataset, tuple(flags.split()))
     again = Budget(dataset, tuple(budget.words()))
     assert budget.given() and again.given() == budget.given() and again.words() == budget.words()
+
+
+def test_a_flag_is_left_out_only_where_it_changes_no_row():
+    """12 epochs are what the recipe of DIGITS says, and not what `strong` says."""
+    budget = Budget("DIGITS", ("--epochs", "12", "--batch-size", "32"))
+    assert budget.for_rows(TABLE_5).words() == []
+    strong = rows_for(TABLES["strong"], "ResNet26")
+    for chosen in (strong, strong[1:]):
+        kept = budget.for_rows(chosen)
+        assert (
+            kept.words() == ["--epochs", "12", "--batch-size", "32"] and kept.name() == "digits-epochs-12-batch-size-32"
+        )
+        assert [Trial(row, 0).config(kept) for row in chosen] == [Trial(row, 0).config(budget) for row in chosen]
+
+
+def test_a_rate_counts_also_where_it_is_the_recipes_as_that_one_is_lowered_for_few_images():
+    assert Budget("DIGITS", ("--lr", "1e-3")).for_rows(TABLE_5).name() == "digits-lr-0.001"
+
+
+@pytest.mark.parametrize(
+    "flags",
+    ["--early-stop 2 --holdout 0.2", "--loss bce --bce-threshold 0.3", "--lr 0.01 --min-lr 0.005",
+     "--epochs 40 --warmup-epochs 15"],
+)  # fmt: skip
+def test_flags_that_need_each_other_are_a_budget(flags):
+    budget = Budget("DIGITS", tuple(flags.split())).for_rows(TABLE_5)
+    assert sorted(budget.words()) == sorted(flags.split())
+
+
+@pytest.mark.parametrize("flags", ["--early-stop 2", "--min-lr 0.5", "--warmup-epochs 15"])
+def test_flags_that_lack_another_one_are_refused(flags):
+    with pytest.raises(ConfigError, match=flags):
+        Budget("DIGITS", tuple(flags.split())).for_rows(TABLE_5)
+
+
+def test_class_weights_are_what_the_run_holds_and_a_digest_in_names(tmp_path):
+    assert Budget("DIGITS", ("--class-weights", "Balanced")).for_rows(TABLE_5).name() == "digits-class-weights-balanced"
+    file = tmp_path / "weights.json"
+    file.write_text('{"b": 2, "a": 1}')
+    budget = Budget("DIGITS", ("--class-weights", str(file))).for_rows(TABLE_5)
+    file.write_text('{"b": 3, "a": 1}')  # too late
+    assert budget.words() == ["--class-weights", '{"a": 1.0, "b": 2.0}']
+    assert Trial(TABLE_5[0], 0).config(budget).class_weights == '{"a": 1.0, "b": 2.0}'
+    other = Budget("DIGITS", ("--class-weights", str(file))).for_rows(TABLE_5)
+    for name in (budget.name(), other.name()):
+        assert re.fullmatch("digits-class-weights-[0-9a-f]{8}", name)
+    assert budget.name() != other.name()
+    assert " ".join(budget.label()) == budget.name().replace("digits-", "--").replace("weights-", "weights ")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        Budget("DIGITS", ("--class-weights", "nowhere.json")).for_rows(TABLE_5)

@@ -167,6 +167,14 @@ def test_batch_size_0(tmp_path, tiny, capsys):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_flag_without_an_effect_is_refused_in_a_new_run_and_may_be_spelled_out_in_a_resumed_one(held, tiny, capsys):
+    before = (held / "run/config.json").read_bytes()
+    for flags in ("--overwrite", "--name other"):
+        refused(capsys, held, f"{flags} --momentum 0.9", "--momentum 0.9: needs --optimizer sgd")
+    assert (held / "run/config.json").read_bytes() == before and not (held / "other").exists()
+    go(held, "--resume --momentum 0.9 --step-epochs 30")  # as a recipe that was edited since has it asked for
+
+
 MACHINE = [("--amp fp16", "fp16 off bf16"), ("--device cuda --amp off", "cuda 0"), ("--device cuda:3", "cuda:3 0"),
            ("--device tpu", "tpu cpu cuda"), ("--backend cuda9", "cuda9 auto reference"),
            ("--num-heads 7", "7 multiple"), ("--accumulate 41", "too few 41")]  # fmt: skip
