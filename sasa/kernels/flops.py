@@ -81,7 +81,7 @@ def _pooled_backward(grad_out, qkv, rel_row, rel_col, lse, kernel_size, border, 
     return 2 * _attention((qkv[0], *qkv[2:]), qkv[1] == 3, rel_row, kernel_size, scale)
 
 
-def _projected(x, weight, rel_row, rel_col, num_heads, kernel_size, border, scale, *rest, **others) -> int:
+def _projected(projection, x, weight, rel_row, rel_col, num_heads, kernel_size, border, scale, *rest, **others) -> int:
     (batch, inputs, height, width), (parts, channels, _) = x, weight
     query = (batch, num_heads, channels // num_heads, height, width)
     projection = 2 * parts * channels * inputs * batch * height * width

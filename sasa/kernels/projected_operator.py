@@ -76,12 +76,39 @@ def attend(
         (B, N, D, H, W) or with `pooled` (B, N, D, H/2, W/2), channels innermost in memory.
     """
     tensors = (x, weight, rel_row, rel_col)
-    keep = torch.is_grad_enabled() and any(y is not None and y.requires_grad for y in tensors)
-    return _projected_attention(*tensors, num_heads, *options, pooled, keep)[0]
+    needed = torch.is_grad_enabled() and any(y is not None and y.requires_grad for y in tensors)
+    projection = _Projection.apply(x, weight) if needed else None
+    return _projected_attention(projection, *tensors, num_heads, *options, pooled)[0]
+
+
+class _Projection(torch.autograd.Function):
+    """Stands for the projection (B, P * N * D, H, W), which is not computed here: a map without memory of its own.
+
+    Its gradient is what attention gives it, and becomes those of input and weight here: in a node of autograd of its
+    own, since attention's node holds the maps that it has kept until it is done.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return x.new_zeros(1).expand(x.shape[0], weight.shape[0] * weight.shape[1], *x.shape[2:])
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        if torch.is_grad_enabled():  # create_graph=True
+            return tuple(differentiable_gradients(lambda *inputs: [_project(*inputs)], (x, weight), [grad]))
+        by_x, by_weight = projection_gradients(grad, x, weight.flatten(0, 1), ctx.needs_input_grad)
+        return by_x, None if by_weight is None else by_weight.view_as(weight)
+
+
+def _project(x: Tensor, weight: Tensor) -> Tensor:
+    return project(x, weight.flatten(0, 1)[:, :, None, None])
 
 
 @torch.library.custom_op("sasa::projected_attention", mutates_args=())
 def _projected_attention(
+    projection: Optional[Tensor],
     x: Tensor,
     weight: Tensor,
     rel_row: Optional[Tensor],
@@ -91,16 +118,18 @@ def _projected_attention(
     border: str,
     scale: float,
     pooled: bool,
-    keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """-> out, and with `keep` the log-sum-exp (B, N, H, W) and the maps in the kernel's order; else empty tensors."""
-    options = AttentionOptions(kernel_size, border, scale)
+    """-> out, log-sum-exp (B, N, H, W) and the maps in the kernel's order; the last two empty without `projection`.
+
+    `projection` is never read: the gradient of x and weight goes by it (`_Projection`).
+    """
+    options, keep = AttentionOptions(kernel_size, border, scale), projection is not None
     return cpu.project_and_attend(x, weight, rel_row, rel_col, num_heads, options, pooled, keep)
 
 
 @_projected_attention.register_fake
-def _(x, weight, rel_row, rel_col, num_heads, kernel_size, border, scale, pooled, keep):
-    return cpu.empty_projected(x, weight.shape[1], num_heads, weight.shape[0], pooled, keep)
+def _(projection, x, weight, rel_row, rel_col, num_heads, kernel_size, border, scale, pooled):
+    return cpu.empty_projected(x, weight.shape[1], num_heads, weight.shape[0], pooled, projection is not None)
 
 
 @torch.library.custom_op("sasa::projected_attention_backward", mutates_args=())
@@ -130,40 +159,42 @@ def _(grad_out, kept, rel_row, rel_col, out, lse, parts, kernel_size, border, sc
 
 
 def _setup_context(ctx, inputs, output):
-    *tensors, num_heads, kernel_size, border, scale, pooled, keep = inputs
+    projection, *tensors, ctx.num_heads, kernel_size, border, scale, ctx.pooled = inputs
     out, lse, kept = output
     ctx.mark_non_differentiable(lse, kept)
-    ctx.save_for_backward(*tensors, None if pooled else out, lse, kept)  # pooled: see csrc/pairs.h
-    ctx.num_heads, ctx.options, ctx.pooled, ctx.kept = num_heads, (kernel_size, border, scale), pooled, keep
+    ctx.save_for_backward(*tensors, None if ctx.pooled else out, lse, kept)  # pooled: see csrc/pairs.h
+    ctx.options, ctx.is_kept = (kernel_size, border, scale), projection is not None
 
 
 def _backward(ctx, grad_out, grad_lse, grad_kept):
     *inputs, out, lse, kept = ctx.saved_tensors  # once: a second look would make checkpointing compute them again
     x, weight, rel_row, rel_col = inputs
-    rest = (None,) * 6
+    if not ctx.is_kept:
+        raise RuntimeError("sasa::projected_attention was called without a projection: it has no backward")
     if torch.is_grad_enabled():  # create_graph=True
+        heads = (weight.shape[0], ctx.num_heads, weight.shape[1] // ctx.num_heads)
         options = AttentionOptions(*ctx.options)
-        again = functools.partial(_by_reference, num_heads=ctx.num_heads, options=options, pooled=ctx.pooled)
-        return *differentiable_gradients(again, inputs, [grad_out]), *rest
-    if not ctx.kept:
-        raise RuntimeError("sasa::projected_attention was called with keep=False: it has no backward")
-    grad, grad_row, grad_col = _projected_attention_backward(
-        grad_out, kept, rel_row, rel_col, out, lse, weight.shape[0], *ctx.options, ctx.pooled
-    )
-    grad_x, grad_weight = projection_gradients(grad.flatten(1, 3), x, weight.flatten(0, 1), ctx.needs_input_grad[:2])
-    grad_weight = None if grad_weight is None else grad_weight.view_as(weight)
+        again = functools.partial(_by_reference, heads=heads, options=options, pooled=ctx.pooled)
+        inputs = (_project(x, weight), rel_row, rel_col)
+        grad, grad_row, grad_col = differentiable_gradients(again, inputs, [grad_out])
+    else:
+        grad, grad_row, grad_col = _projected_attention_backward(
+            grad_out, kept, rel_row, rel_col, out, lse, weight.shape[0], *ctx.options, ctx.pooled
+        )
+        grad = grad.flatten(1, 3)
     tables = (None, None) if rel_row is None else (grad_row, grad_col)
-    return grad_x, grad_weight, *tables, *rest
+    return grad, None, None, *tables, *(None,) * 5
 
 
 def _by_reference(
-    x: Tensor, weight: Tensor, rel_row: Tensor | None, rel_col: Tensor | None, *,
-    num_heads: int, options: AttentionOptions, pooled: bool,
+    projection: Tensor, rel_row: Tensor | None, rel_col: Tensor | None, *,
+    heads: tuple[int, int, int], options: AttentionOptions, pooled: bool,
 ) -> list[Tensor]:  # fmt: skip
-    """`attend` by the projection and the reference's forward, with its K * K copies."""
-    heads = (weight.shape[0], num_heads, weight.shape[1] // num_heads)
-    maps = split_packed(project(x, weight.flatten(0, 1)[:, :, None, None]).unflatten(1, heads))
-    out, _ = reference.forward(*maps, rel_row, rel_col, options)
+    """`attend` of the projection (B, P * N * D, H, W) by the reference's forward, with its K * K copies.
+
+    heads: P, N and D.
+    """
+    out, _ = reference.forward(*split_packed(projection.unflatten(1, heads)), rel_row, rel_col, options)
     return [F.avg_pool2d(out.flatten(1, 2), 2).unflatten(1, heads[1:]) if pooled else out]
 
 

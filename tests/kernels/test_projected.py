@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import weakref
 
 import pytest
 import torch
@@ -170,10 +171,12 @@ def test_gradcheck_and_opcheck(parts, pooled):
     assert gradcheck(function, inputs)
     assert gradgradcheck(function, inputs)
     arguments = (2, *options, pooled)
-    torch.library.opcheck(torch.ops.sasa.projected_attention.default, (*inputs, *arguments, True))
+    projection = torch.zeros(2, parts * 4, 4, 6, dtype=torch.float64, requires_grad=True)
+    fixed = [inputs[0].detach(), inputs[1].detach(), *inputs[2:]]
+    torch.library.opcheck(torch.ops.sasa.projected_attention.default, (projection, *fixed, *arguments))
     inputs = [x.detach() for x in inputs]
-    torch.library.opcheck(torch.ops.sasa.projected_attention.default, (*inputs, *arguments, False))
-    out, lse, kept = torch.ops.sasa.projected_attention(*inputs, *arguments, True)
+    torch.library.opcheck(torch.ops.sasa.projected_attention.default, (None, *inputs, *arguments))
+    out, lse, kept = torch.ops.sasa.projected_attention(projection.detach(), *inputs, *arguments)
     backward = (torch.randn_like(out), kept, *inputs[2:], None if pooled else out, lse, parts, *options, pooled)
     torch.library.opcheck(torch.ops.sasa.projected_attention_backward.default, backward)
 
@@ -181,8 +184,8 @@ def test_gradcheck_and_opcheck(parts, pooled):
 def test_what_was_not_kept_has_no_backward():
     """Not zeros, and not what happens to lie in memory."""
     inputs = [x.requires_grad_() for x in make_inputs(1, 4, 2, 2, (4, 4), 3)]
-    out, *_ = torch.ops.sasa.projected_attention(*inputs, 2, 3, "mask", 1.0, False, False)
-    with pytest.raises(RuntimeError, match="keep=False"):
+    out, *_ = torch.ops.sasa.projected_attention(None, *inputs, 2, 3, "mask", 1.0, False)
+    with pytest.raises(RuntimeError, match="no backward"):
         out.sum().backward()
 
 
@@ -352,6 +355,21 @@ def test_without_gradients_nothing_is_kept(monkeypatch):
     layer(x.requires_grad_())
     sizes = [[y.numel() for y in result[1:]] for result in found]
     assert sizes == [[0, 0]] * 3 + [[2 * 4 * 120, 3 * 2 * 16 * 120]]
+
+
+def test_what_is_kept_is_free_before_the_projection_s_gradients_are_made(monkeypatch):
+    """A step needs no more memory than with the projection outside: autograd frees what a node kept when it is done."""
+    kept, alive = [], []
+    inside, gradients = cpu.project_and_attend, projected_operator.projection_gradients
+    monkeypatch.setattr(cpu, "project_and_attend", lambda *a: remember(inside(*a)))
+    monkeypatch.setattr(projected_operator, "projection_gradients", lambda *a: alive.append(kept[0]()) or gradients(*a))
+
+    def remember(result):
+        kept.append(weakref.ref(result[2].untyped_storage()))
+        return result
+
+    make_layer()(image().requires_grad_()).sum().backward()
+    assert alive == [None]
 
 
 def test_checkpointed_blocks_have_the_same_gradients():
