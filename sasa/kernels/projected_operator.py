@@ -162,6 +162,7 @@ def _setup_context(ctx, inputs, output):
     projection, *tensors, ctx.num_heads, kernel_size, border, scale, ctx.pooled = inputs
     out, lse, kept = output
     ctx.mark_non_differentiable(lse, kept)
+    ctx.set_materialize_grads(False)  # or zeros would be made for what is kept
     ctx.save_for_backward(*tensors, None if ctx.pooled else out, lse, kept)  # pooled: see csrc/pairs.h
     ctx.options, ctx.is_kept = (kernel_size, border, scale), projection is not None
 
@@ -171,6 +172,8 @@ def _backward(ctx, grad_out, grad_lse, grad_kept):
     x, weight, rel_row, rel_col = inputs
     if not ctx.is_kept:
         raise RuntimeError("sasa::projected_attention was called without a projection: it has no backward")
+    if grad_out is None:
+        return (None,) * 10
     if torch.is_grad_enabled():  # create_graph=True
         heads = (weight.shape[0], ctx.num_heads, weight.shape[1] // ctx.num_heads)
         options = AttentionOptions(*ctx.options)

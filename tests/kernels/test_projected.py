@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.autograd import gradcheck, gradgradcheck
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from attention import LocalAttention2d
@@ -370,6 +371,22 @@ def test_what_is_kept_is_free_before_the_projection_s_gradients_are_made(monkeyp
 
     make_layer()(image().requires_grad_()).sum().backward()
     assert alive == [None]
+
+
+def test_no_gradient_is_made_for_what_is_kept():
+    """Zeros of three maps, as autograd makes them for outputs that nobody uses."""
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            if function.__name__.startswith("zeros"):
+                sizes.append(out.numel())
+            return out
+
+    sizes, out = [], make_layer()(image().requires_grad_())
+    with Sizes():
+        out.backward(torch.ones_like(out))
+    assert all(size < out.numel() for size in sizes)
 
 
 def test_checkpointed_blocks_have_the_same_gradients():
