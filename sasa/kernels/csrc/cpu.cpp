@@ -8,6 +8,7 @@
 // at G = L each vector is one column of L heads, every load is aligned and no pair outside the map is computed.
 // Packed rows. The map's rows are copied once into scratch as [row][channel][lane], with a zero gap between channels
 // that serves as the halo on both sides. Reading any input strides, and writing any output strides, happens there only.
+// Or they are made there from the layer's input, and kept for backward as they are: see projection.h.
 // Tiles. The unit of work is ROWS query rows x one vector of lanes: one load of a key row feeds up to ROWS multiply-adds.
 // Relative logits are separable: q.r = R[i] + C[j], K + K numbers a pixel, added where a score is started.
 // Backward. P and dS of the last few query rows wait in a ring, stored at the lane of their *key*, so that dK and dV are
@@ -15,7 +16,8 @@
 // shares no output with another, so results are the same bits for every thread count; gradients of the embeddings are
 // summed from one partial per image in fixed order.
 // The average pool of a layer with stride 2 is computed here too: see pairs.h.
-// Parts: frame.h sizes and scratch, tiles.h the arithmetic of a tile, packing.h rows in and out, this file the tasks.
+// Parts: frame.h sizes and scratch, tiles.h the arithmetic of a tile, packing.h and projection.h rows in and out, this
+// file the tasks.
 
 
 #include <new>

@@ -63,13 +63,15 @@ struct Frame {
         back = (K - 1) / 2, ahead = K / 2;
         zero = c.zero_border, pooled = c.pooled, projected = c.weight, kept = reinterpret_cast<T*>(c.kept);
         has_rel = c.rel_row[0], has_key = projected || kept ? c.parts == 3 : c.key[0];
-        input = map_of<const T>(c.input), query = map_of<const T>(c.query), key = map_of<const T>(c.key), value = map_of<const T>(c.value);
-        grad_out = map_of<const T>(c.grad_out), out_read = map_of<const T>(c.out);
+        query = map_of<const T>(c.query), key = map_of<const T>(c.key), value = map_of<const T>(c.value);
+        input = map_of<const T>(c.input), grad_out = map_of<const T>(c.grad_out), out_read = map_of<const T>(c.out);
         out = map_of<T>(c.out), lse = map_of<T>(c.lse), grad_query = map_of<T>(c.grad_query);
         grad_key = map_of<T>(c.grad_key), grad_value = map_of<T>(c.grad_value);
         G = heads_per_vector();
         packing = {W, G}, pooled_packing = {W / 2, G};
         groups = N / G, strips = 1, strip_rows = round_up(H, ROWS);
+        // Strips that lie side by side project the rows of their borders twice: no more of them than threads need. Which
+        // strip a row is in changes none of its bits.
         const i64 enough = projected ? 2 * call.threads : kEnoughTasks;
         if (!backward && B * groups < enough) {
             strip_rows = std::max<i64>(2 * ROWS, round_up((H * B * groups + enough - 1) / enough, ROWS));
@@ -99,7 +101,7 @@ struct Frame {
         }
     }
 
-    // Constants, not the machine's: results must not depend on the number of threads.
+    // Constants, not the machine's: results must not depend on the number of threads, and G can change their last bits.
     static constexpr i64 kEnoughTasks = 16;          // below it forward splits maps into strips
     static constexpr i64 kScratchBytes = 8 << 20;    // a thread's ring of P and dS; the largest measured shape has 2.5 MB
 
