@@ -184,9 +184,8 @@ class LocalAttention2d(nn.Module):
             weight = torch.cat([layer.weight for layer in layers])  # (3 * C, in_channels, 1, 1)
             if projected_operator.serves(x, weight, rel_row, rel_col, heads, self.kernel_size, self.backend):
                 pooled = self._may_pool() and pairs_up(x)
-                weight = weight.view(len(layers), self.out_channels, self.in_channels)
-                rest = AttentionOptions(self.kernel_size, self.border, self.scale), pooled
-                out = projected_operator.attend(x, weight, rel_row, rel_col, self.num_heads, *rest).flatten(1, 2)
+                rest = (len(layers), *heads), AttentionOptions(self.kernel_size, self.border, self.scale), pooled
+                out = projected_operator.attend(x, weight, rel_row, rel_col, *rest).flatten(1, 2)
                 return out if pooled or self.pool is None else self.pool(out)
             qkv = project(x, weight).unflatten(1, (len(layers), *heads))  # one product
             if self._may_pool() and pools(qkv, rel_row, rel_col, self.kernel_size, self.backend):

@@ -2,8 +2,8 @@
 
 functional.py is the way in; operators.py registers the operators, dispatch.py chooses the backend of a call,
 interface.py says what a backend is; reference.py, tiled.py, cpu.py and triton_backend.py are the four.
-projected_operator.py is a layer's attention with its projections inside the kernel. stem.py is the attention of the stem,
-stem_operator.py its kernels.
+projected_operator.py is a layer's attention with its projections inside the kernel. stem.py is the attention of the
+stem, stem_operator.py its kernels.
 """
 
 from sasa.kernels.dispatch import backends, check_backend, choose_backend

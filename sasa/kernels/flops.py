@@ -81,11 +81,13 @@ def _pooled_backward(grad_out, qkv, rel_row, rel_col, lse, kernel_size, border, 
     return 2 * _attention((qkv[0], *qkv[2:]), qkv[1] == 3, rel_row, kernel_size, scale)
 
 
-def _projected(projection, x, weight, rel_row, rel_col, num_heads, kernel_size, border, scale, *rest, **others) -> int:
-    (batch, inputs, height, width), (parts, channels, _) = x, weight
-    query = (batch, num_heads, channels // num_heads, height, width)
-    projection = 2 * parts * channels * inputs * batch * height * width
-    return projection + _attention(query, parts == 3, rel_row, kernel_size, scale)
+def _projected(
+    projection, x, weight, rel_row, rel_col, parts, num_heads, kernel_size, border, scale, *rest, **others
+) -> int:
+    batch, inputs, height, width = x
+    query = (batch, num_heads, weight[0] // (parts * num_heads), height, width)
+    products = 2 * weight[0] * inputs * batch * height * width
+    return products + _attention(query, parts == 3, rel_row, kernel_size, scale)
 
 
 def _projected_backward(

@@ -58,7 +58,7 @@ def attend(
     weight: Tensor,
     rel_row: Tensor | None,
     rel_col: Tensor | None,
-    num_heads: int,
+    heads: tuple[int, int, int],
     options: AttentionOptions,
     pooled: bool = False,
 ) -> Tensor:
@@ -66,9 +66,9 @@ def attend(
 
     Args:
         x: (B, C, H, W).
-        weight: (P, N * D, C), the rows of the P projections one after the other.
+        weight: (P * N * D, C, 1, 1), of the P projections one after the other.
         rel_row, rel_col: (N, D/2, K), or both None.
-        num_heads: N.
+        heads: P, N and D.
         options: see `functional.local_attention`.
         pooled: the averages of the 2 x 2 blocks instead; H and W are even.
 
@@ -78,7 +78,7 @@ def attend(
     tensors = (x, weight, rel_row, rel_col)
     needed = torch.is_grad_enabled() and any(y is not None and y.requires_grad for y in tensors)
     projection = _Projection.apply(x, weight) if needed else None
-    return _projected_attention(projection, *tensors, num_heads, *options, pooled)[0]
+    return _projected_attention(projection, *tensors, *heads[:2], *options, pooled)[0]
 
 
 class _Projection(torch.autograd.Function):
@@ -91,19 +91,14 @@ class _Projection(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return x.new_zeros(1).expand(x.shape[0], weight.shape[0] * weight.shape[1], *x.shape[2:])
+        return x.new_zeros(1).expand(x.shape[0], weight.shape[0], *x.shape[2:])
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
         if torch.is_grad_enabled():  # create_graph=True
-            return tuple(differentiable_gradients(lambda *inputs: [_project(*inputs)], (x, weight), [grad]))
-        by_x, by_weight = projection_gradients(grad, x, weight.flatten(0, 1), ctx.needs_input_grad)
-        return by_x, None if by_weight is None else by_weight.view_as(weight)
-
-
-def _project(x: Tensor, weight: Tensor) -> Tensor:
-    return project(x, weight.flatten(0, 1)[:, :, None, None])
+            return tuple(differentiable_gradients(lambda *inputs: [project(*inputs)], (x, weight), [grad]))
+        return projection_gradients(grad, x, weight, ctx.needs_input_grad)
 
 
 @torch.library.custom_op("sasa::projected_attention", mutates_args=())
@@ -113,6 +108,7 @@ def _projected_attention(
     weight: Tensor,
     rel_row: Optional[Tensor],
     rel_col: Optional[Tensor],
+    parts: int,
     num_heads: int,
     kernel_size: int,
     border: str,
@@ -124,12 +120,13 @@ def _projected_attention(
     `projection` is never read: the gradient of x and weight goes by it (`_Projection`).
     """
     options, keep = AttentionOptions(kernel_size, border, scale), projection is not None
+    weight = weight.flatten(1).unflatten(0, (parts, -1))
     return cpu.project_and_attend(x, weight, rel_row, rel_col, num_heads, options, pooled, keep)
 
 
 @_projected_attention.register_fake
-def _(projection, x, weight, rel_row, rel_col, num_heads, kernel_size, border, scale, pooled):
-    return cpu.empty_projected(x, weight.shape[1], num_heads, weight.shape[0], pooled, projection is not None)
+def _(projection, x, weight, rel_row, rel_col, parts, num_heads, kernel_size, border, scale, pooled):
+    return cpu.empty_projected(x, weight.shape[0] // parts, num_heads, parts, pooled, projection is not None)
 
 
 @torch.library.custom_op("sasa::projected_attention_backward", mutates_args=())
@@ -159,12 +156,13 @@ def _(grad_out, kept, rel_row, rel_col, out, lse, parts, kernel_size, border, sc
 
 
 def _setup_context(ctx, inputs, output):
-    projection, *tensors, ctx.num_heads, kernel_size, border, scale, ctx.pooled = inputs
+    projection, *tensors, parts, num_heads, kernel_size, border, scale, ctx.pooled = inputs
     out, lse, kept = output
     ctx.mark_non_differentiable(lse, kept)
     ctx.set_materialize_grads(False)  # or zeros would be made for what is kept
     ctx.save_for_backward(*tensors, None if ctx.pooled else out, lse, kept)  # pooled: see csrc/pairs.h
     ctx.options, ctx.is_kept = (kernel_size, border, scale), projection is not None
+    ctx.heads = (parts, num_heads, tensors[1].shape[0] // (parts * num_heads))
 
 
 def _backward(ctx, grad_out, grad_lse, grad_kept):
@@ -173,20 +171,19 @@ def _backward(ctx, grad_out, grad_lse, grad_kept):
     if not ctx.is_kept:
         raise RuntimeError("sasa::projected_attention was called without a projection: it has no backward")
     if grad_out is None:
-        return (None,) * 10
+        return (None,) * 11
     if torch.is_grad_enabled():  # create_graph=True
-        heads = (weight.shape[0], ctx.num_heads, weight.shape[1] // ctx.num_heads)
         options = AttentionOptions(*ctx.options)
-        again = functools.partial(_by_reference, heads=heads, options=options, pooled=ctx.pooled)
-        inputs = (_project(x, weight), rel_row, rel_col)
+        again = functools.partial(_by_reference, heads=ctx.heads, options=options, pooled=ctx.pooled)
+        inputs = (project(x, weight), rel_row, rel_col)
         grad, grad_row, grad_col = differentiable_gradients(again, inputs, [grad_out])
     else:
         grad, grad_row, grad_col = _projected_attention_backward(
-            grad_out, kept, rel_row, rel_col, out, lse, weight.shape[0], *ctx.options, ctx.pooled
+            grad_out, kept, rel_row, rel_col, out, lse, ctx.heads[0], *ctx.options, ctx.pooled
         )
         grad = grad.flatten(1, 3)
     tables = (None, None) if rel_row is None else (grad_row, grad_col)
-    return grad, None, None, *tables, *(None,) * 5
+    return grad, None, None, *tables, *(None,) * 6
 
 
 def _by_reference(

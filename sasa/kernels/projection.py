@@ -20,15 +20,15 @@ def project(x: Tensor, weight: Tensor) -> Tensor:
 def projection_gradients(
     grad: Tensor, x: Tensor, weight: Tensor, wanted: tuple[bool, bool]
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of x (B, C, H, W) and of the weight (C', C) from that of their product (B, C', H, W), where wanted."""
+    """Gradients of x and of the weight from that of what `project` makes of them, where wanted."""
     flat = _has_rows(x) and _has_rows(grad)
     inputs = (_as_row(grad), _as_row(x)) if flat else (grad, x)
     by_x, by_weight, _ = torch.ops.aten.convolution_backward(
-        *inputs, weight[:, :, None, None], None, (1, 1), (0, 0), (1, 1), False, (0, 0), 1, (*wanted, False)
+        *inputs, weight, None, (1, 1), (0, 0), (1, 1), False, (0, 0), 1, (*wanted, False)
     )
     if flat and wanted[0]:
         by_x = by_x.unflatten(3, x.shape[2:]).squeeze(2)
-    return by_x if wanted[0] else None, by_weight.flatten(1) if wanted[1] else None
+    return by_x if wanted[0] else None, by_weight if wanted[1] else None
 
 
 def _has_rows(x: Tensor) -> bool:

@@ -26,16 +26,26 @@ TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5}
 
 
 def make_inputs(batch, channels, heads, depth, size, window, parts=3, dtype=torch.float32, embeddings=True):
-    """x, weight, rel_row, rel_col."""
+    """x, weight of `parts` projections, rel_row, rel_col."""
     x = torch.randn(batch, *size, channels, dtype=dtype).permute(0, 3, 1, 2)
-    weight = torch.randn(parts, heads * depth, channels, dtype=dtype) / channels**0.5
+    weight = torch.randn(parts * heads * depth, channels, 1, 1, dtype=dtype) / channels**0.5
     rel = [torch.randn(heads, depth // 2, window, dtype=dtype) if embeddings else None for _ in range(2)]
     return [x, weight, *rel]
 
 
+def split(weight, rel_row, heads):
+    """P, N and D of a weight: three projections where no table tells the heads' width."""
+    parts = 3 if rel_row is None else weight.shape[0] // (2 * heads * rel_row.shape[1])
+    return parts, heads, weight.shape[0] // (parts * heads)
+
+
+def attend(x, weight, rel_row, rel_col, heads, options, pooled=False):
+    return projected_operator.attend(x, weight, rel_row, rel_col, split(weight, rel_row, heads), options, pooled)
+
+
 def by_definition(inputs, heads, options, pooled):
     x, weight, *rel = inputs
-    maps = F.conv2d(x, weight.flatten(0, 1)[:, :, None, None]).unflatten(1, (weight.shape[0], heads, -1)).unbind(1)
+    maps = F.conv2d(x, weight).unflatten(1, split(weight, rel[0], heads)).unbind(1)
     out, _ = reference.forward(maps[0], maps[1] if len(maps) == 3 else None, maps[-1], *rel, options)
     return F.avg_pool2d(out.flatten(1, 2), 2).unflatten(1, out.shape[1:3]) if pooled else out
 
@@ -52,14 +62,14 @@ def with_gradients(function, inputs, direction=None):
 
 def check(inputs, heads, window, border="mask", scale=0.7, pooled=False):
     options, dtype = AttentionOptions(window, border, scale), inputs[0].dtype
-    got = with_gradients(lambda y: projected_operator.attend(*y, heads, options, pooled), inputs)
+    got = with_gradients(lambda y: attend(*y, heads, options, pooled), inputs)
     wide = [None if x is None else x.double() for x in inputs]
     expected = with_gradients(lambda y: by_definition(y, heads, options, pooled), wide)
     for name, a, b in zip(NAMES, got, expected, strict=False):
         error = (a - b).abs().max() / b.abs().max().clamp_min(1.0)
         assert error <= TOLERANCE[dtype], f"{name}: {error:.2e} of the largest value"
     with torch.no_grad():  # nothing is kept: the same bits
-        assert torch.equal(projected_operator.attend(*inputs, heads, options, pooled), got[0])
+        assert torch.equal(attend(*inputs, heads, options, pooled), got[0])
 
 
 @pytest.mark.parametrize("border", kernels.BORDERS)
@@ -102,11 +112,11 @@ def test_infinities_and_nans_are_the_definition_s(border, bad):
         pooled = size[0] % 2 == 0 and i > 2
         inputs = make_inputs(2, 6, heads, 4, size, window)
         options = AttentionOptions(window, border, 0.5)
-        shape = projected_operator.attend(*inputs, heads, options, pooled).shape
+        shape = attend(*inputs, heads, options, pooled).shape
         direction = torch.linspace(-1, 1, shape.numel()).view(shape)
         target = direction if which == 4 else inputs[which]
         target[tuple(int(torch.randint(0, n, ())) for n in target.shape)] = bad
-        got = with_gradients(lambda y: projected_operator.attend(*y, heads, options, pooled), inputs, direction)  # noqa: B023
+        got = with_gradients(lambda y: attend(*y, heads, options, pooled), inputs, direction)  # noqa: B023
         maps = with_gradients(lambda y: calls(*y, heads, options, pooled), inputs, direction)  # noqa: B023
         for name, a, b in zip(NAMES, got, maps, strict=True):
             assert torch.equal(torch.isfinite(a), torch.isfinite(b)), (name, which, window)
@@ -114,7 +124,7 @@ def test_infinities_and_nans_are_the_definition_s(border, bad):
 
 def calls(x, weight, rel_row, rel_col, heads, options, pooled):
     """The projection, the attention and the pool one after the other."""
-    qkv = project(x, weight.flatten(0, 1)[:, :, None, None]).unflatten(1, (weight.shape[0], heads, -1))
+    qkv = project(x, weight).unflatten(1, split(weight, rel_row, heads))
     named = {"kernel_size": options.kernel_size, "border": options.border, "scale": options.scale, "backend": "cpu"}
     function = kernels.local_attention_pooled if pooled else kernels.local_attention_packed
     return function(qkv, rel_row, rel_col, **named)
@@ -127,12 +137,12 @@ def calls(x, weight, rel_row, rel_col, heads, options, pooled):
 def test_every_thread_count_gives_the_same_bits(batch, heads, size, keep):
     """Though a map is cut into more strips where there are more threads, and one task's rows are another's border."""
     inputs, options = make_inputs(batch, 12, heads, 4, size, 7), AttentionOptions(7, "mask", 1.0)
-    before = torch.get_num_threads()
+    before, weight = torch.get_num_threads(), inputs[1].flatten(1).unflatten(0, (3, -1))
     try:
         results = []
         for threads in (1, 2, 3, 7, 16):
             torch.set_num_threads(threads)
-            found = cpu.project_and_attend(*inputs, heads, options, False, keep)
+            found = cpu.project_and_attend(inputs[0], weight, *inputs[2:], heads, options, False, keep)
             if keep:
                 out, lse, kept = found
                 backward = cpu.projected_backward(out, kept, *inputs[2:], out, lse, 3, options, False)
@@ -149,7 +159,7 @@ def test_scratch_that_is_kept_carries_nothing_over():
     torch.set_num_threads(1)
     try:
         inputs, options = make_inputs(2, 6, 8, 4, (6, 8), 5), AttentionOptions(5, "mask", 0.5)
-        function = functools.partial(with_gradients, lambda y: projected_operator.attend(*y, 8, options))
+        function = functools.partial(with_gradients, lambda y: attend(*y, 8, options))
         first = function(inputs)
         for bad in (float("inf"), float("nan")):
             function([torch.full_like(x, bad) for x in inputs])
@@ -168,10 +178,10 @@ def test_gradcheck_and_opcheck(parts, pooled):
     inputs = make_inputs(2, 3, 2, 2, (4, 6), 3, parts, torch.float64)
     inputs = [x.requires_grad_() for x in inputs]
     options = AttentionOptions(3, "mask", 1.0)
-    function = lambda *tensors: projected_operator.attend(*tensors, 2, options, pooled)  # noqa: E731
+    function = lambda *tensors: attend(*tensors, 2, options, pooled)  # noqa: E731
     assert gradcheck(function, inputs)
     assert gradgradcheck(function, inputs)
-    arguments = (2, *options, pooled)
+    arguments = (parts, 2, *options, pooled)
     projection = torch.zeros(2, parts * 4, 4, 6, dtype=torch.float64, requires_grad=True)
     fixed = [inputs[0].detach(), inputs[1].detach(), *inputs[2:]]
     torch.library.opcheck(torch.ops.sasa.projected_attention.default, (projection, *fixed, *arguments))
@@ -185,7 +195,7 @@ def test_gradcheck_and_opcheck(parts, pooled):
 def test_what_was_not_kept_has_no_backward():
     """Not zeros, and not what happens to lie in memory."""
     inputs = [x.requires_grad_() for x in make_inputs(1, 4, 2, 2, (4, 4), 3)]
-    out, *_ = torch.ops.sasa.projected_attention(None, *inputs, 2, 3, "mask", 1.0, False)
+    out, *_ = torch.ops.sasa.projected_attention(None, *inputs, 3, 2, 3, "mask", 1.0, False)
     with pytest.raises(RuntimeError, match="no backward"):
         out.sum().backward()
 
@@ -193,11 +203,11 @@ def test_what_was_not_kept_has_no_backward():
 @pytest.mark.parametrize("frozen", [*itertools.product((False, True), repeat=3)])
 def test_frozen_inputs_have_no_gradient_and_the_others_theirs(frozen):
     inputs, options = make_inputs(2, 6, 2, 4, (4, 6), 3), AttentionOptions(3)
-    full = with_gradients(lambda y: projected_operator.attend(*y, 2, options), inputs)[1:]
+    full = with_gradients(lambda y: attend(*y, 2, options), inputs)[1:]
     needed = [not frozen[0], not frozen[1], not frozen[2], not frozen[2]]
     for x, need in zip(inputs, needed, strict=True):
         x.requires_grad_(need)
-    out = projected_operator.attend(*inputs, 2, options)
+    out = attend(*inputs, 2, options)
     assert out.requires_grad == any(needed)
     if any(needed):
         out.backward(torch.linspace(-1, 1, out.numel()).view_as(out))
@@ -208,8 +218,8 @@ def test_frozen_inputs_have_no_gradient_and_the_others_theirs(frozen):
 @pytest.mark.parametrize("shape", [(3, 5, 4, 7), (1, 5, 4, 7), (2, 8, 1, 1), (2, 3, 6, 1)])
 def test_gradients_of_the_projection_are_autograd_s(shape):
     x = torch.randn(shape, dtype=torch.float64).contiguous(memory_format=torch.channels_last).requires_grad_()
-    weight = torch.randn(6, shape[1], dtype=torch.float64, requires_grad=True)
-    out = project(x, weight[:, :, None, None])
+    weight = torch.randn(6, shape[1], 1, 1, dtype=torch.float64).contiguous(memory_format=torch.channels_last)
+    out = project(x, weight.requires_grad_())
     grad = torch.randn_like(out)
     wanted = torch.autograd.grad(out, (x, weight), grad)
     for pair in itertools.product((False, True), repeat=2):
@@ -218,13 +228,14 @@ def test_gradients_of_the_projection_are_autograd_s(shape):
             assert (y is not None) == asked
             if asked:
                 torch.testing.assert_close(y, theirs)
+                assert y.stride() == theirs.stride()
 
 
 def test_flops_are_those_of_the_parts():
     kernel_flops.register()
     inputs, options = make_inputs(2, 6, 2, 4, (4, 6), 3), AttentionOptions(3, "mask", 0.5)
     totals = []
-    for function in (projected_operator.attend, calls):
+    for function in (attend, calls):
         for pooled in (False, True):
             with FlopCounterMode(display=False) as counter:
                 with_gradients(lambda y: function(*y, 2, options, pooled), inputs)  # noqa: B023
@@ -249,8 +260,8 @@ def run(layer, x, monkeypatch, inside):
     """Output and gradients; `inside`: by the operator, which is counted, or by the steps."""
     count = []
     with monkeypatch.context() as patch:
-        attend = projected_operator.attend
-        patch.setattr(projected_operator, "attend", lambda *a: count.append(1) or attend(*a))
+        inner = projected_operator.attend
+        patch.setattr(projected_operator, "attend", lambda *a: count.append(1) or inner(*a))
         if not inside:
             patch.setattr(projected_operator, "serves", lambda *a: False)
         layer.zero_grad()
@@ -281,7 +292,7 @@ def test_the_layer_gives_what_the_steps_give(options, stride, monkeypatch):
         got, wanted = (run(layer, x, monkeypatch, inside) for inside in (True, False))
         for a, b in zip(got, wanted, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
-            assert a.stride() == b.stride()
+            assert a.stride() == b.stride()  # of the weights' gradients too, which DistributedDataParallel looks at
         with torch.no_grad():
             alone = layer(x)
         assert torch.equal(alone, got[0]) and alone.stride() == got[0].stride()
@@ -321,9 +332,8 @@ OUTSIDE = {
 
 @pytest.mark.parametrize("which", OUTSIDE)
 def test_where_the_steps_are_taken(which, monkeypatch):
-    attend = projected_operator.attend
-    count = []
-    monkeypatch.setattr(projected_operator, "attend", lambda *a: count.append(1) or attend(*a))
+    inner, count = projected_operator.attend, []
+    monkeypatch.setattr(projected_operator, "attend", lambda *a: count.append(1) or inner(*a))
     OUTSIDE[which](make_layer(), image())
     assert not count
     make_layer()(image())
