@@ -274,7 +274,7 @@ def _gradients(operator, kept: int = 2):
         if grad_out is None:
             return (None,) * (len(inputs) + _OPTIONS)
         if torch.is_grad_enabled():  # create_graph=True
-            again = functools.partial(_by_reference, options=AttentionOptions(*ctx.options[:-1]), pooled=pooled)
+            again = functools.partial(by_reference, options=AttentionOptions(*ctx.options[:-1]), pooled=pooled)
             grads = differentiable_gradients(again, inputs, [grad_out])
         else:
             grads = operator(grad_out, *saved, *ctx.options)
@@ -284,7 +284,7 @@ def _gradients(operator, kept: int = 2):
     return backward
 
 
-def _by_reference(*inputs: Tensor | None, options: AttentionOptions, pooled: bool) -> list[Tensor]:
+def by_reference(*inputs: Tensor | None, options: AttentionOptions, pooled: bool) -> list[Tensor]:
     """The reference's forward, with its K * K copies, of three maps or a fused projection, and the two tables."""
     maps = inputs[:3] if len(inputs) == 5 else split_packed(inputs[0])
     out, _ = reference.forward(*maps, *inputs[-2:], options)

@@ -12,13 +12,12 @@ import functools
 from typing import Optional
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from sasa.kernels import cpu, reference
+from sasa.kernels import cpu
 from sasa.kernels.functional import composite_serves, kernel_serves
 from sasa.kernels.interface import AttentionOptions, differentiable_gradients, empty_inner_map
-from sasa.kernels.operators import empty_embeddings, split_packed
+from sasa.kernels.operators import by_reference, empty_embeddings
 from sasa.kernels.projection import project, projection_gradients
 
 
@@ -33,7 +32,7 @@ def serves(
 ) -> bool:
     """Whether `attend` serves: fp32 or fp64 on a CPU by the C++ kernel, of a map with channels innermost in memory.
 
-    Not what is compiled or traced: a compiler fuses the projection with what stands before it.
+    Not what is compiled or traced: a trace keeps the answer for maps of other sizes, and a compiler takes the steps.
 
     Args:
         x, rel_row, rel_col: as for `attend`.
@@ -173,29 +172,16 @@ def _backward(ctx, grad_out, grad_lse, grad_kept):
     if grad_out is None:
         return (None,) * 11
     if torch.is_grad_enabled():  # create_graph=True
-        options = AttentionOptions(*ctx.options)
-        again = functools.partial(_by_reference, heads=ctx.heads, options=options, pooled=ctx.pooled)
-        inputs = (project(x, weight), rel_row, rel_col)
+        again = functools.partial(by_reference, options=AttentionOptions(*ctx.options), pooled=ctx.pooled)
+        inputs = (project(x, weight).unflatten(1, ctx.heads), rel_row, rel_col)
         grad, grad_row, grad_col = differentiable_gradients(again, inputs, [grad_out])
     else:
         grad, grad_row, grad_col = _projected_attention_backward(
             grad_out, kept, rel_row, rel_col, out, lse, ctx.heads[0], *ctx.options, ctx.pooled
         )
-        grad = grad.flatten(1, 3)
+    grad = None if grad is None else grad.flatten(1, 3)
     tables = (None, None) if rel_row is None else (grad_row, grad_col)
     return grad, None, None, *tables, *(None,) * 6
-
-
-def _by_reference(
-    projection: Tensor, rel_row: Tensor | None, rel_col: Tensor | None, *,
-    heads: tuple[int, int, int], options: AttentionOptions, pooled: bool,
-) -> list[Tensor]:  # fmt: skip
-    """`attend` of the projection (B, P * N * D, H, W) by the reference's forward, with its K * K copies.
-
-    heads: P, N and D.
-    """
-    out, _ = reference.forward(*split_packed(projection.unflatten(1, heads)), rel_row, rel_col, options)
-    return [F.avg_pool2d(out.flatten(1, 2), 2).unflatten(1, heads[1:]) if pooled else out]
 
 
 torch.library.register_autograd("sasa::projected_attention", _backward, setup_context=_setup_context)
