@@ -6,7 +6,6 @@ file is gone; with one that has changed, it is not resumed.
 
 import json
 import os
-import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from sasa.console import one_line, printable, show_apart
 from sasa.settings import ConfigError
 
 NONE, BALANCED = "none", "balanced"
+SMALLEST, LARGEST = 2.0**-126, (2 - 2.0**-23) * 2.0**127  # normal numbers of float32, which the loss computes in
 
 
 def settle(value: str) -> str:
@@ -62,11 +62,12 @@ def _canonical(text: str, shown: str) -> str:
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{shown}: is not JSON ({one_line(error, 100)})") from None
     good = isinstance(weights, dict) and all(
-        type(weight) in (int, float) and 0 <= weight <= sys.float_info.max for weight in weights.values()
+        type(weight) in (int, float) and (weight == 0 or SMALLEST <= weight <= LARGEST) for weight in weights.values()
     )
     if not good or not any(weights.values()):
         raise ConfigError(
-            f'{shown}: must be {{"class name": weight, ...}} with finite weights of at least 0, one of them above 0'
+            f'{shown}: must be {{"class name": weight, ...}} with finite weights of at least 0, one of them above 0 '
+            f"(in float32: {SMALLEST:.2g} to {LARGEST:.2g})"
         )
     return json.dumps({name: float(weights[name]) for name in sorted(weights)})
 

@@ -92,7 +92,8 @@ def test_a_file_becomes_text_of_the_configuration(tmp_path):
     (None, "cannot be read"), ("{", "is not JSON"), ("[1]", "must be"), ('{"a": -1}', "must be"),
     ('{"a": 1, "b": 2, "a": 9}', "a stands there more than once"), ("{}", "must be"),
     ('{"a": 1' + "0" * 400 + "}", "must be"), ('{"a": 1' + "0" * 5000 + "}", "is not JSON"),
-    ('{"a": NaN}', "must be"), ('{"a": 0}', "must be"), ('{"a": true}', "must be"),
+    ('{"a": NaN}', "must be"), ('{"a": 1, "b": 1e39}', "must be"), ('{"a": 1e-39}', "must be"),
+    ('{"a": 0}', "must be"), ('{"a": true}', "must be"),
 ])  # fmt: skip
 def test_a_wrong_file_is_one_line(tmp_path, content, words):
     path = tmp_path / "weights.json"
