@@ -11,6 +11,7 @@ from pathlib import Path
 
 from config import ConfigError
 from sasa.console import one_line, printable
+from sasa.training.files import make_folder
 
 try:
     import fcntl
@@ -32,42 +33,62 @@ class FolderLock:
 
     def __init__(self) -> None:
         self._descriptor: int | None = None
+        self._folder = Path()
+        self._is_new = False  # the folder: made here
 
     def acquire(self, folder: Path) -> None:
-        """Wait for the folder for up to WAIT_SECONDS. Where locks are not supported, one line warns instead.
+        """Make the folder where there is none, and wait for it for up to WAIT_SECONDS.
+
+        Where locks are not supported, one line warns instead.
 
         Raises:
-            ConfigError: another run has it, on which host, as which process and since when; or the lock's file cannot
-                be made.
+            ConfigError: another run has it, on which host, as which process and since when; or the folder or the lock's
+                file cannot be made.
         """
+        self._folder, self._is_new = folder, not os.path.lexists(folder)
+        make_folder(folder)
         if fcntl is None:
             return
-        flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
-        try:
-            self._descriptor = os.open(folder / NAME, flags, 0o666)
-        except OSError as error:  # something else has its name, or the folder lets nothing be made
-            raise _not_lockable(folder, error) from error
-        until = time.monotonic() + WAIT_SECONDS
-        while True:
-            try:
-                fcntl.lockf(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except OSError as error:
-                if error.errno in _UNSUPPORTED:
-                    print(f"train.py: {folder}: no locks here ({error.strerror}): two runs in it would not notice each "
-                          "other", file=sys.stderr)  # fmt: skip
-                    return
-                if error.errno not in (errno.EACCES, errno.EAGAIN):
-                    raise _not_lockable(folder, error) from error
-                if time.monotonic() >= until:
-                    raise ConfigError(
-                        f"{folder}: another run is in it, {self._holder()}; --name names another"
-                    ) from None
-                time.sleep(POLL_SECONDS)
+        until, is_said = time.monotonic() + WAIT_SECONDS, False
+        while not self._try():
+            if time.monotonic() >= until:
+                raise ConfigError(f"{folder}: another run is in it, {self._holder()}; --name names another")
+            if not is_said:
+                print(f"{folder}: another run is in it, {self._holder()}: waiting for its end, {WAIT_SECONDS:.0f} s at "
+                      "most", file=sys.stderr)  # fmt: skip
+            is_said = True
+            time.sleep(POLL_SECONDS)
         holder = {"host": socket.gethostname(), "process": os.getpid(), "started": time.strftime("%Y-%m-%d %H:%M:%S")}
         with contextlib.suppress(OSError):  # a full disk: the lock holds, only its holder stays unnamed
             os.ftruncate(self._descriptor, 0)
             os.pwrite(self._descriptor, json.dumps(holder).encode(), 0)
+
+    def _try(self) -> bool:
+        """Whether the folder is this process's now, or has no locks."""
+        path = self._folder / NAME
+        flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
+        try:
+            if self._descriptor is None:
+                self._descriptor = os.open(path, flags, 0o666)
+        except OSError as error:  # something else has its name, or the folder lets nothing be made
+            raise _not_lockable(self._folder, error) from error
+        try:
+            fcntl.lockf(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in _UNSUPPORTED:
+                print(f"{self._folder}: no locks here ({error.strerror}): two runs in it would not notice each other",
+                      file=sys.stderr)  # fmt: skip
+                return True
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                raise _not_lockable(self._folder, error) from error
+            return False
+        with contextlib.suppress(OSError):
+            if os.path.samestat(os.fstat(self._descriptor), os.stat(path)):
+                return True
+        os.close(self._descriptor)  # of a run that was refused and has removed it meanwhile: there is another, or none
+        self._descriptor = None
+        make_folder(self._folder)
+        return False
 
     def _holder(self) -> str:
         try:
@@ -78,6 +99,13 @@ class FolderLock:
         return one_line(f"process {process} on {host}, started {started}", 200)
 
     def release(self) -> None:
-        if self._descriptor is not None:
-            os.close(self._descriptor)
-            self._descriptor = None
+        """Give the folder back; of a run that was refused before it wrote anything, nothing stays."""
+        if self._descriptor is None:
+            return
+        with contextlib.suppress(OSError):
+            if os.listdir(self._folder) == [NAME]:
+                (self._folder / NAME).unlink()
+                if self._is_new:
+                    self._folder.rmdir()
+        os.close(self._descriptor)
+        self._descriptor = None

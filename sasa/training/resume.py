@@ -24,7 +24,6 @@ from sasa.training.files import (
     PREVIOUS,
     RunRecord,
     held_files,
-    make_folder,
     read_config,
     refuse_foreign_files,
     refuse_other_run,
@@ -88,7 +87,6 @@ def specify_run(
     folder = Path(config.output_dir, config.name or config.default_name())
     if command.resume is None:
         config = dataclasses.replace(config, **settled_weights(given))
-    make_folder(folder)
     lock.acquire(folder)
     if command.resume is None:
         if command.overwrite:
@@ -129,12 +127,10 @@ def _specify_from_file(path: Path, given: dict[str, Any], lock: FolderLock, sett
         if held_files(folder):
             raise ConfigError(f"--resume {path} into {folder}: it already holds a run; allowed is an empty folder")
         spec = dataclasses.replace(_resumed(state, path, given, folder, settings), run_id=None)
-        make_folder(folder)
         lock.acquire(folder)
         refuse_other_run(folder)
         return spec
     spec = _resumed(state, path, given, folder, settings)
-    make_folder(folder)
     lock.acquire(folder)
     _refuse_another_runs(state, folder)
     return dataclasses.replace(spec, state=checkpoint.load_run(path))  # as a run that was in the folder has left it

@@ -94,3 +94,42 @@ def test_a_damaged_note_of_the_holder_is_no_traceback(tmp_path, holder, monkeypa
         os.close(descriptor)
         with pytest.raises(ConfigError, match="unknown process"):
             FolderLock().acquire(tmp_path)
+
+
+def test_a_refused_run_leaves_no_folder_that_it_made(tmp_path):
+    folder = tmp_path / "runs" / "new"
+    found = FolderLock()
+    found.acquire(folder)
+    assert [path.name for path in folder.iterdir()] == [lock.NAME]
+    found.release()
+    assert not folder.exists()
+    folder.mkdir()  # the user's own
+    found.acquire(folder)
+    found.release()
+    assert not [*folder.iterdir()]
+    found.acquire(folder)
+    (folder / "config.json").write_text("{}")
+    found.release()
+    assert sorted(path.name for path in folder.iterdir()) == [lock.NAME, "config.json"]
+
+
+def test_a_lock_that_its_holder_has_removed_is_taken_anew(tmp_path, monkeypatch, capsys):
+    """The waiting process has the removed file open: with it, two runs would be in the folder."""
+    folder = tmp_path / "run"
+    first, second = FolderLock(), FolderLock()
+    refused = [OSError(errno.EAGAIN, "held"), None]  # POSIX locks do not part two of one process
+    lockf = lock.fcntl.lockf
+
+    def held_once(descriptor, how):
+        if refused and (error := refused.pop(0)):
+            raise error
+        lockf(descriptor, how)
+
+    first.acquire(folder)
+    monkeypatch.setattr(lock.fcntl, "lockf", held_once)
+    monkeypatch.setattr(lock.time, "sleep", lambda _: first.release())
+    second.acquire(folder)
+    assert os.path.samestat(os.fstat(second._descriptor), os.stat(folder / lock.NAME))
+    assert f"process {os.getpid()}" in capsys.readouterr().err
+    second.release()
+    assert not folder.exists() or not [*folder.iterdir()]
