@@ -107,6 +107,8 @@ def read_shards(pattern: str, index_dir: Path | None = None) -> Shards:
     named, source = read_classes(Path(pattern).parent)
     if named not in (None, classes):
         raise DataError(f"{printable(source)}: other classes than those of the index; {ANEW} TRAIN VAL")
+    if len(classes) == 1:  # every answer would be right
+        raise DataError(f"{shown}: all labels are 0, one class only, so there is nothing to tell apart")
     parts = ((ShardFiles(shards, of.samples), of.labels.tolist()) for shards, of in ((train, of_train), (val, of_val)))
     return Shards(classes, *parts)
 

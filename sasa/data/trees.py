@@ -38,7 +38,7 @@ def read_trees(name: str, data_dir: Path) -> Tree:
         name: the data set's; IMAGENET must have 1000 classes.
 
     Raises:
-        DataError: a folder that is not there or cannot be read, an empty class, classes that differ.
+        DataError: a folder that is not there or cannot be read, an empty class, one class only, classes that differ.
     """
     shown = printable(data_dir)
     if not os.path.isdir(data_dir):
@@ -49,6 +49,11 @@ def read_trees(name: str, data_dir: Path) -> Tree:
         odd = sorted(set(classes) ^ set(val_classes))
         raise DataError(
             f"{shown}: train/ and val/ have different class folders, {show_apart(odd[0], odd)} is in one of them only"
+        )
+    if len(classes) == 1:  # every answer would be right; most often a folder too much, of an archive or of its author
+        raise DataError(
+            f"{printable(data_dir / 'train' / classes[0])}: the only class folder, so there is nothing to tell apart; "
+            "--data-dir must hold train/ and val/, and each of them a folder a class"
         )
     if name == "IMAGENET" and len(classes) != 1000:
         raise DataError(f"{shown}: IMAGENET has 1000 class folders, here are {len(classes)}; try --dataset FOLDER")

@@ -206,6 +206,12 @@ def test_labels_that_are_no_class_are_refused(tmp_path, label):
     assert "train-0.tar: n01/a.cls" in text and ("below 1,000,000" in text or "a number from 0" in text)
 
 
+def test_shards_of_one_class_are_refused(tmp_path):
+    shards.write_index([str(foreign(tmp_path, "train", label=b"0"))])
+    shards.write_index([str(foreign(tmp_path, "val", label=b"0"))])
+    assert "one class only" in message(shards.read_shards, str(tmp_path / "train-0.tar"))
+
+
 def test_labels_beyond_the_named_classes_are_refused(tmp_path):
     (tmp_path / "classes.txt").write_bytes(b"a\nb\nc\n")
     assert "classes.txt: 3 classes, but a label is 3" in message(shards.write_index, [str(foreign(tmp_path, "train"))])

@@ -160,6 +160,9 @@ def test_broken_trees_are_named(tree, tmp_path):
     expect("empty/train: no such folder", data_dir=tmp_path / "empty")
     (tmp_path / "empty" / "train").mkdir()
     expect("empty/train: no class folders", data_dir=tmp_path / "empty")
+    for split in ("train", "val"):  # as archives are unpacked: all classes in one folder of train/
+        shutil.copytree(tree / split, tmp_path / "nested" / split / "images")
+    expect("nested/train/images: the only class folder", data_dir=tmp_path / "nested")
     expect("1000 class folders, here are 2", dataset="IMAGENET")
     (tree / "train" / "bird").mkdir()
     expect("train/bird: class folder without images")
