@@ -1,6 +1,7 @@
 """Train a network, resume a run, evaluate a checkpoint: set-up -> epochs -> evaluation. `python train.py --help`.
 
-Exit codes: 0 done; 2 wrong usage or data; 75 stopped by a signal, its state saved where there was one; 1 anything else.
+Exit codes: 0 done; 2 wrong usage or data; 75 stopped by a signal, its state saved where there was one, or by decoding
+processes that failed after at least one step, which is saved; 1 anything else.
 """
 
 import sys
@@ -42,12 +43,20 @@ from sasa.training.task import Task
 
 
 def main(command: Command, stop: StopRequest | None = None, task: Task = CLASSIFICATION) -> int:
-    """Do what the command line says, on every rank alike; returns the exit code."""
-    if stop is None:
-        stop = StopRequest()
-        stop.install()
-    with surviving_streams():
-        return run_command(command, stop, task)
+    """Do what the command line says, on every rank alike; returns the exit code.
+
+    Args:
+        stop: notes the stop signals; None: they are this function's own while it runs.
+    """
+    own = None if stop is not None else StopRequest()
+    if own is not None:
+        own.install()
+    try:
+        with surviving_streams():
+            return run_command(command, stop or own, task)
+    finally:
+        if own is not None:
+            own.uninstall()
 
 
 def run_command(command: Command, stop: StopRequest, task: Task) -> int:
@@ -66,8 +75,15 @@ def run_command(command: Command, stop: StopRequest, task: Task) -> int:
         if code is None:
             raise
         print_error(task.prog, with_advice(error))
-        sys.exit(code)
+        exit_alone(code)
     distributed.stop()
+    return code
+
+
+def exit_alone(code: int) -> int:
+    """The exit code of an error that this rank alone knows: where there are others, it ends here, and they with it."""
+    if distributed.is_distributed():
+        sys.exit(code)
     return code
 
 
@@ -75,9 +91,9 @@ def exit_code_of(error: Exception) -> int | None:
     """The code of an error that one line explains; None for any other, whose traceback is wanted."""
     if isinstance(error, ConfigError | DataError | CheckpointError):
         return USAGE_ERROR
-    if isinstance(error, WorkerError | BuildStopped):  # nothing was trained yet: a restart can help
+    if isinstance(error, BuildStopped):
         return STOPPED
-    return 1 if is_out_of_memory(error) else None
+    return 1 if isinstance(error, WorkerError) or is_out_of_memory(error) else None
 
 
 def with_advice(error: Exception) -> str:
@@ -158,7 +174,7 @@ def train(run: Run, stop: StopRequest, overwrite: bool, task: Task) -> int:
         return 1
     except OSError as error:  # a full disk
         print_error(task.prog, f"{error}: stopping at step {progress.step}")
-        sys.exit(1)  # not `return`: the other ranks do not know
+        return exit_alone(1)
     finally:
         monitor.close()
 
@@ -174,7 +190,8 @@ def stop_after_reading(
         trained: steps were done since the start; before, wrong data changes no file.
 
     Returns:
-        The exit code: STOPPED where a restart can help.
+        The exit code. STOPPED where processes failed after a step: a restart that fails at once in the same way ends
+        the job, instead of being queued for ever.
 
     Raises:
         DataError, SharedError: another error, or no step was done.
@@ -182,14 +199,14 @@ def stop_after_reading(
     cause = error.error if isinstance(error, SharedError) else error
     if not isinstance(cause, DataError | WorkerError) or (isinstance(cause, DataError) and not trained):
         raise error
-    code = exit_code_of(cause)
+    code = STOPPED if isinstance(cause, WorkerError) and trained else exit_code_of(cause)
     if isinstance(error, SharedError) or not distributed.is_distributed():
         saver.save_or_end(run)
         if distributed.is_main():
             print_error(prog, f"{cause}; saved at step {run.progress.step}: the same command with --resume goes on")
         return code
     print_error(prog, cause)
-    sys.exit(code)
+    return exit_alone(code)
 
 
 # ---- epochs ---------------------------------------------------------------------------------------------------------

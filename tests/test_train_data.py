@@ -3,11 +3,13 @@
 import multiprocessing
 import os
 import signal
+from itertools import islice
 
 import pytest
 import torch
 
 import small_runs
+from preprocess import FolderData, WorkerError
 from tiny_runs import BASE, Tiny, evaluated, go, make_tree, read, tree_flags, write_idx
 
 # ---- --evaluate -----------------------------------------------------------------------------------------------------
@@ -114,6 +116,24 @@ def test_a_validation_split_of_which_nothing_can_be_read_is_named(tmp_path, tiny
     flags = "--skip-bad-images --num-workers 0 --batch-size 2"
     assert small_runs.run(tmp_path, "--evaluate", str(folder / "best.pt"), *flags.split()) == 2
     assert "cannot read any of the 9 images to evaluate on" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("good", "code"), [(0, 1), (3, 75)])
+def test_a_failed_decoding_process_asks_for_a_restart_only_after_a_step(
+    tmp_path, tiny, monkeypatch, capsys, good, code
+):
+    """A job that requeues itself by code 75 must not do so for ever where each start fails in the same way."""
+    tree = make_tree(tmp_path / "tree")
+    batches = FolderData.batches
+
+    def failing(self, *arguments, **options):
+        yield from islice(batches(self, *arguments, **options), good)
+        raise WorkerError("a decoding process was killed")
+
+    monkeypatch.setattr(FolderData, "batches", failing)
+    assert small_runs.run(tmp_path, *BASE.split(), *tree_flags(tree, 0).split()) == code
+    saved = "saved at step 3: the same command with --resume goes on"
+    assert (saved in capsys.readouterr().err) == bool(good)
 
 
 def test_fashion_mnist_from_its_four_files(tmp_path, tiny):

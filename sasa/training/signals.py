@@ -3,12 +3,13 @@
 import contextlib
 import os
 import signal
+import threading
 import time
 
 STOP_SIGNALS = tuple(
     getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP") if hasattr(signal, name)
 )
-STOPPED = 75  # exit code: stopped by a signal (EX_TEMPFAIL: the same command with --resume goes on)
+STOPPED = 75  # exit code (EX_TEMPFAIL): the same command with --resume goes on
 REPEAT_SECONDS = 5.0  # launchers send a signal twice: within this time a repeat counts as the same one
 
 
@@ -24,12 +25,23 @@ class StopRequest:
         self.received: str | None = None
         self.has_state = False
         self._first = 0.0
+        self._before = {}
 
     def install(self) -> None:
-        """Take over the process's stop signals, but for those that it was started to ignore (nohup)."""
+        """Take over the process's stop signals, but for those that it was started to ignore (nohup).
+
+        Outside the main thread there is nothing to take over: Python gives signals to the main thread alone.
+        """
+        if threading.current_thread() is not threading.main_thread():
+            return
         for number in STOP_SIGNALS:
-            if signal.getsignal(number) is not signal.SIG_IGN:
-                signal.signal(number, self._handle)
+            if signal.getsignal(number) not in (None, signal.SIG_IGN):  # None: not set by Python
+                self._before[number] = signal.signal(number, self._handle)
+
+    def uninstall(self) -> None:
+        """Give the signals back to whom they were taken from."""
+        while self._before:
+            signal.signal(*self._before.popitem())
 
     def _handle(self, number: int, frame) -> None:
         # Descriptor 2 at once: a signal may arrive inside print, which is not reentrant.
@@ -41,7 +53,7 @@ class StopRequest:
             self.received, self._first = name, now
             _write_line(f"{name}: saving at the next step")
         else:
-            _write_line(f"{name}: stopped before the first step, there is nothing to save")
+            _write_line(f"{name}: stopped before a step was done, there is nothing new to save")
             os._exit(STOPPED)
 
 

@@ -35,7 +35,7 @@ def run(name: str, how: str) -> subprocess.CompletedProcess:
 def test_without_a_state_a_signal_ends_at_once_with_75_and_a_line(name):
     done = run(name, "start")
     assert done.returncode == STOPPED == 75 and done.stdout == ""
-    assert done.stderr.strip() == f"{name}: stopped before the first step, there is nothing to save"
+    assert done.stderr.strip() == f"{name}: stopped before a step was done, there is nothing new to save"
 
 
 @pytest.mark.parametrize("name", NAMES)
