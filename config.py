@@ -86,8 +86,8 @@ class Config(Settings):
     data_dir: str = option(
         "datasets",
         "read the data sets from this folder, or a FOLDER or IMAGENET tree, or WEBDATASET's train shards",
-        free=True,
-    )
+        free=True, is_path=True,
+    )  # fmt: skip
     img_size: int | None = option(
         None, "feed images of this side, pixels", otherwise="the set's own; 224 for trees", kind=int, low=8, high=4096
     )
@@ -112,9 +112,14 @@ class Config(Settings):
     holdout: float = option(
         0.0, "hold this part of train out to select best.pt by: a fraction below 1, or a number of images", low=0
     )
-    val_every: int = option(1, "validate whenever this many epochs are done, and after the last", low=1)
+    val_every: int = option(
+        1, "validate whenever this many epochs are done, and after the last", low=1, metavar="EPOCHS"
+    )
     early_stop: int = option(
-        0, "end the run when top-1 on the images of --holdout has not risen for this many epochs; 0: never", low=0
+        0,
+        "end the run when top-1 on the images of --holdout has not risen for this many epochs; 0: never",
+        low=0,
+        metavar="EPOCHS",
     )
     skip_bad_images: bool = option(False, "skip unreadable images of a tree, counted, instead of ending", free=True)
     num_workers: int | None = option(
@@ -125,8 +130,9 @@ class Config(Settings):
         600.0, "end the run when decoding processes are silent for this many seconds, 0: never", low=0, free=True
     )
     index_dir: str | None = option(
-        None, "keep WEBDATASET's indexes in this folder", otherwise="beside the shards, or the user's cache", free=True
-    )
+        None, "keep WEBDATASET's indexes in this folder", otherwise="beside the shards, or the user's cache", free=True,
+        is_path=True,
+    )  # fmt: skip
 
     # Augmentation of the training images
     crop_area: float | None = from_recipe(
@@ -151,7 +157,11 @@ class Config(Settings):
     rand_rounds: int | None = from_recipe("set how many of RandAugment's operations an image gets", int, low=1, high=14)
     rand_magnitude: int | None = from_recipe("set the magnitude of RandAugment's operations", int, low=0, high=30)
     random_erase: float | None = from_recipe(
-        "set a rectangle of this share of the images to the mean, 2 to 33% of the area", float, low=0, high=1
+        "set a rectangle of this share of the images to the mean, 2 to 33% of the area",
+        float,
+        low=0,
+        high=1,
+        metavar="SHARE",
     )
     repeats: int | None = from_recipe(
         "take each image of a step this many times, augmented anew each time; an epoch keeps its number of steps and "
@@ -163,7 +173,7 @@ class Config(Settings):
 
     # Training
     recipe: str = option(
-        "default", "take the values of the flags that name the recipe from this one, by data set",
+        "default", "fill in every flag whose default is \"the recipe's\", by data set",
         choices=("default", "port", "paper", "rsb", "rsb-a3", "strong"),
         alias={"seed": "port"},
     )  # fmt: skip
@@ -178,7 +188,7 @@ class Config(Settings):
     )  # fmt: skip
     lr_batch: int | None = from_recipe("set the global batch that the recipe's rate is for", int, low=1)
     schedule: str | None = from_recipe(
-        "set the rate after the warm-up: a cosine to 0, or steps of --step-factor every --step-epochs", str,
+        "set the rate after the warm-up: a cosine down to --min-lr, or steps of --step-factor every --step-epochs", str,
         choices=("cosine", "step"),
     )  # fmt: skip
     step_epochs: int | None = from_recipe("set the epochs between two steps of --schedule step", int, low=1)
@@ -215,11 +225,11 @@ class Config(Settings):
     )
     class_weights: str = option(
         "none", "weigh the classes in the training loss: none | balanced, the fewer images the more | a JSON file of "
-        '{"class name": weight, ...}', metavar="FILE",
+        '{"class name": weight, ...}', metavar="FILE", is_path=True,
     )  # fmt: skip
     drop_path: float | None = from_recipe(
         "leave out the last block's residual branch for this share of the images; from 0 in the first block the share "
-        "grows linearly", float, low=0, below=1,
+        "grows linearly", float, low=0, below=1, metavar="RATE",
     )  # fmt: skip
     label_smoothing: float | None = from_recipe("smooth the labels by this share", float, low=0, high=1)
     sync_bn: bool = option(False, "normalise by the batches of all ranks together")
@@ -259,17 +269,23 @@ class Config(Settings):
     deterministic: bool = option(False, "refuse operators that are not deterministic")
 
     # Files
-    output_dir: str = option("runs", "write the runs below this folder", free=True)
+    output_dir: str = option("runs", "write the runs below this folder", free=True, is_path=True)
     name: str | None = option(
         None, "name this run's folder", otherwise="by model, stem, data set, recipe, seed", free=True, is_name=True
     )
-    save_every: int = option(1, "save whenever this many epochs are done; 0: not by epochs", low=0, free=True)
+    save_every: int = option(
+        1, "save whenever this many epochs are done; 0: not by epochs", low=0, free=True, metavar="EPOCHS"
+    )
     save_minutes: float = option(
         10.0, "save last.pt whenever this many minutes are over, 0: not by the clock", low=0, free=True
     )
     progress: bool = option(True, "show progress bars on a terminal", free=True)
     attention_every: int = option(
-        5, "draw TensorBoard's attention panels whenever this many epochs are done, 0: never", low=0, free=True
+        5,
+        "draw TensorBoard's attention panels whenever this many epochs are done, 0: never",
+        low=0,
+        free=True,
+        metavar="EPOCHS",
     )
     digest: bool = option(
         True, "write SHA-256 of weights, buffers, optimizer, moving average and generators into each row of log.jsonl",
@@ -277,7 +293,7 @@ class Config(Settings):
     )  # fmt: skip
     keep_states: int = option(
         0, "keep the state at the start and whenever this many epochs are done, for tools.verify; 0: none", low=0,
-        free=True,
+        free=True, metavar="EPOCHS",
     )  # fmt: skip
     log_csv: bool = option(False, "write log.csv beside log.jsonl, a table for spreadsheets", free=True)
     preview: bool = option(False, "write progress.png, curves and wrong predictions, at each validation", free=True)

@@ -61,8 +61,9 @@ def option(
         free: a resumed run may change it, since it cannot change the result.
         in_recipe: the value without the flag is the recipe's.
         rule: what is allowed, `choices`, `low`, `high` (inclusive), `above` or `below` (exclusive), `is_name` (of one
-            folder, not a path); `alias` maps an old spelling of a choice to the present one; `switches` maps flags
-            without a value to a choice; `nargs` and `metavar` are argparse's.
+            folder, not a path), `is_path` (a leading ~ of the command line is the home folder); `alias` maps an old
+            spelling of a choice to the present one; `switches` maps flags without a value to a choice; `nargs` and
+            `metavar` are argparse's.
     """
     kind = kind or (str if default is None else type(default))
     about = {"help": text, "otherwise": otherwise, "kind": kind, "free": free, "in_recipe": in_recipe, "rule": rule}
@@ -142,6 +143,8 @@ def parse_value(f: dataclasses.Field, text: str) -> Any:
     """
     kind, rule = f.metadata["kind"], f.metadata["rule"]
     value = _number(kind, text, f"{flag_of(f.name)} {text}") if kind in (int, float) else text
+    if rule.get("is_path"):  # a shell leaves ~ as it is after =, and in quotes
+        value = os.path.expanduser(text)
     if "choices" in rule:
         spelling = {str(choice).lower(): choice for choice in rule["choices"]} | rule.get("alias", {})
         value = spelling.get(str(value).lower(), value)
@@ -173,6 +176,8 @@ def _check_typed(f: dataclasses.Field, value: Any) -> None:
 def _check_rule(f: dataclasses.Field, value: Any) -> None:
     """A value of the right type against its field's bounds and choices. Raises ConfigError."""
     rule, given = f.metadata["rule"], f"{flag_of(f.name)} {str(value)[:60]}"
+    if value == "":  # a shell variable that is not set
+        raise ConfigError(f"{flag_of(f.name)}: must not be empty")
     if isinstance(value, str) and "\0" in value:
         raise ConfigError(f"{given!r}: must not hold a zero byte")
     if rule.get("is_name") and (value in (".", "..") or any(sep in value for sep in (os.sep, os.altsep) if sep)):

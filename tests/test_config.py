@@ -172,6 +172,27 @@ def test_the_commands_that_are_not_fields():
     assert (both.init_from, both.resume) == ("x.pt", "")
 
 
+@pytest.mark.parametrize("flag", ["--resume", "--init-from", "--evaluate", "--name", "--data-dir", "--output-dir",
+                                  "--class-weights", "--device"])  # fmt: skip
+def test_an_empty_value_is_not_the_flags_absence(flag, capsys):
+    """As a shell leaves of a variable that is not set: `--resume "$CKPT"` must not begin a new run."""
+    with pytest.raises(SystemExit) as error:
+        parse_command_line([flag, ""])
+    assert error.value.code == 2 and f"{flag}: must not be empty" in capsys.readouterr().err
+
+
+def test_a_leading_tilde_is_the_home_folder_where_the_shell_has_left_it(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/of/me")
+    flags = ["--data-dir=~/x", "--output-dir=~", "--index-dir=~/i", "--class-weights=~/w.json", "--resume=~/last.pt"]
+    command = parse_command_line(flags)
+    assert command.resume == "/home/of/me/last.pt"
+    assert command.given == {
+        "data_dir": "/home/of/me/x", "output_dir": "/home/of/me", "index_dir": "/home/of/me/i",
+        "class_weights": "/home/of/me/w.json",
+    }  # fmt: skip
+    assert parse_command_line(["--name=~x", "--data-dir=a/~"]).given == {"name": "~x", "data_dir": "a/~"}
+
+
 # As DESIGN.md section 4 lists them, less those of later steps (--attention-every, --sync-bn).
 CONTRACT = """
     --dataset --data-dir --epochs --batch-size --lr --weight-decay --momentum --label-smoothing --warmup-epochs

@@ -76,7 +76,7 @@ class DetectionConfig(Settings):
     data_dir: str = option(
         "datasets",
         "draw the digits in this folder, or read COCO from this one with annotations/, train2017/ and val2017/",
-        free=True,
+        free=True, is_path=True,
     )  # fmt: skip
     img_size: int | None = from_recipe("feed images of this longer side, pixels", int,
                                        low=32, high=4096)  # fmt: skip
@@ -122,7 +122,8 @@ class DetectionConfig(Settings):
     ema: float | None = from_recipe(
         "keep a moving average of the weights with this decay, 0: none", float, low=0, below=1
     )
-    eval_every: int = option(1, "evaluate whenever this many epochs are done, and after the last", low=1, free=True)
+    eval_every: int = option(1, "evaluate whenever this many epochs are done, and after the last", low=1, free=True,
+                             metavar="EPOCHS")  # fmt: skip
     seed: int = same("seed")
 
     # Machine

@@ -5,6 +5,7 @@ Read without torch.
 
 import argparse
 import dataclasses
+import os
 from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any
@@ -14,6 +15,7 @@ from sasa.console import Parser, fail
 from sasa.settings import ConfigError, Settings, flag_of, parse_value
 
 PROG = "train.py"
+_NEWEST = object()  # --resume without a value
 OF_TRAINING = ("max_steps", "keep_states", "preview", "log_csv")  # what --evaluate would ignore and may be wanted of it
 ABOUT = "Train a stand-alone self-attention network (or its convolution baseline), resume it, evaluate it."
 
@@ -48,6 +50,8 @@ def parse_command_line(
         given = {f.name: _value(f, values[f.name]) for f in fields(settings) if f.name in values}
     except ConfigError as error:
         fail_here(error)
+    if command.get("resume") is _NEWEST:
+        command["resume"] = ""
     if "resume" in command and command.get("overwrite"):
         fail_here("--resume goes on with a run: it does not go with --overwrite")
     if command.get("resume") and "init_from" in command:
@@ -65,16 +69,23 @@ def _parser(settings: type[Settings], prog: str, about: str) -> Parser:
     parser = Parser(prog, description=about, argument_default=argparse.SUPPRESS)
     for f in fields(settings):
         _add_flag(parser, f)
-    parser.add_argument("--resume", nargs="?", const="", metavar="PATH",
+    parser.add_argument("--resume", nargs="?", const=_NEWEST, type=_path, metavar="PATH",
                         help="go on from PATH, or from the newest whole checkpoint of the run's folder")  # fmt: skip
-    parser.add_argument("--init-from", metavar="PATH",
+    parser.add_argument("--init-from", type=_path, metavar="PATH",
                         help="start from the weights of a checkpoint, nothing else; with --resume, only where the run "
                         "has no checkpoint yet")  # fmt: skip
-    parser.add_argument("--evaluate", metavar="PATH", help="evaluate a checkpoint and end")
+    parser.add_argument("--evaluate", type=_path, metavar="PATH", help="evaluate a checkpoint and end")
     parser.add_argument("--overwrite", action="store_true", help="replace a run that the folder already holds")
     parser.add_argument("--allow-changed-data", action="store_true",
                         help="resume although the data set's files have changed; summary.json tells so")  # fmt: skip
     return parser
+
+
+def _path(text: str) -> str:
+    """A checkpoint's path. An empty one (a shell variable that is not set) is none, nor the flag without a value."""
+    if not text:
+        raise argparse.ArgumentTypeError("must not be empty")
+    return os.path.expanduser(text)
 
 
 def _add_flag(parser: Parser, f: dataclasses.Field) -> None:
