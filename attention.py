@@ -51,7 +51,13 @@ from sasa.kernels import (
 from sasa.kernels import flops as kernel_flops
 from sasa.kernels import stem as stem_kernels
 from sasa.kernels.functional import composite_serves, pairs_up
-from sasa.kernels.interface import AttentionOptions, accumulate_dtype, autocast_dtype, without_autocast
+from sasa.kernels.interface import (
+    LARGEST_SCALE,
+    AttentionOptions,
+    accumulate_dtype,
+    autocast_dtype,
+    without_autocast,
+)
 from sasa.kernels.plain import fused_kind, is_plain_average, is_plain_projection
 from sasa.kernels.projection import project
 from sasa.kernels.reference import reach, window_softmax
@@ -82,6 +88,8 @@ class LocalAttention2d(nn.Module):
         embedding_std: standard deviation of the embeddings at initialisation; None: see `reset_parameters`.
 
     Parameters: `query`, `key`, `value` (1x1 convolutions, no bias), `rel_row`, `rel_col` (N, D/2, K).
+
+    Backward reads the output again: with stride 1 it must not be changed in place before.
 
     Raises:
         ValueError: an argument out of its range, or an input of another rank or channel count.
@@ -123,8 +131,8 @@ class LocalAttention2d(nn.Module):
             raise ValueError(f"in_channels={in_channels}: must be a multiple of 4 with position='absolute'")
         if not content and position != "relative":
             raise ValueError(f"content=False leaves no logits with position={position!r}: it needs 'relative'")
-        if not (scale > 0 and math.isfinite(scale)):
-            raise ValueError(f"scale={scale}: must be a finite number above 0")
+        if not 0 < scale <= LARGEST_SCALE:
+            raise ValueError(f"scale={scale}: must be a finite number above 0, and at most {LARGEST_SCALE:.3g}")
         if embedding_std is not None and not (embedding_std >= 0 and math.isfinite(embedding_std)):
             raise ValueError(f"embedding_std={embedding_std}: must be None or a finite number of at least 0")
 
@@ -443,6 +451,9 @@ class AttentionStem(nn.Module):
         """p(a, b, m) as (P, M); with plain values the one matrix has weight 1 everywhere, of the dtype of `like`."""
         if self.emb_row is None:
             return like.new_ones(self.block_size**2, 1)
+        for name in ("emb_row", "emb_col", "emb_mix"):
+            if getattr(self, name).device != like.device:  # einsum mixes the meta device with others without a word
+                raise ValueError(f"{name} is on {getattr(self, name).device}, the image on {like.device}")
         return stem_kernels.mixture_weights(self.emb_row, self.emb_col, self.emb_mix)
 
     def extra_repr(self) -> str:

@@ -52,7 +52,7 @@ class Config(Settings):
     border: str = option(
         "mask", "give keys outside the map weight 0, or take them as zero keys in the softmax", choices=("mask", "zero")
     )
-    scale: float = option(1.0, "multiply the logits by this factor (the paper has none)", above=0)
+    scale: float = option(1.0, "multiply the logits by this factor (the paper has none)", above=0, high=1e38)
     grouped: bool = option(False, "let each head project its own input channels only")
     share_embeddings: bool = option(False, "share one pair of embedding tables among all heads of a layer")
     embedding_std: float | None = option(

@@ -430,6 +430,7 @@ BAD = {
     "absolute channels": ({"in_channels": 6, "position": "absolute"}, ("in_channels", "6", "multiple of 4")),
     "scale 0": ({"scale": 0.0}, ("scale", "0", "above 0")),
     "scale nan": ({"scale": float("nan")}, ("scale", "nan", "finite")),
+    "scale beyond float32": ({"scale": 1e39}, ("scale", "1e+39", "3.4e+38")),
     "embedding_std": ({"embedding_std": -1.0}, ("embedding_std", "-1", "at least 0")),
 }
 

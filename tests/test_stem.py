@@ -369,6 +369,16 @@ def test_exports(form):
     torch.testing.assert_close(torch.export.export(stem, (x,)).module()(x), stem(x))
 
 
+@pytest.mark.parametrize("backend", ["auto", "tiled"])
+@pytest.mark.parametrize("name", ["emb_row", "emb_col", "emb_mix"])
+def test_tables_left_on_the_meta_device_are_refused(name, backend):
+    """As load_state_dict(assign=True, strict=False) leaves them; products with them would be garbage without a word."""
+    stem = AttentionStem(3, 8, num_heads=2, backend=backend)
+    setattr(stem, name, torch.nn.Parameter(getattr(stem, name).detach().to("meta")))
+    with pytest.raises(ValueError, match=f"{name} is on meta, the image on cpu"):
+        stem(torch.randn(1, 3, 8, 8))
+
+
 @pytest.mark.parametrize("form", FORMS[:12:2])
 def test_meta_device_gives_shapes(form):
     with torch.device("meta"):

@@ -14,6 +14,7 @@ from sasa.kernels import operators, reference
 from sasa.kernels.dispatch import check_name, choose_for, named_backend
 from sasa.kernels.interface import (
     BORDERS,
+    LARGEST_SCALE,
     AttentionOptions,
     CallKind,
     autocast_dtype,
@@ -272,6 +273,8 @@ def _check(
         raise ValueError(f"query must be of a floating dtype, got {query.dtype}")
     if options.kernel_size < 1:
         raise ValueError(f"kernel_size must be at least 1, got {options.kernel_size}")
+    if not -LARGEST_SCALE <= options.scale <= LARGEST_SCALE:
+        raise ValueError(f"scale={options.scale}: must be finite, and at most {LARGEST_SCALE:.3g}")
     if options.border not in BORDERS:
         raise ValueError(f"border={options.border!r}: allowed are {', '.join(BORDERS)}")
     check_name(backend)

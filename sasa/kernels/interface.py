@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 BORDERS = ("mask", "zero")
+LARGEST_SCALE = torch.finfo(torch.float32).max  # of logits: kernels take it as a float32
 
 
 class AttentionOptions(NamedTuple):
@@ -127,8 +128,14 @@ def empty_map(like: Tensor, channels: tuple[int, ...], size: tuple[int, int]) ->
 
 def empty_inner_map(like: Tensor, channels: tuple[int, ...], size: tuple[int, int]) -> Tensor:
     """`empty_map` with channels innermost in memory, whatever those of `like` are."""
-    inner = like.new_empty((like.shape[0], *size, *channels))
-    return inner.permute(0, *range(3, inner.dim()), 1, 2)
+    strides, step = [], 1
+    for count in reversed(channels):
+        strides.insert(0, step)
+        step *= count
+    height, width = size
+    # By its strides, not as a permuted view, which autograd would not let a user change in place.
+    shape = (like.shape[0], *channels, height, width)
+    return like.new_empty_strided(shape, (height * width * step, *strides, width * step, step))
 
 
 def empty_like_map(like: Tensor) -> Tensor:

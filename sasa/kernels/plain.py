@@ -10,7 +10,9 @@ import sys
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._device import DeviceContext
 
 from sasa.kernels.interface import autocast_dtype
 from sasa.kernels.tracing import CeilAvgPool2d, CeilMaxPool2d
@@ -32,6 +34,9 @@ _FORWARDS = {
     kind: _pytorchs_own(kind, "forward")
     for kind in (nn.Conv2d, nn.BatchNorm2d, nn.MaxPool2d, CeilMaxPool2d, nn.AvgPool2d, CeilAvgPool2d)
 }
+
+
+_CONV2D = F.conv2d if type(F.conv2d) is type(torch.relu) else None  # None: not PyTorch's own, which is a builtin
 
 
 def fused_kind(kind: type[nn.Module]) -> type[nn.Module]:
@@ -59,11 +64,12 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
 def is_plain_projection(module: nn.Module, in_channels: int, out_channels: int, x: Tensor) -> bool:
     """Whether a call of `module` on x is a 1x1 convolution by a weight (out_channels, in_channels, 1, 1).
 
-    False with a bias, for a weight that is not exactly a `Parameter` (sharded, quantized, computed by a hook), for one
+    False where F.conv2d was replaced or a mode sees the calls of PyTorch's functions (quantizers change operands so),
+    with a bias, for a weight that is not exactly a `Parameter` (sharded, quantized, computed by a hook), for one
     that lies elsewhere (offloaded), and for one of another dtype, which a convolution refuses, but for those that
     autocast narrows.
     """
-    if not is_plain(module, nn.Conv2d) or nn.Conv2d._conv_forward is not _CONVOLVE:
+    if not is_plain(module, nn.Conv2d) or nn.Conv2d._conv_forward is not _CONVOLVE or _is_intercepted():
         return False
     weight, bias = module.weight, module.bias  # as its forward finds them: a bias may also be a buffer or an attribute
     if type(weight) is not nn.Parameter or bias is not None or weight.device != x.device:
@@ -72,6 +78,19 @@ def is_plain_projection(module: nn.Module, in_channels: int, out_channels: int, 
         return False
     geometry = module.stride == (1, 1) and module.padding == (0, 0) and module.groups == 1
     return geometry and weight.shape == (out_channels, in_channels, 1, 1)
+
+
+def _is_intercepted() -> bool:
+    """Whether a convolution's call of F.conv2d meets something else than PyTorch; `torch.device` as a context is none.
+
+    Not asked while compiling, which has modes of its own.
+    """
+    if F.conv2d is not _CONV2D:
+        return True
+    if torch.compiler.is_compiling():
+        return False
+    modes = torch.overrides._get_current_function_mode_stack()
+    return any(type(mode) is not DeviceContext for mode in modes)
 
 
 def _is_narrowed(y: Tensor) -> bool:

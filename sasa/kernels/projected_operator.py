@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sasa.kernels import cpu
 from sasa.kernels.functional import composite_serves, kernel_serves
-from sasa.kernels.interface import AttentionOptions, differentiable_gradients, empty_inner_map
+from sasa.kernels.interface import AttentionOptions, differentiable_gradients, empty_inner_map, without_autocast
 from sasa.kernels.operators import by_reference, empty_embeddings
 from sasa.kernels.projection import project, projection_gradients
 
@@ -173,13 +173,16 @@ def _backward(ctx, grad_out, grad_lse, grad_kept):
         return (None,) * 11
     if torch.is_grad_enabled():  # create_graph=True
         again = functools.partial(by_reference, options=AttentionOptions(*ctx.options), pooled=ctx.pooled)
-        inputs = (project(x, weight).unflatten(1, ctx.heads), rel_row, rel_col)
+        with without_autocast(x.device):
+            maps = project(x, weight).unflatten(1, ctx.heads)
+        inputs = (maps, rel_row, rel_col)
         grad, grad_row, grad_col = differentiable_gradients(again, inputs, [grad_out])
     else:
         grad, grad_row, grad_col = _projected_attention_backward(
             grad_out, kept, rel_row, rel_col, out, lse, ctx.heads[0], *ctx.options, ctx.pooled
         )
-    grad = None if grad is None else grad.flatten(1, 3)
+    if grad is not None:  # reshape, as elsewhere here: batched gradients (vectorize=True) have no flatten
+        grad = grad.reshape(grad.shape[0], -1, *grad.shape[4:])
     tables = (None, None) if rel_row is None else (grad_row, grad_col)
     return grad, None, None, *tables, *(None,) * 6
 

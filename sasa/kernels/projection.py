@@ -27,7 +27,7 @@ def projection_gradients(
         *inputs, weight, None, (1, 1), (0, 0), (1, 1), False, (0, 0), 1, (*wanted, False)
     )
     if flat and wanted[0]:
-        by_x = by_x.unflatten(3, x.shape[2:]).squeeze(2)
+        by_x = by_x.reshape(x.shape)
     return by_x if wanted[0] else None, by_weight if wanted[1] else None
 
 
@@ -37,4 +37,4 @@ def _has_rows(x: Tensor) -> bool:
 
 
 def _as_row(x: Tensor) -> Tensor:
-    return x.flatten(2).unsqueeze(2)
+    return x.reshape(*x.shape[:2], 1, -1)

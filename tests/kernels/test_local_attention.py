@@ -175,6 +175,8 @@ BAD = {
     "kernel_size": ({"kernel_size": 0}, ("kernel_size", "0", "at least 1")),
     "border": ({"border": "wrap"}, ("border", "'wrap'", "mask", "zero")),
     "backend": ({"backend": "magic"}, ("backend", "'magic'", "auto", "reference")),
+    "scale nan": ({"scale": float("nan")}, ("scale=nan", "finite")),
+    "scale beyond float32": ({"scale": -1e39}, ("scale=-1e+39", "3.4e+38")),
     "one embedding": ({"rel_col": None}, ("rel_row", "rel_col", "None")),
     "the other embedding": ({"rel_row": None}, ("rel_row", "rel_col", "None")),
     "no logits": ({"key": None, "rel_row": None, "rel_col": None}, ("key=None", "rel_row", "rel_col")),

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrize, prune
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from attention import AttentionStem, LocalAttention2d
@@ -109,10 +110,36 @@ def offloading(network, name, monkeypatch):
     module.forward = lambda x: F.conv2d(x, kept)
 
 
+class DoublingMode(TorchFunctionMode):
+    """As packages for quantization see and change the calls of PyTorch's functions."""
+
+    def __init__(self, weight):
+        super().__init__()
+        self.weight = weight
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        return 2 * out if function is F.conv2d and args[1] is self.weight else out
+
+    def remove(self):
+        self.__exit__(None, None, None)
+
+
+def function_mode(network, name, monkeypatch):
+    mode = DoublingMode(network.get_submodule(name).weight)
+    mode.__enter__()
+    return mode
+
+
+def other_function(network, name, monkeypatch):
+    weight, before = network.get_submodule(name).weight, F.conv2d
+    monkeypatch.setattr(F, "conv2d", lambda x, w, *rest: before(x, w, *rest) * (2 if w is weight else 1))
+
+
 DOUBLING = [
     forward_hook, forward_pre_hook, global_forward_hook, global_forward_pre_hook, other_forward,
     other_forward_of_the_class, other_call_of_every_module, subclass, wrapper, parametrization, pruning, weight_norm,
-    weight_subclass, offloading,
+    weight_subclass, offloading, function_mode, other_function,
 ]  # fmt: skip
 
 
@@ -225,9 +252,14 @@ def test_a_weight_unlike_the_input_is_no_plain_projection(change):
     assert not is_plain_projection(projection, 4, 16, x)
 
 
-@pytest.mark.parametrize("change", ["forward", "_conv_forward", "__call__", "_call_impl"])
+def test_a_default_device_changes_no_call():
+    with torch.device("cpu"):
+        assert is_plain_projection(nn.Conv2d(4, 16, 1, bias=False), 4, 16, torch.randn(2, 4, 9, 10))
+
+
+@pytest.mark.parametrize("change", ["forward", "_conv_forward", "__call__", "_call_impl", "conv2d"])
 def test_what_another_package_replaced_before_the_import_is_not_plain(change, monkeypatch):
-    kind = nn.Conv2d if "forward" in change else nn.Module
+    kind = nn.Conv2d if "forward" in change else F if change == "conv2d" else nn.Module
     before = getattr(kind, change)
     monkeypatch.setattr(kind, change, lambda self, *x: before(self, *x))
     later = {"__name__": "later"}

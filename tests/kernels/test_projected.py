@@ -11,7 +11,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from attention import LocalAttention2d
+from attention import AttentionStem, LocalAttention2d
 from model import build
 from sasa import kernels
 from sasa.kernels import cpu, projected_operator, reference
@@ -397,6 +397,47 @@ def test_no_gradient_is_made_for_what_is_kept():
     with Sizes():
         out.backward(torch.ones_like(out))
     assert all(size < out.numel() for size in sizes)
+
+
+@pytest.mark.parametrize("kind", ["pooled", "block", "sliding"])
+def test_an_output_with_channels_innermost_can_be_changed_in_place(kind):
+    """As a convolution's; of stride 1 autograd says that backward needs it, as of a softmax."""
+    torch.manual_seed(0)
+    if kind == "pooled":
+        layer, x = make_layer(stride=2), image()
+    else:
+        layer = AttentionStem(3, 8, block_size=4, window=kind, num_heads=2)
+        x = torch.randn(2, 3, 8, 12).contiguous(memory_format=torch.channels_last)
+    results = []
+    for relu in (torch.relu, torch.relu_):
+        layer.zero_grad()
+        out = relu(layer(x))
+        out.square().sum().backward()
+        results.append([out.detach(), *(p.grad for p in layer.parameters())])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_batched_gradients_are_those_one_by_one(stride):
+    layer, x = make_layer(torch.float64, stride=stride), image(dtype=torch.float64).requires_grad_()
+    out, inputs = layer(x), (x, *layer.parameters())
+    directions = torch.randn(3, *out.shape, dtype=out.dtype)
+    batched = torch.autograd.grad(out, inputs, directions, is_grads_batched=True, retain_graph=True)
+    for i, direction in enumerate(directions):
+        alone = torch.autograd.grad(out, inputs, direction, retain_graph=True)
+        for a, b in zip(batched, alone, strict=True):
+            torch.testing.assert_close(a[i], b, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_second_derivatives_are_not_narrowed_by_autocast(stride):
+    layer, x = make_layer(stride=stride), image().requires_grad_()
+    out, inputs = layer(x), (x, *layer.parameters())
+    found = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            found.append(torch.autograd.grad(out, inputs, out.detach(), create_graph=True))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 def test_checkpointed_blocks_have_the_same_gradients():
