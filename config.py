@@ -258,7 +258,7 @@ class Config(Settings):
     )
     matmul_precision: str = option(
         "highest",
-        "compute fp32 products at this precision; high: TF32 on GPUs that have it",
+        "compute fp32 products and convolutions at this precision; high: TF32 on GPUs that have it",
         choices=("highest", "high"),
     )
     # Free: without --deterministic no run on CUDA repeats another to the bit anyway, and with it this is off.

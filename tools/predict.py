@@ -33,7 +33,7 @@ from sasa.data.images import Evaluated, Files
 from sasa.settings import parse_value
 from sasa.training import checkpoint
 from sasa.training.checkpoint import CheckpointError
-from sasa.training.device import amp_of_checkpoint, pick_device
+from sasa.training.device import amp_of_checkpoint, pick_device, set_fp32_precision
 from sasa.training.network import network_of
 from tools.arguments import positive
 from tools.own_images import EVALUATION, as_in_the_set, evaluated
@@ -95,6 +95,7 @@ def main(arguments: list[str] | None = None) -> int:
         }
         network, config, info = network_of(checkpoint.load(args.checkpoint), backend="auto")
         device = pick_device(args.device)
+        set_fp32_precision(config.matmul_precision)
         amp = amp_of_checkpoint(config.amp, device, args.amp and parse_value(FIELDS["amp"], args.amp))
         fed = evaluated(config, info, given)
         paths, skipped = find_images(args.paths)

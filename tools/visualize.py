@@ -41,7 +41,7 @@ from sasa.data.errors import DataError, WorkerError
 from sasa.data.images import Files
 from sasa.training import checkpoint
 from sasa.training.checkpoint import CheckpointError
-from sasa.training.device import pick_device
+from sasa.training.device import pick_device, set_fp32_precision
 from sasa.training.network import Trained, network_of
 from sasa.training.run import load_data, without_parts
 from tools.own_images import as_in_the_set, evaluated
@@ -134,6 +134,7 @@ def load(path: Path, device: str) -> tuple[Trained, int]:
     if not attention_layers(trained.network):
         raise ConfigError(f"{path}: {trained.config.model_name} has no attention layers, so there are no maps")
     trained.network.to(pick_device(device))
+    set_fp32_precision(trained.config.matmul_precision)
     return trained, state["step"] if "step" in state else state["progress"]["step"]
 
 

@@ -39,7 +39,7 @@ from sasa.detection.flops import detector_flops
 from sasa.detection.run import DetectionRun, build_detector, describe, initial_weights, load_data, set_up, specify
 from sasa.files import replacing
 from sasa.training import checkpoint, distributed
-from sasa.training.device import amp_of_checkpoint, peak_memory_mib, pick_device
+from sasa.training.device import amp_of_checkpoint, peak_memory_mib, pick_device, set_fp32_precision
 from sasa.training.files import BEST, SUMMARY, write_json
 from sasa.training.monitor import Monitor
 from sasa.training.resume import changed_keys, refuse_other_task, settled
@@ -191,6 +191,7 @@ def evaluate_checkpoint(command: Command) -> int:
     if changed:
         raise ConfigError(f"--evaluate rebuilds the checkpoint's own network and data set: {'; '.join(changed)}")
     device = pick_device(config.device)
+    set_fp32_precision(config.matmul_precision)
     amp = amp_of_checkpoint(saved.amp, device, given.get("amp"))
     data = load_data(config, device)
     try:

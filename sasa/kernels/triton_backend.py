@@ -23,6 +23,8 @@ import importlib.util
 import itertools
 import os
 import re
+import shutil
+import sysconfig
 from pathlib import Path
 
 import torch
@@ -50,7 +52,21 @@ def _cuda_missing() -> str | None:
     if not torch.cuda.is_available():
         return "no CUDA device"
     found = max(torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count()))
-    return _too_old(found)
+    return _too_old(found) or _cannot_launch()
+
+
+def _cannot_launch() -> str | None:
+    """Why Triton could not build what launches its kernels, a C module of this Python; it would raise at the first
+    launch."""
+    if not os.environ.get("CC") and not shutil.which("gcc") and not shutil.which("clang"):
+        return "Triton needs a C compiler to launch kernels: install gcc or clang, or name one by CC"
+    scheme = sysconfig.get_default_scheme()
+    scheme = "posix_prefix" if scheme == "posix_local" else scheme  # Debian's, where headers are not
+    named = [os.environ.get(name, "") for name in ("CPATH", "C_INCLUDE_PATH")]
+    folders = [sysconfig.get_paths(scheme)["include"], *(path for paths in named for path in paths.split(os.pathsep))]
+    if any(folder and Path(folder, "Python.h").is_file() for folder in folders):
+        return None
+    return f"Triton needs Python.h to launch kernels, it is not in {folders[0]}: install python3-dev"
 
 
 def _too_old(capability: tuple[int, int]) -> str | None:

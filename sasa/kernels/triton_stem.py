@@ -21,6 +21,9 @@ from sasa.kernels.triton_tiles import LARGEST, power
 
 CHANNELS = 3
 MAX_POSITIONS, MAX_MIXED, MAX_HEAD_DIM = 64, 48, 64  # of P, M * C and D: what a program's registers hold
+# Padded to 64, all three need 106,496 bytes of shared memory in backward (Triton 3.8); compute capability 8.6, 8.9 and
+# 12.0 have 101,376. With one of them at 32 it is 94,208 at most.
+_HALF = 32
 UNITS = 32  # blocks or pixels of a program, a lane each
 
 
@@ -32,6 +35,8 @@ def unsupported(channels: int, side: int, mixtures: int, head_dim: int, dtype: t
         return f"it takes fp32, got {dtype}"
     if side * side > MAX_POSITIONS or mixtures * channels > MAX_MIXED or head_dim > MAX_HEAD_DIM:
         return f"it takes blocks up to 8, {MAX_MIXED // channels} mixtures and a head width of {MAX_HEAD_DIM}"
+    if min(side * side, mixtures * channels, head_dim) > _HALF:
+        return "blocks above 5, more than 10 mixtures and a head width above 32 together exceed a GPU's shared memory"
     return None
 
 

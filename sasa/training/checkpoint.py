@@ -77,19 +77,23 @@ class Progress:
         self.batch, self.images, self.loss_sum, self.correct, self.epoch_seconds = 0, 0, 0.0, 0.0, 0.0
 
 
-def generator_states() -> dict[str, Any]:
-    """The state of every global generator: Python's, torch's on the CPU and on each CUDA device."""
+def generator_states(device: torch.device) -> dict[str, Any]:
+    """The state of the global generators that a run on this device can draw from: Python's, torch's, the device's.
+
+    Not of other GPUs: how many a process sees is no part of the run.
+    """
     version, numbers, gauss = random.getstate()
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    cuda = [torch.cuda.get_rng_state(device)] if device.type == "cuda" else []
     return {"python": [version, list(numbers), gauss], "torch": torch.get_rng_state(), "cuda": cuda}
 
 
-def set_generator_states(states: dict[str, Any]) -> None:
+def set_generator_states(states: dict[str, Any], device: torch.device) -> None:
     version, numbers, gauss = states["python"]
     random.setstate((version, tuple(numbers), gauss))
     torch.set_rng_state(states["torch"])
-    if states["cuda"] and torch.cuda.device_count() == len(states["cuda"]):
-        torch.cuda.set_rng_state_all(states["cuda"])
+    if device.type == "cuda" and states["cuda"]:
+        saved = states["cuda"]  # older files have one of each GPU
+        torch.cuda.set_rng_state(saved[(device.index or 0) % len(saved)], device)
 
 
 class Identity(NamedTuple):
@@ -127,7 +131,7 @@ def run_state(
         "ema": ema.state_dict() if ema is not None else None,
         "best": best,
         "progress": dataclasses.asdict(progress),
-        "generators": distributed.all_gather_object(generator_states()),
+        "generators": distributed.all_gather_object(generator_states(next(model.parameters()).device)),
     }
 
 
@@ -169,7 +173,8 @@ def restore(state: dict[str, Any], model: nn.Module, optimizer, scaler, ema) -> 
             if part is not None:
                 part.load_state_dict(state[name])
         progress = Progress(**state["progress"])
-        set_generator_states(state["generators"][distributed.rank() % len(state["generators"])])
+        generators = state["generators"][distributed.rank() % len(state["generators"])]
+        set_generator_states(generators, next(model.parameters()).device)
     except CheckpointError:
         raise
     except Exception as error:  # torch's own parts check little of what they are given

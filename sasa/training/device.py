@@ -68,6 +68,16 @@ def pick_amp(name: str, device: torch.device) -> torch.dtype | None:
     return next(dtype for dtype, amp_name in AMP_NAMES.items() if amp_name == name)
 
 
+def set_fp32_precision(name: str) -> None:
+    """--matmul-precision, for products and convolutions alike: PyTorch by itself computes fp32 convolutions in TF32.
+
+    Args:
+        name: "highest", or "high" for TF32 where the GPU has it.
+    """
+    torch.set_float32_matmul_precision(name)
+    torch.backends.cudnn.allow_tf32 = name == "high"
+
+
 def check_bf16_gradients(network: nn.Module, image_size: int, amp: torch.dtype | None, device: torch.device) -> None:
     """Refuse bf16 on a CPU where PyTorch would give a convolution's weight garbage for a gradient.
 

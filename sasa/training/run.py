@@ -34,6 +34,7 @@ from sasa.training.device import (
     keep_freed,
     pick_amp,
     pick_device,
+    set_fp32_precision,
 )
 from sasa.training.distributed import SharedError
 from sasa.training.drop_path import DropPath
@@ -192,7 +193,7 @@ class Run:
 
     def digests(self) -> dict[str, str]:
         """The digests of the run as it stands (sasa/training/digests.py). Called on every rank."""
-        generators = distributed.all_gather_object(checkpoint.generator_states())
+        generators = distributed.all_gather_object(checkpoint.generator_states(self.device))
         return digests.of_run(self.model, self.optimizer, self.scaler, self.ema, generators)
 
     def environment(self) -> dict[str, Any]:
@@ -245,7 +246,7 @@ def prepare_machine(config: Settings) -> tuple[torch.device, torch.dtype | None]
     device, amp = distributed.on_all_ranks(partial(_pick_machine, config))
     if device.type == "cpu":
         keep_freed()
-    torch.set_float32_matmul_precision(config.matmul_precision)
+    set_fp32_precision(config.matmul_precision)
     torch.backends.cudnn.benchmark = config.cudnn_benchmark and not config.deterministic
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or cuBLAS refuses
@@ -433,7 +434,7 @@ def describe(run: Run) -> None:
     device = f"CPU, {torch.get_num_threads()} threads" if cpu else torch.cuda.get_device_name(run.device)
     precision = "fp32" if config.amp == "off" else config.amp
     if not cpu:
-        precision += f", fp32 products at {config.matmul_precision} precision, "
+        precision += f", fp32 products and convolutions at {config.matmul_precision} precision, "
         precision += f"cuDNN's {'fastest' if torch.backends.cudnn.benchmark else 'own'} choice of convolutions"
     val = f"{info.holdout_size} held out" if info.holdout_size else "none held out: val figures are the test split's"
     stages = sum(isinstance(module, LocalAttention2d) for module in run.model.modules())

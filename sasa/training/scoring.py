@@ -15,7 +15,7 @@ from sasa.console import print_error, printable
 from sasa.data.fingerprint import class_differences, class_order
 from sasa.training import checkpoint, distributed
 from sasa.training.cli import PROG, Command
-from sasa.training.device import amp_of_checkpoint, pick_device
+from sasa.training.device import amp_of_checkpoint, pick_device, set_fp32_precision
 from sasa.training.evaluation import EVAL_BATCH, evaluate
 from sasa.training.network import network_of
 from sasa.training.resume import changed_keys, refuse_other_task, settled
@@ -41,6 +41,7 @@ def evaluate_checkpoint(command: Command) -> int:
     if changed:
         raise ConfigError(f"--evaluate rebuilds the checkpoint's own network and data set: {'; '.join(changed)}")
     device = pick_device(config.device)
+    set_fp32_precision(config.matmul_precision)
     amp = amp_of_checkpoint(trained.config.amp, device, given.get("amp"))
     network, classes = trained.network.to(device), trained.info.num_classes
     autocast = partial(torch.autocast, device.type, dtype=amp, enabled=amp is not None)

@@ -56,6 +56,16 @@ def test_auto_takes_the_first_backend_that_is_usable_and_takes_the_call(spy):
     assert spy.calls == ["forward", "backward"]
 
 
+def test_a_call_that_the_c_kernel_cannot_take_does_not_wait_for_its_build(spy, monkeypatch):
+    def build():
+        raise AssertionError("built")
+
+    spy.unusable, spy.refusal = build, "it takes CPU tensors"
+    monkeypatch.setattr(dispatch, "MODULES", {"cpu": "spy_backend", "reference": "sasa.kernels.reference"})
+    small_call()
+    assert not spy.calls
+
+
 def test_a_named_backend_serves_the_call(spy):
     small_call("reference")
     assert spy.calls == []

@@ -152,6 +152,30 @@ def test_without_triton_or_a_gpu_there_is_a_reason(monkeypatch):
     assert "triton is not installed" in cuda.unusable()
 
 
+@pytest.mark.parametrize("lacks", ["compiler", "headers", None])
+def test_without_what_builds_a_launcher_there_is_a_reason(lacks, monkeypatch, tmp_path):
+    """As in images with the CUDA runtime alone: Triton itself would raise at the first launch."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    tools, headers = tmp_path / "bin", tmp_path / "include"
+    tools.mkdir(), headers.mkdir()
+    if lacks != "compiler":
+        (tools / "gcc").touch(0o755)
+    if lacks != "headers":
+        (headers / "Python.h").touch()
+    for name in ("CC", "CPATH", "C_INCLUDE_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PATH", str(tools))
+    monkeypatch.setattr(cuda.sysconfig, "get_paths", lambda scheme: {"include": str(tmp_path / "none")})
+    monkeypatch.setenv("CPATH", f"/nowhere:{headers}")
+    found = cuda._cuda_missing.__wrapped__()
+    wanted = {"compiler": "install gcc or clang, or name one by CC", "headers": "install python3-dev", None: ""}[lacks]
+    assert found is None if lacks is None else wanted in found
+    monkeypatch.setenv("CC", "/opt/cc")
+    assert (cuda._cuda_missing.__wrapped__() is None) == (lacks != "headers")
+
+
 @pytest.mark.parametrize("version", ["3.2.0", "2.3.1"])
 def test_a_triton_without_gather_is_refused(version, monkeypatch, tmp_path):
     """Neither compiled nor interpreted, with a reason of one line, and before it is imported."""

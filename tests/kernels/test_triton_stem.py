@@ -111,6 +111,9 @@ def test_what_it_does_not_take_is_named():
     for at, value, named in ((0, 4, "3 channels"), (1, 9, "up to 8"), (2, 17, "16 mixtures"), (3, 65, "width of 64")):
         assert named in triton_stem.unsupported(*taken[:at], value, *taken[at + 1 :])
     assert "fp32" in triton_stem.unsupported(*taken[:4], torch.float64)
+    assert "shared memory" in triton_stem.unsupported(3, 6, 11, 33, torch.float32)
+    for sizes in ((5, 16, 64), (8, 10, 64), (8, 16, 32)):
+        assert triton_stem.unsupported(3, *sizes, torch.float32) is None
 
 
 def test_sizes_beyond_32_bits_are_named():

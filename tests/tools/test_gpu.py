@@ -246,6 +246,25 @@ def test_errors_are_results_and_a_lost_device_ends_the_process():
     assert "illegal" in stage.found["c"]["error"]  # not tried again by the process that goes on
 
 
+def test_only_errors_of_triton_that_break_the_device_end_the_process():
+    def fails(message):
+        raise RuntimeError(message)
+
+    stage = stage_at(lambda: 0.0)
+    stage.unit("a", lambda: fails("Triton Error [CUDA]: out of memory"))
+    stage.unit("b", lambda: fails("Triton Error [CUDA]: invalid argument"))
+    with pytest.raises(DeviceLost):
+        stage.unit("c", lambda: fails("Triton Error [CUDA]: an illegal memory access was encountered"))
+
+
+def test_the_chosen_gpu_is_the_first_one_of_what_a_stage_starts(monkeypatch):
+    monkeypatch.setattr(gpu.torch.cuda, "device_count", lambda: 4)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert [gpu.chosen_first(name) for name in ("cuda", "cuda:0", "cuda:2")] == ["0,1,2,3", "0,1,2,3", "2,0,1,3"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-a,5")
+    assert gpu.chosen_first("cuda:1") == "5,GPU-a"
+
+
 def test_a_stage_that_hangs_is_ended_with_what_it_started(tmp_path):
     mark = tmp_path / "late"
     child = f"import time; time.sleep(3); open({str(mark)!r}, 'w')"

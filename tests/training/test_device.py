@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from config import ConfigError
-from sasa.training.device import check_bf16_gradients, pick_amp, pick_device
+from sasa.training import checkpoint
+from sasa.training.device import check_bf16_gradients, pick_amp, pick_device, set_fp32_precision
 
 
 @pytest.mark.parametrize(("native", "wanted"), [(True, torch.bfloat16), (False, None)])
@@ -58,3 +59,30 @@ def test_what_is_not_refused_has_the_gradient(kernel, height, width):
         exact = weight.detach().double().requires_grad_()
         torch.nn.functional.conv2d(x.double(), exact, stride=2, padding=kernel // 2).backward(direction.double())
         torch.testing.assert_close(weight.grad.double(), exact.grad, rtol=0.02, atol=0.1)
+
+
+@pytest.mark.parametrize(("name", "is_tf32"), [("highest", False), ("high", True)])
+def test_the_precision_of_fp32_is_that_of_convolutions_too(name, is_tf32):
+    """By itself PyTorch computes fp32 convolutions on a GPU in TF32, and products not."""
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    try:
+        set_fp32_precision(name)
+        assert torch.get_float32_matmul_precision() == name and torch.backends.cudnn.allow_tf32 == is_tf32
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
+
+
+def test_the_generators_of_a_run_are_those_of_its_own_device(monkeypatch):
+    """However many GPUs the process sees, or the digests of one run would differ from machine to machine."""
+    kept = {}
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: torch.tensor([device.index or 0]))
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: kept.update({device: state.item()}))
+    assert checkpoint.generator_states(CPU)["cuda"] == []
+    states = checkpoint.generator_states(torch.device("cuda", 1))
+    assert [state.item() for state in states["cuda"]] == [1]
+    checkpoint.set_generator_states(states, torch.device("cuda", 0))  # goes on with another GPU
+    checkpoint.set_generator_states(states | {"cuda": [torch.tensor([i]) for i in range(4)]}, torch.device("cuda", 3))
+    assert kept == {torch.device("cuda", 0): 1, torch.device("cuda", 3): 3}
+    checkpoint.set_generator_states(states, CPU)
+    assert len(kept) == 2

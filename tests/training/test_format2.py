@@ -41,7 +41,7 @@ def write(path, network, kind="weights"):
         )
         del progress["figures"], progress["data_changes"]
         state |= {"optimizer": {}, "scaler": None, "ema": None, "best": None, "progress": progress}
-        state["generators"] = [checkpoint.generator_states()]
+        state["generators"] = [checkpoint.generator_states(torch.device("cpu"))]
     torch.save(state, path)
     return path
 

@@ -18,6 +18,7 @@ import torch
 from sasa import kernels
 from sasa.console import Parser
 from sasa.files import json_text
+from sasa.training.device import set_fp32_precision
 from tools.arguments import positive, usable_device
 from tools.benchmark import layers as benchmark_layers
 from tools.benchmark import network as benchmark_network
@@ -80,6 +81,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.batch_size and not (args.step_memory or args.network):
         parser.error(f"--batch-size {args.batch_size}: goes with --network or --step-memory")
     device = usable_device(parser, args.device)
+    set_fp32_precision("highest")  # PyTorch by itself has the convolutions beside ours in TF32
     usable = kernels.backends()
     backends = args.backends or [name for name, reason in usable.items() if reason is None]
     widest = max(c for _, c, _ in args.shapes or PAPER + CIFAR) // HEADS

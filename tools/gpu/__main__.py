@@ -173,7 +173,8 @@ def start_stage(name: str, args: argparse.Namespace, path: Path) -> None:
     while True:
         left = max(until - time.monotonic(), 0.0)
         command = [sys.executable, "-m", "tools.gpu", "--here", "--stages", name, "--results", str(path.absolute())]
-        code = run_group([*command, "--device", args.device, "--seconds", str(left), *more], left + GRACE)
+        environment = os.environ | {"CUDA_VISIBLE_DEVICES": chosen_first(args.device)}
+        code = run_group([*command, "--seconds", str(left), *more], left + GRACE, environment)
         if code != DEVICE_LOST:
             break
         more = ["--keep-errors"]
@@ -189,9 +190,17 @@ def start_stage(name: str, args: argparse.Namespace, path: Path) -> None:
     print(f"  {name}: {next(iter(problem.values()))}")
 
 
-def run_group(command: list[str], seconds: float) -> int | None:
+def chosen_first(device: str) -> str:
+    """CUDA_VISIBLE_DEVICES by which this GPU is the first one for whatever a stage starts, and the others follow."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]
+    index = torch.device(device).index or 0
+    return ",".join([names[index], *names[:index], *names[index + 1 :]])
+
+
+def run_group(command: list[str], seconds: float, environment: dict[str, str] | None = None) -> int | None:
     """Exit code of a command with all that it starts; None where that had to be ended after `seconds`."""
-    with subprocess.Popen(command, cwd=ROOT, start_new_session=True) as process:
+    with subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True) as process:
         try:
             return process.wait(seconds)
         except subprocess.TimeoutExpired:

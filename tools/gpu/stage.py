@@ -86,9 +86,18 @@ class Stage:
         self.found[name] = result
         self.keep()
         self.report(f"  {name}: {line_of(result)}")
-        if "CUDA error" in result.get("error", ""):
+        if _is_lost(result.get("error", "")):
             raise DeviceLost(name)
         return result
+
+
+def _is_lost(error: str) -> bool:
+    """Whether the process can use its device no more.
+
+    Triton says "Triton Error [CUDA]: ..." of a launch that was refused too, after which the device is as it was.
+    """
+    fatal = ("illegal", "misaligned", "launch failure", "uncorrectable")
+    return "CUDA error" in error or ("Error [CUDA]" in error and any(word in error for word in fatal))
 
 
 def line_of(result: dict[str, Any]) -> str:

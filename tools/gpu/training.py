@@ -158,8 +158,11 @@ def waits_of(step: Callable[[], object]) -> int:
     return sum("synchron" in str(warning.message) for warning in caught)
 
 
-def idle_pct(step: Callable[[], object], count: int = 5) -> float:
-    """Share of the time between the first kernel's start and the last one's end in which none runs."""
+def idle_pct(step: Callable[[], object], count: int = 5) -> float | None:
+    """Share of the time between the first kernel's start and the last one's end in which none runs.
+
+    None where the profiler has seen no kernel.
+    """
     from torch.autograd import DeviceType
 
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
@@ -170,9 +173,9 @@ def idle_pct(step: Callable[[], object], count: int = 5) -> float:
     spans = sorted(
         (event.time_range.start, event.time_range.end)
         for event in profile.events()
-        if event.device_type == DeviceType.CUDA
+        if event.device_type == DeviceType.CUDA and not event.is_user_annotation  # which spans the gaps of a graph
     )
-    return idle_share(spans)
+    return idle_share(spans) if spans else None
 
 
 def idle_share(spans: list[tuple[float, float]]) -> float:
