@@ -28,7 +28,7 @@ from sasa.data.datasets import SMALL_SETS
 from sasa.data.download import resolve_auto
 from sasa.data.errors import DataError, WorkerError
 from sasa.data.fingerprint import list_tensors, of_tensors
-from sasa.data.images import Evaluated, resize_tensor
+from sasa.data.images import Evaluated, note_on_range, resize_tensor
 from sasa.data.shards import main as shards_main
 from sasa.data.shards import read_shards
 from sasa.data.specs import DATASETS, SPECS, TREE_EVAL_CROP, TREE_SIZE, canonical_name
@@ -97,6 +97,8 @@ def load(
             report(line)
     else:
         classes, train, test = SMALL_SETS[name](Path(data_dir))
+    if spec.side is None and (line := note_on_range(train[0])):
+        report(line)
     part = _draw_part(len(train[1]), train_images, seed)
     kept, held = (part[index] for index in _hold_out(len(part), holdout, seed))
     side = img_size or spec.side or TREE_SIZE

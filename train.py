@@ -131,7 +131,7 @@ def run_spec(spec: RunSpec, command: Command, stop: StopRequest, task: Task) -> 
             changes = distributed.on_main_rank(partial(check_data, *identities, *tolerated, named))
             distributed.on_all_ranks(partial(run.restore, spec.state))
             run.progress.data_changes += changes
-            report_changes(spec.state, run.config.sync_bn, changes)
+            report_changes(spec.state, run.config.sync_bn, changes, run.environment_digest)
         return train(run, stop, command.overwrite, task)
     finally:
         run.data.close()

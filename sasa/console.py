@@ -5,10 +5,10 @@ import contextlib
 import os
 import sys
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import NoReturn
 
-USAGE_ERROR = 2  # exit code: wrong usage or data
+USAGE_ERROR, READER_GONE = 2, 141  # exit codes: wrong usage or data; the shell's for a broken pipe
 _LINE_LIMIT = 2000  # characters of a message: a library's error can hold a whole compiler log
 
 
@@ -54,13 +54,40 @@ def show_every_character() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
-def show(text: str) -> None:
-    """Print on stdout; a reader that has gone (`| head`) is no error, now or at the exit."""
+def show(content: str | bytes) -> None:
+    """Print a text, or write bytes, on stdout; a reader that has gone (`| head`) is no error, now or at the exit."""
     try:
-        print(text, flush=True)
+        if isinstance(content, str):
+            print(content, flush=True)
+        else:
+            sys.stdout.buffer.write(content)
+            sys.stdout.flush()
     except BrokenPipeError:
-        with contextlib.suppress(OSError, ValueError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _close_stdout()
+
+
+def _close_stdout() -> None:
+    """What is still in its buffer goes nowhere, or it would fail at the exit."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def run_main(main: Callable[[], int]) -> NoReturn:
+    """End the process with the exit code of `main`; a reader of stdout that has gone (`| head`) ends it without a word.
+
+    Then the exit code is the shell's for it, 141.
+    """
+    try:
+        try:
+            code = main()
+        except SystemExit as end:
+            code = end.code
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        code = READER_GONE
+        _close_stdout()
+    sys.exit(code)
 
 
 def print_error(prog: str, message: object) -> None:

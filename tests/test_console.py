@@ -36,6 +36,36 @@ def test_one_line_joins_lines_and_keeps_the_spaces_of_names():
     assert one_line("x" * 10, limit=10) == "x" * 10
 
 
+PRINTS = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from sasa.console import Parser, run_main
+def main():
+    Parser("tool").parse_args(sys.argv[2:])
+    for i in range(100_000):
+        print(i)
+    return 3
+run_main(main)
+"""
+
+
+@pytest.mark.parametrize("flags", [[], ["--help"]])
+@pytest.mark.parametrize("reads", [True, False])
+def test_a_reader_that_has_gone_ends_a_command_without_a_word(reads, flags):
+    """As `| head` does."""
+    command = [sys.executable, "-c", PRINTS, str(ROOT), *flags]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        if not reads:
+            process.stdout.close()
+            process.stdout = None
+        _, errors = process.communicate(timeout=60)
+    assert errors == ""
+    if flags:  # argparse ignores that it cannot print its help
+        assert process.returncode in ((0,) if reads else (0, 141))
+    else:
+        assert process.returncode == (3 if reads else 141)
+
+
 def test_an_error_is_one_line_on_stderr(capsys):
     print_error("tool", "first\nsecond \x1b[2J")
     captured = capsys.readouterr()

@@ -26,9 +26,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from config import DATASETS, MODELS, Config, ConfigError, idle_flags, nominal_batch, rate_factor, rate_for
+from config import DATASETS, MODELS, SIDES, Config, ConfigError, idle_flags, nominal_batch, rate_factor, rate_for
 from sasa import console
-from sasa.console import Parser, one_line, print_error, printable
+from sasa.console import Parser, one_line, print_error, printable, run_main, show
 from sasa.files import open_regular
 from sasa.settings import ADDED, renamed
 from sasa.training import format2
@@ -131,7 +131,7 @@ class Work:
     def say(self, trial: Trial, text: str) -> None:
         place = list(self.trials).index(trial) + 1
         line = f"[{place:{len(str(len(self.trials)))}}/{len(self.trials)}] {trial.name}: {text}"
-        print(one_line(line), flush=True)
+        show(one_line(line))
 
     def fail(self, trial: Trial, why: str) -> None:
         self.failures[trial.name] = why
@@ -269,7 +269,7 @@ def fail(message: object) -> NoReturn:
 
 def main(arguments: list[str] | None = None) -> int:
     args, budget = parse(sys.argv[1:] if arguments is None else arguments)
-    model = args.model_name or ("ResNet50" if args.dataset in ("IMAGENET", "FOLDER") else "ResNet26")
+    model = args.model_name or ("ResNet50" if SIDES[args.dataset] is None else "ResNet26")
     # As (table, network): tables whose rows name their networks are shown whole, whatever was run of them.
     tables = [(name, model if TABLES[name].rows[0].model is None else None) for name in args.table]
     chosen = unique(row for name, net in tables for row in rows_for(TABLES[name], net or args.model_name))
@@ -319,4 +319,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_main(main)

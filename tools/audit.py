@@ -6,7 +6,6 @@
 The paper's figures are those of tools/paper.py; how FLOPs are counted stands in sasa/analysis/flops.py.
 """
 
-import sys
 from functools import cache
 
 import torch
@@ -14,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from config import resolve
 from sasa.analysis.flops import RULE, Flops, count_flops, count_parameters
-from sasa.console import Parser
+from sasa.console import Parser, run_main
 from sasa.files import json_text
 from sasa.training.cli import parse_command_line
 from sasa.training.network import build_network
@@ -192,4 +191,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_main(main)

@@ -4,7 +4,6 @@ The layers' shapes are those of a forward on the meta device: nothing is compute
 """
 
 import argparse
-import sys
 
 import torch
 from torch import nn
@@ -12,7 +11,7 @@ from torch import nn
 from attention import AttentionStem, LocalAttention2d
 from model import MIN_SIZE, VARIANTS, build
 from sasa import kernels
-from sasa.console import Parser
+from sasa.console import Parser, run_main
 from tools.arguments import positive, usable_device
 
 
@@ -87,4 +86,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_main(main)

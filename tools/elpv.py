@@ -19,12 +19,11 @@ import math
 import os
 import secrets
 import shutil
-import sys
 from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
-from sasa.console import USAGE_ERROR, Parser, print_error, printable
+from sasa.console import USAGE_ERROR, Parser, print_error, printable, run_main
 from sasa.files import open_regular
 from tools.arguments import natural
 
@@ -192,4 +191,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_main(main)

@@ -13,7 +13,6 @@ import importlib
 import io
 import json
 import os
-import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,10 +23,9 @@ from torch import Tensor, nn
 from config import Config, ConfigError
 from preprocess import DataInfo
 from sasa import files
-from sasa.console import Parser, one_line, print_error, printable
-from sasa.training import checkpoint
+from sasa.console import Parser, one_line, print_error, printable, run_main
 from sasa.training.checkpoint import CheckpointError
-from sasa.training.network import build_network, network_of
+from sasa.training.network import build_network, load_network
 
 PROG = "tools.export"
 PACKAGES = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "pt2": (), "safetensors": ("safetensors",)}
@@ -69,7 +67,7 @@ def main(arguments: list[str] | None = None) -> int:
             raise ConfigError(f"{output} is there already: --overwrite replaces it, --output names another")
         if not output.parent.is_dir():
             raise ConfigError(f"--output {output}: there is no folder {output.parent}")
-        network, config, info = network_of(checkpoint.load(args.checkpoint), backend="composite")
+        (network, config, info), _ = load_network(args.checkpoint, backend="composite")
         if args.format != "safetensors":
             check_torch(args.format, config)
         facts = describe(config, info)
@@ -239,4 +237,4 @@ def one_error(what: str) -> Iterator[None]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_main(main)

@@ -9,14 +9,13 @@ normalisation, mixing) and of the training step (forward, backward, update) take
 import argparse
 import dataclasses
 import statistics
-import sys
 import time
 
 import torch
 
 from config import DATASETS, FIELDS, MODELS, Config, ConfigError, resolve
 from preprocess import TensorData, info_without_files
-from sasa.console import Parser, fail
+from sasa.console import Parser, fail, run_main
 from sasa.data.specs import SIDES
 from sasa.training.losses import mean_loss
 from sasa.training.network import build_network
@@ -107,4 +106,4 @@ def clock(device: torch.device) -> float:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_main(main)

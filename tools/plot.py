@@ -9,13 +9,12 @@ Reads log.jsonl and the summaries only.
 
 from __future__ import annotations
 
-import sys
 from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sasa.analysis import figures
-from sasa.console import USAGE_ERROR, Parser, print_error, printable
+from sasa.console import USAGE_ERROR, Parser, print_error, printable, run_main
 from tools.paper import CONVOLUTION, Row, rows_for
 from tools.runs import Folder, RunsError, length, read, read_rows, record, seeds_of
 from tools.trials import TABLES, run_name
@@ -179,4 +178,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_main(main)

@@ -27,21 +27,21 @@ from tqdm import tqdm
 from config import FIELDS, Config, ConfigError
 from preprocess import DataError, DataInfo, FolderData, WorkerError
 from sasa import files
-from sasa.console import Parser, print_error, printable
+from sasa.console import Parser, print_error, printable, run_main, show
 from sasa.data.decode import EXTENSIONS
 from sasa.data.images import Evaluated, Files
+from sasa.data.trees import is_hidden
 from sasa.settings import parse_value
-from sasa.training import checkpoint
 from sasa.training.checkpoint import CheckpointError
-from sasa.training.device import amp_of_checkpoint, pick_device, set_fp32_precision
-from sasa.training.network import network_of
+from sasa.training.device import amp_of_checkpoint, decoding_processes, pick_device, set_fp32_precision
+from sasa.training.network import load_network
 from tools.arguments import positive
 from tools.own_images import EVALUATION, as_in_the_set, evaluated
 
 PROG = "tools.predict"
 TABLE_ROWS, TABLE_CLASSES, NAME_WIDTH = 20, 3, 60
 MARKS = {"csv": b"path,class_1,probability_1", "json": b'{\n  "content": "sasa predictions"'}  # how our files begin
-WORKERS, WORKERS_FROM = 4, 64  # decoding processes, from that many images on
+WORKERS_FROM = 64  # images that are worth processes to decode them
 
 
 class Prediction(NamedTuple):
@@ -67,7 +67,7 @@ def parse(arguments: list[str] | None) -> tuple[Parser, argparse.Namespace]:
                         help="file to write; -: stdout, without the table (default: predictions.FORMAT)")  # fmt: skip
     parser.add_argument("--batch-size", type=positive, default=64, metavar="B", help="images at a time (default: 64)")
     parser.add_argument("--num-workers", metavar="N",
-                        help=f"processes that decode (default: {WORKERS} from {WORKERS_FROM} images on)")  # fmt: skip
+                        help=f"processes that decode (default: by CPUs, from {WORKERS_FROM} images on)")  # fmt: skip
     parser.add_argument("--eval-size", metavar="SIZE", help="side of the images fed, pixels (default: the run's)")
     parser.add_argument("--eval-crop", metavar="CROP",
                         help="share of the resized image that is fed, its centre (default: the run's)")  # fmt: skip
@@ -82,9 +82,6 @@ def parse(arguments: list[str] | None) -> tuple[Parser, argparse.Namespace]:
 
 def main(arguments: list[str] | None = None) -> int:
     parser, args = parse(arguments)
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show ends nothing
     to_stdout = args.output == "-"
     output = Path(args.output or f"predictions.{args.format}")
     try:
@@ -93,13 +90,13 @@ def main(arguments: list[str] | None = None) -> int:
         given = {
             key: parse_value(FIELDS[key], getattr(args, key)) for key in EVALUATION if getattr(args, key) is not None
         }
-        network, config, info = network_of(checkpoint.load(args.checkpoint), backend="auto")
+        (network, config, info), _ = load_network(args.checkpoint, backend="auto")
         device = pick_device(args.device)
         set_fp32_precision(config.matmul_precision)
         amp = amp_of_checkpoint(config.amp, device, args.amp and parse_value(FIELDS["amp"], args.amp))
         fed = evaluated(config, info, given)
         paths, skipped = find_images(args.paths)
-        workers = WORKERS if len(paths) >= WORKERS_FROM else 0
+        workers = decoding_processes(None, device) if len(paths) >= WORKERS_FROM else 0
         if args.num_workers is not None:
             workers = parse_value(FIELDS["num_workers"], args.num_workers)
         images = FolderData(Files(paths), [*range(len(paths))], info, device=device, num_workers=workers,
@@ -128,16 +125,11 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     except (ConfigError, DataError, CheckpointError, OSError) as error:
         parser.error(str(error))
-    try:
-        if to_stdout:
-            sys.stdout.buffer.write(content)
-        else:
-            print("\n".join(table(predictions, info)))
-            bad = f", {len(skipped)} could not be read" if skipped else ""
-            print(f"{counted(len(predictions))}{bad}: {printable(output)}")
-        sys.stdout.flush()
-    except BrokenPipeError:  # `| head`; the file is written
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if to_stdout:
+        show(content)
+    else:
+        bad = f", {len(skipped)} could not be read" if skipped else ""
+        show("\n".join([*table(predictions, info), f"{counted(len(predictions))}{bad}: {printable(output)}"]))
     return 0
 
 
@@ -163,7 +155,7 @@ def find_images(arguments: list[str]) -> tuple[list[str], list[str]]:
 
     The second list holds "path: what is wrong".
     """
-    found: dict[str, None] = {}
+    found: dict[str, str] = {}  # the path as it was given first, by its plain spelling
     wrong = []
     for argument in arguments:
         matches = [argument] if os.path.lexists(argument) else sorted(glob.glob(argument, recursive=True))
@@ -172,23 +164,27 @@ def find_images(arguments: list[str]) -> tuple[list[str], list[str]]:
         for path in matches:
             if os.path.isdir(path):
                 inside = list(images_below(path))
-                found |= dict.fromkeys(inside)
+                for image in inside:
+                    found.setdefault(os.path.normpath(image), image)
                 if not inside and matches == [argument]:
                     wrong.append(f"{path}: no images in this folder")
             elif is_regular(path):
-                found[path] = None
+                found.setdefault(os.path.normpath(path), path)
             else:
                 wrong.append(f"{path}: is not a file that can be read")
-    return list(found), wrong
+    return list(found.values()), wrong
 
 
 def images_below(folder: str) -> Iterator[str]:
-    """Regular files with an image's extension at every depth, by name; linked folders are not entered."""
+    """Regular files with an image's extension at every depth, by name; linked folders are not entered.
+
+    What training leaves out of a tree is left out: hidden files, and folders of file servers and archivers.
+    """
     for parent, folders, names in os.walk(folder):
-        folders.sort()
+        folders[:] = sorted(name for name in folders if not is_hidden(name))
         for name in sorted(names):
             path = os.path.join(parent, name)
-            if name.lower().endswith(EXTENSIONS) and is_regular(path):
+            if name.lower().endswith(EXTENSIONS) and not is_hidden(name) and is_regular(path):
                 yield path
 
 
@@ -314,4 +310,4 @@ def shorten(name: str) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_main(main)

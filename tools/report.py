@@ -13,11 +13,10 @@ import io
 import os
 import re
 import shlex
-import sys
 from pathlib import Path
 from urllib.parse import quote
 
-from sasa.console import USAGE_ERROR, Parser, print_error, printable
+from sasa.console import USAGE_ERROR, Parser, print_error, printable, run_main
 from sasa.files import json_text, write_text
 from tools.runs import ABOUT, Folder, RunsError, length, read, read_rows, records, remember
 from tools.trials import TABLES, Budget
@@ -251,4 +250,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_main(main)

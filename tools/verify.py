@@ -13,7 +13,6 @@ or other data. docs/training.md has more.
 
 import argparse
 import dataclasses
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,7 +24,7 @@ from tqdm import tqdm
 import train
 from config import Config, ConfigError
 from preprocess import DataError
-from sasa.console import Parser, fail, print_error, printable
+from sasa.console import Parser, fail, print_error, printable, run_main
 from sasa.data.fingerprint import differences as data_differences
 from sasa.training import checkpoint, digests, distributed, environment
 from sasa.training.checkpoint import CheckpointError
@@ -290,4 +289,4 @@ def verify(folder: Path, count: int, epochs: tuple[int, int] | None, data_dir: s
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_main(main)

@@ -36,13 +36,12 @@ from sasa.analysis.attention_maps import (
     rollout_layers,
 )
 from sasa.analysis.page import ImageAttention, NetworkAttention, StageProbe
-from sasa.console import Parser, one_line, print_error, printable
+from sasa.console import Parser, one_line, print_error, printable, run_main
 from sasa.data.errors import DataError, WorkerError
 from sasa.data.images import Files
-from sasa.training import checkpoint
 from sasa.training.checkpoint import CheckpointError
 from sasa.training.device import pick_device, set_fp32_precision
-from sasa.training.network import Trained, network_of
+from sasa.training.network import Trained, load_network
 from sasa.training.run import load_data, without_parts
 from tools.own_images import as_in_the_set, evaluated
 
@@ -129,8 +128,7 @@ def load(path: Path, device: str) -> tuple[Trained, int]:
     Raises:
         ConfigError, CheckpointError: a file that holds none, a network without attention, a device that is not there.
     """
-    state = checkpoint.load(path)
-    trained = network_of(state, backend="auto")  # not that of the machine it was trained on
+    trained, state = load_network(path, backend="auto")  # not that of the machine it was trained on
     if not attention_layers(trained.network):
         raise ConfigError(f"{path}: {trained.config.model_name} has no attention layers, so there are no maps")
     trained.network.to(pick_device(device))
@@ -257,10 +255,15 @@ def stage_probes(
             f"No linear probes: {own_folder} has {data.info.num_classes} classes, the network {known.num_classes}.",
         )
     ours = causal.pooled_features(network, images.to(next(network.parameters()).device))
-    features, labels = causal.gather_features(
-        network, spread_batches(data.train, args.probe_images, "probes: training")
-    )
-    tests, test_labels = causal.gather_features(network, spread_batches(data.test, PROBE_TEST_IMAGES, "probes: test"))
+    try:
+        features, labels = causal.gather_features(
+            network, spread_batches(data.train, args.probe_images, "probes: training", config.skip_bad_images)
+        )
+        tests, test_labels = causal.gather_features(
+            network, spread_batches(data.test, PROBE_TEST_IMAGES, "probes: test", config.skip_bad_images)
+        )
+    except (DataError, WorkerError) as error:
+        return [], f"No linear probes: they need the training data ({one_line(error, 300)})."
     fitted = {
         stage: causal.fit_probe(features[stage], labels, known.num_classes) for stage in bar(causal.STAGES, "fit")
     }
@@ -276,17 +279,26 @@ def stage_probes(
     )
 
 
-def spread_batches(split, count: int, what: str) -> Iterator[tuple[Tensor, Tensor]]:
+def spread_batches(split, count: int, what: str, skip_bad_images: bool) -> Iterator[tuple[Tensor, Tensor]]:
     """At most `count` images of a split, evenly spread over it, and their labels, in batches: trees lie class by class.
 
     Raises:
-        DataError: an image that cannot be read.
+        DataError: an image that cannot be read, or with skip_bad_images none that can.
     """
     count = min(count, len(split))
-    indices = [i * len(split) // count for i in range(count)]
+    indices, bad = [i * len(split) // count for i in range(count)], []
     for first in bar(range(0, count, PROBE_BATCH), what):
-        images, labels = zip(*(split.image(i) for i in indices[first : first + PROBE_BATCH]), strict=True)
-        yield torch.stack(images), torch.tensor(labels)
+        pairs = []
+        for i in indices[first : first + PROBE_BATCH]:
+            try:
+                pairs.append(split.image(i))
+            except DataError as error:
+                if not skip_bad_images or len(bad) + 1 == count:
+                    raise
+                bad.append(error)
+        if pairs:
+            images, labels = zip(*pairs, strict=True)
+            yield torch.stack(images), torch.tensor(labels)
 
 
 # ---- pictures -------------------------------------------------------------------------------------------------------
@@ -330,4 +342,4 @@ def merge(layers: tuple[LayerAttention, ...]) -> LayerAttention:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_main(main)

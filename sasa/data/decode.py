@@ -63,6 +63,18 @@ def decode(file: BinaryIO, upright: bool = True) -> Image.Image:
         return image if turn is None else image.transpose(turn)
 
 
+def largest_of_16_bits(file: BinaryIO) -> int | None:
+    """The largest pixel of a 16-bit gray picture; None of any other, which is not decoded. Raises as `decode`."""
+    with Image.open(file, formats=readable_formats()) as image:
+        if not _is_gray_16(image):
+            return None
+        return int(np.asarray(image).max())
+
+
+def _is_gray_16(image: Image.Image) -> bool:
+    return image.mode in _GRAY_16 or (image.mode == "I" and image.format in ("PNG", "PPM"))
+
+
 def _orientation(image: Image.Image) -> int:
     try:
         return image.getexif().get(ExifTags.Base.Orientation, 1)
@@ -75,7 +87,7 @@ def _to_rgb(image: Image.Image, bits: int) -> Image.Image:
     formats = getattr(image, "tag_v2", {}).get(_TIFF_SAMPLE_FORMAT, (_UNSIGNED,))
     if image.mode == "L" and tuple(formats) != (_UNSIGNED,):  # Pillow reads 8 signed bits as unsigned
         raise UnsupportedImageError("signed 8-bit pixels have no agreed range: save it with 8 or 16 unsigned bits")
-    if image.mode in _GRAY_16 or (image.mode == "I" and image.format in ("PNG", "PPM")):
+    if _is_gray_16(image):
         return _from_16_bits(image)
     if image.mode.startswith(("I", "F")):
         kind = "32-bit float" if image.mode.startswith("F") else "32-bit or signed integer"

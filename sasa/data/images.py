@@ -1,5 +1,6 @@
 """One image of a tree or of shards: decoded, cropped and resized, as workers do it."""
 
+import contextlib
 import errno
 import os
 import stat
@@ -15,12 +16,13 @@ from torch.utils.data import Dataset, default_collate
 
 from sasa.console import one_line, printable
 from sasa.data.augment import AugmentConfig, crop_box
-from sasa.data.decode import decode
+from sasa.data.decode import decode, largest_of_16_bits
 from sasa.data.errors import WorkerError
 from sasa.data.specs import TREE_EVAL_CROP
 
 _STATS_AT_ONCE, _STAT_THREADS = 4096, 16
 _SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # of open files and of memory
+_LOOKED_AT, _FAINT = 8, 2**13  # images, and the largest pixel of 16 bits that is an eighth of the range
 _LONGEST = 16  # short sides of a picture that evaluation resizes: of a longer one its middle
 
 
@@ -91,6 +93,26 @@ def _size(path: bytes) -> int:
         return os.stat(path).st_size
     except OSError:
         return -1  # reading it will say what is wrong
+
+
+def note_on_range(files: Source) -> str:
+    """A line where 16-bit gray pictures hold 12 bits or so, as cameras write them, and would be read as nearly black.
+
+    Some files, evenly spread, are looked at; empty where all is well, or nothing can be read.
+    """
+    looked = min(len(files), _LOOKED_AT)
+    found = []
+    for i in range(looked):
+        # Decoders raise anything; when the file is read for use, its error is told.
+        with contextlib.suppress(Exception), files.open(i * len(files) // looked) as file:
+            found.append(largest_of_16_bits(file))
+    found = [largest for largest in found if largest is not None]
+    if not found or max(found) >= _FAINT:
+        return ""
+    return (
+        f"{len(found)} of {looked} images looked at are 16-bit gray with no pixel above {max(found)} of 65535: nearly "
+        "black by the high byte, which is read; scale them to the full range, or save 8 bits"
+    )
 
 
 class _BadImageError(Exception):

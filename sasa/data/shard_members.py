@@ -13,12 +13,12 @@ from sasa.console import one_line, printable
 from sasa.data.decode import EXTENSIONS
 from sasa.data.errors import DataError
 
-FORM = "members KEY.jpg and KEY.cls side by side, not compressed"
+FORM = "members KEY.jpg and KEY.cls, one each, side by side, not compressed"
 MAX_CLASSES = 1_000_000  # labels are below it: the largest sets of this kind have 21,841
 _LABEL_BYTES = 20  # of a .cls: digits and a line break
 _HEADER_BYTES = 2**20  # of a header with a member's long name
 _PADDING_BYTES = 2**20  # of zeros after the last member: tar -b pads to a multiple of its blocking
-_MEMBERS_NAMED = 5
+_MEMBERS, _MEMBERS_NAMED = 64, 5  # of a sample
 
 
 class Member(NamedTuple):
@@ -46,14 +46,15 @@ def members(shard: str) -> Iterator[Member]:
     try:
         with _Headers(shard) as file, tarfile.open(fileobj=file, mode="r:") as tar:
             for key, group in groupby(_regular(tar), lambda m: re.sub(r"\.[^/]*$", "", m.name)):
-                both = list(itertools.islice(group, _MEMBERS_NAMED + 1))
-                suffixes = [member.name[len(key) + 1 :] for member in both]
+                parts = list(itertools.islice(group, _MEMBERS + 1))
+                suffixes = [member.name[len(key) + 1 :] for member in parts]
                 labels = [suffix.lower() == "cls" for suffix in suffixes]
                 images = [f".{suffix}".lower().endswith(EXTENSIONS) for suffix in suffixes]
-                if len(both) != 2 or sum(labels) != 1 or sum(images) != 1:
-                    listed = ", ".join(suffixes[:_MEMBERS_NAMED]) + (", ..." if len(both) > _MEMBERS_NAMED else "")
+                # Captions, boxes and the like are no part of an image and its label.
+                if len(parts) > _MEMBERS or sum(labels) != 1 or sum(images) != 1:
+                    listed = ", ".join(suffixes[:_MEMBERS_NAMED]) + (", ..." if len(parts) > _MEMBERS_NAMED else "")
                     raise DataError(f"{shown}: {printable(key)} has {printable(listed)}; shards have {FORM}")
-                image, cls = both[images.index(True)], both[labels.index(True)]
+                image, cls = parts[images.index(True)], parts[labels.index(True)]
                 if image.issparse():
                     raise DataError(f"{shown}: {printable(image.name)} is stored with holes; shards have {FORM}")
                 yield Member(image.name, image.offset_data, image.size, _label(tar, cls, shown))

@@ -57,7 +57,15 @@ def read_trees(name: str, data_dir: Path) -> Tree:
         )
     if name == "IMAGENET" and len(classes) != 1000:
         raise DataError(f"{shown}: IMAGENET has 1000 class folders, here are {len(classes)}; try --dataset FOLDER")
-    return Tree(classes, train, val, [line for line in (note, val_note) if line])
+    notes = [line for line in (note, val_note) if line]
+    if os.path.samefile(data_dir / "train", data_dir / "val"):
+        notes.append(f"{shown}: train/ and val/ are one folder: figures of val/ are of images that were trained on")
+    return Tree(classes, train, val, notes)
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder of this name holds no images of a data set: it is hidden, or of a server or archiver."""
+    return name.startswith(".") or name in _SERVICE_FOLDERS
 
 
 def _read_split(data_dir: Path, split: str) -> tuple[list[str], Labelled, str]:
@@ -154,7 +162,7 @@ class _Lister:
             found.append((folder, sorted(names)))
 
     def _is_hidden(self, entry: os.DirEntry) -> bool:
-        hidden = entry.name.startswith(".") or entry.name in _SERVICE_FOLDERS
+        hidden = is_hidden(entry.name)
         self._left_out["hidden files and service folders"] += hidden
         return hidden
 

@@ -11,7 +11,7 @@ import preprocess
 from config import Config, refuse_idle_flags
 from sasa.analysis.attention_maps import attention_layers, lattice, record_attention
 from sasa.analysis.flops import count_flops, count_parameters
-from sasa.training import checkpoint, distributed, environment
+from sasa.training import checkpoint, distributed
 from sasa.training.cli import PROG, Command
 from sasa.training.device import peak_memory_mib
 from sasa.training.evaluation import EVAL_BATCH, Evaluation, evaluate
@@ -82,7 +82,7 @@ def validate(run: Run, monitor: Monitor, stop: StopRequest, is_last: bool) -> Va
         "peak_mem_mib": peak_memory_mib(run.device),
     }
     if config.digest:
-        row |= {"digests": run.digests(), "environment": environment.digest(run.environment())}
+        row |= {"digests": run.digests(), "environment": run.environment_digest()}
     monitor.epoch(progress.step, row, config.epochs)
     if config.preview and is_scored and distributed.is_main():
         monitor.preview(result, pictures_of(result, info), info.class_names)
@@ -185,7 +185,7 @@ def summary(run: Run, saver: Saver, result: Evaluation, about: str, skipped: int
         "device": str(run.device),
         "torch": str(torch.__version__),
         "environment": run.environment(),
-        "environment_digest": environment.digest(run.environment()),
+        "environment_digest": run.environment_digest(),
     }
 
 

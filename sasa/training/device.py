@@ -5,6 +5,7 @@ import copy
 import ctypes
 import os
 import resource
+import sys
 
 import torch
 from torch import nn
@@ -166,4 +167,10 @@ def peak_memory_mib(device: torch.device) -> float:
     """The most memory so far, in MiB: of the device's allocator on CUDA, of the process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    return peak_resident_bytes() / 2**20
+
+
+def peak_resident_bytes() -> int:
+    """The most memory that this process has had so far."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

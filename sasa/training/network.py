@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -9,9 +10,11 @@ from torch import nn
 import model
 from config import FIELDS, Config, ConfigError, flag_of
 from preprocess import DataInfo, info_without_files
+from sasa.console import printable
 from sasa.kernels.dispatch import named_backend
 from sasa.training import checkpoint
 from sasa.training.checkpoint import CheckpointError
+from sasa.training.resume import refuse_other_task
 
 
 class Trained(NamedTuple):
@@ -48,6 +51,20 @@ def network_of(state: dict[str, Any], backend: str | None = None) -> Trained:
     network = build_network(config, classes)
     checkpoint.load_weights(network, weights)
     return Trained(network.eval(), config, _info(state, config, classes))
+
+
+def load_network(path: Path, backend: str | None = None) -> tuple[Trained, dict[str, Any]]:
+    """`network_of` the file at `path`, and what the file holds.
+
+    Raises:
+        ConfigError, CheckpointError: a file that holds no network of train.py, by its name.
+    """
+    state = checkpoint.load(path)
+    refuse_other_task(state["config"], path, Config)
+    try:
+        return network_of(state, backend), state
+    except (ConfigError, CheckpointError) as error:
+        raise type(error)(f"{printable(path)}: {error}") from error
 
 
 def _info(state: dict[str, Any], config: Config, classes: int) -> DataInfo:

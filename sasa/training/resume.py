@@ -322,8 +322,14 @@ def check_data(
     return lines
 
 
-def report_changes(state: dict[str, Any], sync_bn: bool, data_changes: list[str]) -> None:
-    """Why the run is no longer bitwise the one that was interrupted: other data, another torch, other ranks."""
+def report_changes(
+    state: dict[str, Any], sync_bn: bool, data_changes: list[str], environment: Callable[[], str]
+) -> None:
+    """Why the run is no longer bitwise the one that was interrupted: other data, another torch, other ranks or machine.
+
+    Args:
+        environment: the digest of what the run's bits depend on here (`sasa/training/environment.py`).
+    """
     if not distributed.is_main():
         return
     for line in data_changes:
@@ -331,6 +337,13 @@ def report_changes(state: dict[str, Any], sync_bn: bool, data_changes: list[str]
     if state["torch"] != str(torch.__version__):
         print(f"--resume: saved by torch {state['torch']}, goes on with {torch.__version__}: no longer bitwise")
     saved, now = len(state["generators"]), distributed.world_size()
+    rows = state["progress"]["rows"]  # of the epochs that are done; those of an older version have no environment
+    known = rows[-1].get("environment") if rows else None
+    if state["torch"] == str(torch.__version__) and saved == now and known not in (None, environment()):
+        print(
+            "--resume: another processor, GPU, thread count, kernel or library version than that of the last whole "
+            "epoch: no longer bitwise; `environment` of summary.json says what it ended with"
+        )
     if saved != now:
         norm = "" if sync_bn else ", batch norm's statistics are of other parts of the batch (no --sync-bn)"
         print(

@@ -201,6 +201,10 @@ class Run:
         attends = any(isinstance(module, LocalAttention2d | AttentionStem) for module in self.model.modules())
         return environment.describe(self.device, self.config.backend if attends else None)
 
+    def environment_digest(self) -> str:
+        """SHA-256 of `environment`, as hex."""
+        return environment.digest(self.environment())
+
     def restore(self, state: dict[str, Any]) -> None:
         """Put a run's state back.
 

@@ -206,6 +206,19 @@ def test_labels_that_are_no_class_are_refused(tmp_path, label):
     assert "train-0.tar: n01/a.cls" in text and ("below 1,000,000" in text or "a number from 0" in text)
 
 
+def test_what_is_neither_image_nor_label_is_left_out(tmp_path):
+    """Captions, boxes and scores lie beside many published images; two images or labels of a key are no sample."""
+    names = ("json", "jpg", "txt", "cls", "__key__")
+    found = [shards.write_index([str(foreign(tmp_path, split, names=names))]) for split in ("train", "val")]
+    assert found
+    info, train, _, test = read("WEBDATASET", tmp_path / "train-0.tar")
+    assert (len(train), len(test), info.num_classes) == (2, 2, 4)
+    ((images, labels),) = test.eval_batches(4)
+    assert labels.tolist() == [3, 3] and images.shape[0] == 2
+    for names in (("jpg", "cls", "seg.png"), ("jpg", "cls", "CLS"), ("jpg", "json")):
+        assert "one each" in message(shards.write_index, [str(foreign(tmp_path, "x", names=names))])
+
+
 def test_shards_of_one_class_are_refused(tmp_path):
     shards.write_index([str(foreign(tmp_path, "train", label=b"0"))])
     shards.write_index([str(foreign(tmp_path, "val", label=b"0"))])

@@ -249,6 +249,29 @@ def test_what_is_left_out_is_counted_in_one_line(tree, capsys):
     assert len(said) == 2 and not capsys.readouterr().out
 
 
+def test_validation_images_that_are_those_of_training_are_mentioned(tree):
+    shutil.rmtree(tree / "val")
+    (tree / "val").symlink_to(tree / "train")
+    assert ["are of images that were trained on" in note for note in read_trees("FOLDER", tree).notes] == [True]
+
+
+@pytest.mark.parametrize(("largest", "is_said"), [(4095, True), (8191, True), (8192, False), (65535, False)])
+@pytest.mark.parametrize("ending", ["png", "tif", "pgm"])
+def test_16_bit_images_that_would_be_nearly_black_are_mentioned(tmp_path, largest, is_said, ending):
+    """As cameras of 12 bits write them: the high byte keeps 16 levels of gray."""
+    for name in ("train/a", "train/b", "val/a", "val/b"):
+        folder = tmp_path / name
+        folder.mkdir(parents=True)
+        for i in range(5):
+            pixels = np.full((9, 9), largest, np.uint16)
+            Image.fromarray(pixels).save(folder / f"{i}.{ending}")
+        (folder / f"5.{ending}").write_bytes(b"damaged")
+    said = []
+    load(dataset="FOLDER", data_dir=tmp_path, img_size=16, report=said.append)
+    assert said == ([] if not is_said else said) and len(said) == is_said
+    assert not is_said or f"no pixel above {largest} of 65535" in said[0]
+
+
 def test_endings_of_other_cameras_and_editors_are_listed(tree):
     for i, ending in enumerate((".gif", ".JFIF", ".avif")):
         (tree / "train" / "cat" / f"0{i}.jpg").rename(tree / "train" / "cat" / f"0{i}{ending}")

@@ -27,6 +27,15 @@ def test_the_port_may_be_called_by_its_old_name(tmp_path, capsys):
     assert len(lines) == 12 and lines[:6] == lines[6:]
 
 
+@pytest.mark.parametrize(("dataset", "network"), [
+    ("DIGITS", "ResNet26"), ("IMAGENET", "ResNet50"), ("FOLDER", "ResNet50"), ("WEBDATASET", "ResNet50"),
+])  # fmt: skip
+def test_the_network_of_an_ablation_goes_by_the_data_set_whatever_it_is_packed_in(dataset, network, tmp_path, capsys):
+    assert ablate.main(["--table", "5", "--dataset", dataset, "--dry-run", "--output-dir", str(tmp_path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines and all(f"--model-name {network} " in f"{line} " for line in lines)
+
+
 # ---- running, with a train.py that scores at once -------------------------------------------------------------------
 
 STUB = """

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -118,6 +119,29 @@ def test_a_tree_is_predicted_as_it_is_evaluated(tmp_path, tree, network, monkeyp
         test = preprocess.load(dataset="FOLDER", data_dir=tree, **TREE | given)[3]
         found = torch.tensor([probabilities_of(row) for row in rows("predictions.csv")])
         torch.testing.assert_close(found, evaluated(network, test), atol=2e-6, rtol=0)
+
+
+def test_what_training_leaves_out_of_a_folder_is_no_image(digits, folder):
+    for place in (".hidden", "@eaDir", "__MACOSX"):
+        shutil.copytree("pictures", Path("pictures", place))
+    Path("pictures", "._0.png").write_bytes(b"resource fork")
+    assert predict.main([digits, "pictures", "./pictures/3.png", "pictures/../pictures/4.png"]) == 0
+    assert [row["path"] for row in rows("predictions.csv")] == [f"pictures/{i}.png" for i in range(9)]
+
+
+def test_a_detector_is_named_as_what_it_is(digits, folder, capsys):
+    state = checkpoint.load(Path(digits))
+    state["config"] |= {"anchor_scales": 2}
+    torch.save(state, "detector.pt")
+    with pytest.raises(SystemExit) as ended:
+        predict.main(["detector.pt", "pictures"])
+    assert ended.value.code == 2 and "detector.pt: belongs to a detector" in capsys.readouterr().err
+    state["config"] = state["config"] | {"of_tomorrow": 2}
+    del state["config"]["anchor_scales"]
+    torch.save(state, "tomorrow.pt")
+    with pytest.raises(SystemExit):
+        predict.main(["tomorrow.pt", "pictures"])
+    assert "tomorrow.pt: the configuration is of another version: of_tomorrow" in capsys.readouterr().err
 
 
 def test_colour_is_made_gray_for_a_gray_set(digits, folder):

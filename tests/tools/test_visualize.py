@@ -200,6 +200,19 @@ def test_without_training_data_a_line_stands_in_place_of_the_probes(tmp_path, ne
     assert probes["stages"] == [] and words in probes["note"] and "\n" not in probes["note"]
 
 
+@pytest.mark.parametrize("skip", [False, True])
+def test_a_damaged_training_image_costs_the_probes_and_not_the_page(tmp_path, network, tree, monkeypatch, skip):
+    """With --skip-bad-images of the run, that image alone."""
+    narrow = ResNet26(2, stem=True, small_images=True).eval()
+    saved = save(tmp_path, narrow, "FOLDER", stem=True, data_dir=str(tree), img_size=24, skip_bad_images=skip)
+    (tree / "train" / "cat" / "00.jpg").write_bytes(b"damaged")
+    given = ["--data-dir", str(tree), "--no-effects", "--output-dir", str(tmp_path / "out")]
+    assert visualize.main([str(saved), *given]) == 0
+    probes = data_of(tmp_path / "out")["networks"][0]["probes"]
+    assert bool(probes["stages"]) == skip
+    assert ("of 21 training images" if skip else "they need the training data (cannot read image") in probes["note"]
+
+
 def read_images(saved, *flags):
     """The images that the command shows, (B, 3, H, W)."""
     args = visualize.parse([str(saved), *map(str, flags)])[1]

@@ -471,6 +471,15 @@ def test_another_torch_is_told(stopped, capsys):
     assert "saved by torch 1.13.1" in capsys.readouterr().out
 
 
+def test_another_thread_count_is_told(tmp_path, stopped_at_6, monkeypatch, capsys):
+    """It changes the bits; the same one is no news."""
+    for count, is_told in ((2, True), (1, False)):
+        monkeypatch.setattr(torch, "get_num_threads", lambda count=count: count)
+        shutil.copytree(stopped_at_6, tmp_path / str(count) / "run")
+        assert resume(tmp_path / str(count)) == 0
+        assert ("--resume: another processor, GPU, thread count" in capsys.readouterr().out) == is_told
+
+
 def test_a_run_goes_on_in_another_folder_only_if_that_is_empty(stopped, straight, tmp_path, capsys):
     source = contents(stopped / "run")
     other = ["--resume", str(stopped / "run/last.pt"), "--output-dir", str(tmp_path / "mine"), "--no-progress"]

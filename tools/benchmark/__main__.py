@@ -11,12 +11,11 @@ the backend "reference". Shapes: B batch, C channels, H x H map, K window side; 
 """
 
 import argparse
-import sys
 
 import torch
 
 from sasa import kernels
-from sasa.console import Parser
+from sasa.console import Parser, run_main
 from sasa.files import json_text
 from sasa.training.device import set_fp32_precision
 from tools.arguments import positive, usable_device
@@ -124,4 +123,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_main(main)

@@ -8,7 +8,6 @@ import math
 import multiprocessing
 import os
 import platform
-import resource
 import statistics
 import sys
 import time
@@ -16,6 +15,8 @@ from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 import torch
+
+from sasa.training.device import peak_resident_bytes
 
 # ---- time -----------------------------------------------------------------------------------------------------------
 
@@ -99,7 +100,7 @@ def _high_water() -> int:
     with contextlib.suppress(OSError, StopIteration):
         lines = Path("/proc/self/status").read_text().splitlines()
         return int(next(line.split()[1] for line in lines if line.startswith("VmHWM"))) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return peak_resident_bytes()
 
 
 # ---- where ----------------------------------------------------------------------------------------------------------

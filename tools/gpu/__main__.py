@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 
 from sasa import files
-from sasa.console import Parser, printable
+from sasa.console import Parser, printable, run_main
 from tools.arguments import usable_device
 from tools.gpu import kernels, page, training
 from tools.gpu.predictions import PREDICTIONS, verdict
@@ -222,4 +222,4 @@ def print_predictions(results: dict[str, dict]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_main(main)
