@@ -121,12 +121,12 @@ def load(
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
 
     def split(source: tuple, index: Tensor | None = None, fed: Evaluated | None = None) -> Split:
-        """`fed`: how, where the split is evaluated."""
+        """`fed`: how, where a small set's split is evaluated."""
         images, labels = source
         if spec.side is None:
-            part = list(range(len(labels))) if index is None else index.tolist()
+            chosen = list(range(len(labels))) if index is None else index.tolist()
             return FolderData(
-                images.take(part), [labels[i] for i in part], info, device=device, num_workers=num_workers,
+                images.take(chosen), [labels[i] for i in chosen], info, device=device, num_workers=num_workers,
                 skip_bad_images=skip_bad_images, evaluated=evaluated, worker_timeout=worker_timeout,
                 is_stopped=is_stopped, memory_format=memory_format,
             )  # fmt: skip

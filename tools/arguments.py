@@ -1,8 +1,9 @@
 """Types of arguments that several tools take. A wrong one ends the command with one line and exit code 2."""
 
 import argparse
+from collections.abc import Callable, Iterable
 
-from sasa.console import Parser
+from sasa.console import Parser, one_line
 
 
 def positive(text: str) -> int:
@@ -13,6 +14,12 @@ def positive(text: str) -> int:
 def natural(text: str) -> int:
     """For `add_argument(type=...)`: an integer of at least 0."""
     return _integer(text, least=0)
+
+
+def one_of(names: Iterable[str]) -> Callable[[str], str]:
+    """For `add_argument(type=..., choices=names)`: a name in any case."""
+    spelling = {name.lower(): name for name in names}
+    return lambda text: spelling.get(text.lower(), text)
 
 
 def _integer(text: str, least: int) -> int:
@@ -31,6 +38,6 @@ def usable_device(parser: Parser, name: str):
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        parser.error(f"--device {name}: {error}")
+        parser.error(f"--device {name}: {one_line(error, 200)}")  # torch lists every device type there is
     make_current(device)
     return device

@@ -21,7 +21,7 @@ from sasa.training.losses import mean_loss
 from sasa.training.network import build_network
 from sasa.training.optim import build_optimizer
 from sasa.training.run import augmentation
-from tools.arguments import positive, usable_device
+from tools.arguments import one_of, positive, usable_device
 
 PROG = "tools.pipeline"
 IMAGES, CLASSES = 4096, 10
@@ -37,7 +37,8 @@ def parse(arguments: list[str] | None) -> tuple[Parser, argparse.Namespace]:
         default="strong",
         help="whose augmentation (default: strong)",
     )
-    parser.add_argument("--dataset", choices=small, default="CIFAR10", help="whose shape (default: CIFAR10)")
+    parser.add_argument("--dataset", type=one_of(small), choices=small, default="CIFAR10",
+                        help="whose shape (default: CIFAR10)")  # fmt: skip
     parser.add_argument("--model-name", choices=MODELS, default="ResNet26", help="the network (default: ResNet26)")
     parser.add_argument("--batch-size", type=positive, help="images a step (default: the recipe's)")
     parser.add_argument("--rounds", type=positive, default=5, help="rounds of each (default: 5)")

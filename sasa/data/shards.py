@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from sasa.console import Parser, fail, print_error, printable, show, show_every_character
+from sasa.console import Parser, fail, print_error, printable, show
 from sasa.data.class_files import read_classes
 from sasa.data.errors import DataError
 from sasa.data.pack import IMAGES_A_SHARD, pack
@@ -134,7 +134,6 @@ def _validation_shards(pattern: str, shown: str) -> list[str]:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line of `python preprocess.py`; returns the exit code, or ends with 2 for wrong usage or data."""
-    show_every_character()
     parser = Parser("preprocess.py", description="Image sets in tar shards, for --dataset WEBDATASET.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="pack|index")
     packing = commands.add_parser("pack", help="write the shards of an ImageFolder tree, and their index")

@@ -69,7 +69,7 @@ class Monitor:
         except Exception as error:
             if what not in self._failing:
                 self._failing.add(what)
-                print(f"train.py: {what} could not be written: {one_line(error, 300)}; the run goes on",
+                print(f"{what} could not be written: {one_line(error, 300)}; the run goes on",
                       file=sys.stderr, flush=True)  # fmt: skip
             if what == EVENT_FILES and isinstance(error, OSError):
                 self._drop_board()

@@ -56,7 +56,7 @@ class Surviving(io.TextIOBase):
             self.discard()
         if not self._reported and self._beside is not None:
             self._reported = True
-            self._beside.write(f"train.py: {self._name} is not written to any more: {error}; the run goes on\n")
+            self._beside.write(f"{self._name} is not written to any more: {error}; the run goes on\n")
             self._beside.flush()
 
     def discard(self) -> None:

@@ -187,6 +187,8 @@ BAD = {
     "batch size": (["--network", "--batch-size", "0"], "--batch-size"),
     "batch size of layers": (["--batch-size", "4"], "--network"),
     "step memory of any batch": (["--step-memory", "--batch-size", "auto"], "--step-memory"),
+    "step memory and network": (["--step-memory", "--network"], "--network"),
+    "shapes of a network": (["--network", "--shapes", "paper"], "--shapes"),
     "model": (["--network", "--models", "ResNet27"], "ResNet27"),
 }
 

@@ -18,7 +18,7 @@ from sasa import kernels
 from sasa.console import Parser, run_main
 from sasa.files import json_text
 from sasa.training.device import set_fp32_precision
-from tools.arguments import positive, usable_device
+from tools.arguments import one_of, positive, usable_device
 from tools.benchmark import layers as benchmark_layers
 from tools.benchmark import network as benchmark_network
 from tools.benchmark.layers import CIFAR, HEADS, PAPER, WINDOW
@@ -61,7 +61,8 @@ def parse(argv: list[str] | None) -> tuple[Parser, argparse.Namespace]:
     parser.add_argument("--batch-size", type=batch_size, metavar="N|auto", help="of --network (auto: the largest that "
                         "fits) and --step-memory")  # fmt: skip
     parser.add_argument("--models", nargs="+", choices=benchmark_network.DEPTHS, help="of --network and --step-memory")
-    parser.add_argument("--form", choices=tuple(benchmark_network.FORMS), default="ImageNet", help="of --step-memory")
+    parser.add_argument("--form", type=one_of(benchmark_network.FORMS), choices=benchmark_network.FORMS,
+                        default="ImageNet", help="of --step-memory, ImageNet or CIFAR (default: ImageNet)")  # fmt: skip
     parser.add_argument("--quick", action="store_true", help="few shapes and rounds")
     parser.add_argument("--backends", nargs="+", metavar="NAME", help="without it, all that are usable here")
     parser.add_argument("--rounds", type=positive, help="without it 5, or 2 with --quick")
@@ -79,6 +80,10 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("--batch-size auto: --step-memory needs a number")
     if args.batch_size and not (args.step_memory or args.network):
         parser.error(f"--batch-size {args.batch_size}: goes with --network or --step-memory")
+    if args.step_memory and args.network:
+        parser.error("--step-memory: does not go with --network")
+    if args.shapes and (args.step_memory or args.network):
+        parser.error(f"--shapes: of the layers, does not go with {'--network' if args.network else '--step-memory'}")
     device = usable_device(parser, args.device)
     set_fp32_precision("highest")  # PyTorch by itself has the convolutions beside ours in TF32
     usable = kernels.backends()
