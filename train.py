@@ -161,7 +161,8 @@ def train(run: Run, stop: StopRequest, overwrite: bool, task: Task) -> int:
         try:
             finished = train_epochs(run, monitor, saver, stop, task)
         except (DataError, WorkerError, SharedError) as error:
-            return stop_after_reading(error, run, saver, task.prog, progress.step > begun)
+            can_help = progress.step > begun or stop.received is not None
+            return stop_after_reading(error, run, saver, task.prog, progress.step > begun, can_help)
         if not finished:
             signals = [name for name in distributed.all_gather_object(stop.received) if name is not None]
             monitor.say(
@@ -180,7 +181,7 @@ def train(run: Run, stop: StopRequest, overwrite: bool, task: Task) -> int:
 
 
 def stop_after_reading(
-    error: DataError | WorkerError | SharedError, run: Run, saver: Saver, prog: str, trained: bool
+    error: DataError | WorkerError | SharedError, run: Run, saver: Saver, prog: str, trained: bool, can_help: bool
 ) -> int:
     """A decoding process died, or an image cannot be read, while the run is sound: save the last step's state.
 
@@ -188,10 +189,10 @@ def stop_after_reading(
 
     Args:
         trained: steps were done since the start; before, wrong data changes no file.
+        can_help: a restart, where processes failed: not where a start fails before any step, again and again.
 
     Returns:
-        The exit code. STOPPED where processes failed after a step: a restart that fails at once in the same way ends
-        the job, instead of being queued for ever.
+        The exit code.
 
     Raises:
         DataError, SharedError: another error, or no step was done.
@@ -199,7 +200,7 @@ def stop_after_reading(
     cause = error.error if isinstance(error, SharedError) else error
     if not isinstance(cause, DataError | WorkerError) or (isinstance(cause, DataError) and not trained):
         raise error
-    code = STOPPED if isinstance(cause, WorkerError) and trained else exit_code_of(cause)
+    code = STOPPED if isinstance(cause, WorkerError) and can_help else exit_code_of(cause)
     if isinstance(error, SharedError) or not distributed.is_distributed():
         saver.save_or_end(run)
         if distributed.is_main():

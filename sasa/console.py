@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import os
+import select
 import sys
 import unicodedata
 from collections.abc import Callable, Iterable
@@ -66,6 +67,16 @@ def show(content: str | bytes) -> None:
         _close_stdout()
 
 
+def _has_lost_its_reader() -> bool:
+    """Whether stdout is a pipe that nobody reads any more."""
+    try:
+        poll = select.poll()
+        poll.register(sys.stdout.fileno(), 0)
+        return any(event & select.POLLERR for _, event in poll.poll(0))
+    except (AttributeError, OSError, ValueError):  # no such call here, or no descriptor
+        return True
+
+
 def _close_stdout() -> None:
     """What is still in its buffer goes nowhere, or it would fail at the exit."""
     with contextlib.suppress(OSError, ValueError, AttributeError):
@@ -85,6 +96,8 @@ def run_main(main: Callable[[], int]) -> NoReturn:
         if sys.stdout is not None:
             sys.stdout.flush()
     except BrokenPipeError:
+        if not _has_lost_its_reader():
+            raise  # another pipe, to a process of the command's own
         code = READER_GONE
         _close_stdout()
     sys.exit(code)

@@ -66,6 +66,14 @@ def test_a_reader_that_has_gone_ends_a_command_without_a_word(reads, flags):
         assert process.returncode == (3 if reads else 141)
 
 
+def test_a_broken_pipe_to_another_process_is_told():
+    code = PRINTS.replace("print(i)", "raise BrokenPipeError('to a worker')")
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(ROOT)], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 1 and "to a worker" in done.stderr
+
+
 def test_an_error_is_one_line_on_stderr(capsys):
     print_error("tool", "first\nsecond \x1b[2J")
     captured = capsys.readouterr()

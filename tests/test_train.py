@@ -15,6 +15,7 @@ import train
 from config import resolve
 from sasa.training import checkpoint, classification
 from sasa.training import run as runs
+from sasa.training.device import set_fp32_precision
 from sasa.training.lamb import Lamb
 from sasa.training.run import describe
 from tiny_runs import BASE, Tiny, TinyWithNorm, go, model_of, read, spoiled_gradient, spoiled_loss
@@ -238,15 +239,17 @@ def test_precision_of_products_and_cudnns_choice_reach_torch(tmp_path, tiny, mon
     try:
         go(tmp_path / "a", "--matmul-precision high --max-steps 1")
         assert torch.get_float32_matmul_precision() == "high" and torch.backends.cudnn.benchmark
+        assert torch.backends.cudnn.allow_tf32
     finally:
-        torch.set_float32_matmul_precision("highest")
+        set_fp32_precision("highest")
     go(tmp_path / "b", "--no-cudnn-benchmark --max-steps 1")
     assert torch.get_float32_matmul_precision() == "highest" and not torch.backends.cudnn.benchmark
+    assert not torch.backends.cudnn.allow_tf32  # by itself PyTorch computes fp32 convolutions in TF32
 
 
 def test_what_a_gpu_computes_by_is_printed(tmp_path, tiny, seen, monkeypatch, capsys):
     go(tmp_path, "--matmul-precision high --max-steps 1")
-    torch.set_float32_matmul_precision("highest")
+    set_fp32_precision("highest")
     config = dataclasses.replace(seen[0].config, compile=True, compile_mode="max-autotune", amp="bf16")
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A GPU")
     monkeypatch.setattr(runs, "keep_builds", lambda: "/the/cache")

@@ -118,22 +118,32 @@ def test_a_validation_split_of_which_nothing_can_be_read_is_named(tmp_path, tiny
     assert "cannot read any of the 9 images to evaluate on" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("good", "code"), [(0, 1), (3, 75)])
-def test_a_failed_decoding_process_asks_for_a_restart_only_after_a_step(
-    tmp_path, tiny, monkeypatch, capsys, good, code
+@pytest.mark.parametrize(("good", "has_run", "has_signal", "code"), [
+    (0, False, False, 1), (3, False, False, 75), (0, True, False, 1), (3, True, False, 75), (0, True, True, 75),
+])  # fmt: skip
+def test_failed_decoding_processes_ask_for_a_restart_only_after_a_step(
+    tmp_path, tiny, monkeypatch, capsys, good, has_run, has_signal, code
 ):
-    """A job that requeues itself by code 75 must not do so for ever where each start fails in the same way."""
+    """A job that requeues itself by code 75 must not do so for ever where each start fails in the same way.
+
+    A signal, too, makes the wait for a silent process end.
+    """
     tree = make_tree(tmp_path / "tree")
-    batches = FolderData.batches
+    flags, batches = [*BASE.split(), *tree_flags(tree, 0).split()], FolderData.batches
+    if has_run:
+        assert small_runs.run(tmp_path, *flags, "--max-steps", "2") == 0
 
     def failing(self, *arguments, **options):
         yield from islice(batches(self, *arguments, **options), good)
+        if has_signal:
+            os.kill(os.getpid(), signal.SIGTERM)
         raise WorkerError("a decoding process was killed")
 
     monkeypatch.setattr(FolderData, "batches", failing)
-    assert small_runs.run(tmp_path, *BASE.split(), *tree_flags(tree, 0).split()) == code
-    saved = "saved at step 3: the same command with --resume goes on"
-    assert (saved in capsys.readouterr().err) == bool(good)
+    resumes = ["--resume", "--max-steps", "8"] if has_run else []
+    assert small_runs.run(tmp_path, *flags, *resumes) == code
+    step = good + 2 * has_run
+    assert (f"saved at step {step}: the same" in capsys.readouterr().err) == bool(step)
 
 
 def test_fashion_mnist_from_its_four_files(tmp_path, tiny):

@@ -17,6 +17,7 @@ from config import DATASETS, FIELDS, MODELS, Config, ConfigError, resolve
 from preprocess import TensorData, info_without_files
 from sasa.console import Parser, fail, run_main
 from sasa.data.specs import SIDES
+from sasa.training.device import set_fp32_precision
 from sasa.training.losses import mean_loss
 from sasa.training.network import build_network
 from sasa.training.optim import build_optimizer
@@ -65,6 +66,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def measure(config: Config, device: torch.device, rounds: int) -> tuple[list[float], list[float]]:
     """Images/s of the input and of the training, a value a round; the first round of each is not counted."""
+    set_fp32_precision(config.matmul_precision)  # as train.py
     side = SIDES[config.dataset]
     info = info_without_files(config.dataset, CLASSES, side)
     images = torch.randint(0, 256, (max(IMAGES, config.batch_size), 3, side, side), dtype=torch.uint8)

@@ -9,6 +9,7 @@ change that. A file that cannot be read is named, counted and left out.
 
 import argparse
 import csv
+import functools
 import glob
 import io
 import json
@@ -155,7 +156,13 @@ def find_images(arguments: list[str]) -> tuple[list[str], list[str]]:
 
     The second list holds "path: what is wrong".
     """
-    found: dict[str, str] = {}  # the path as it was given first, by its plain spelling
+    found: dict[tuple[str, str], str] = {}  # the path as it was given first, by its real folder and its name
+    real = functools.cache(os.path.realpath)
+
+    def add(path: str) -> None:
+        folder, name = os.path.split(path)
+        found.setdefault((real(folder or "."), name), path)
+
     wrong = []
     for argument in arguments:
         matches = [argument] if os.path.lexists(argument) else sorted(glob.glob(argument, recursive=True))
@@ -165,11 +172,11 @@ def find_images(arguments: list[str]) -> tuple[list[str], list[str]]:
             if os.path.isdir(path):
                 inside = list(images_below(path))
                 for image in inside:
-                    found.setdefault(os.path.normpath(image), image)
+                    add(image)
                 if not inside and matches == [argument]:
                     wrong.append(f"{path}: no images in this folder")
             elif is_regular(path):
-                found.setdefault(os.path.normpath(path), path)
+                add(path)
             else:
                 wrong.append(f"{path}: is not a file that can be read")
     return list(found.values()), wrong

@@ -129,6 +129,7 @@ class DetectionConfig(Settings):
     # Machine
     device: str = same("device")
     amp: str = same("amp")
+    matmul_precision: str = same("matmul_precision")
     channels_last: bool = same("channels_last")
     deterministic: bool = same("deterministic")
 

@@ -1,7 +1,6 @@
 """Train a detector, resume a run, evaluate a checkpoint. `python -m sasa.detection.train --help`.
 
-The loop is train.py's; here is what detection does its own way. Exit codes as there: 0 done; 2 wrong usage or data; 75
-stopped by a signal, its state saved where there was one; 1 anything else.
+The loop is train.py's, and so are the exit codes; here is what detection does its own way.
 """
 
 import sys

@@ -58,12 +58,13 @@ def _cuda_missing() -> str | None:
 def _cannot_launch() -> str | None:
     """Why Triton could not build what launches its kernels, a C module of this Python; it would raise at the first
     launch."""
-    if not os.environ.get("CC") and not shutil.which("gcc") and not shutil.which("clang"):
+    named = os.environ.get("CC")
+    if named == "" or (named is None and not shutil.which("gcc") and not shutil.which("clang")):
         return "Triton needs a C compiler to launch kernels: install gcc or clang, or name one by CC"
     scheme = sysconfig.get_default_scheme()
     scheme = "posix_prefix" if scheme == "posix_local" else scheme  # Debian's, where headers are not
-    named = [os.environ.get(name, "") for name in ("CPATH", "C_INCLUDE_PATH")]
-    folders = [sysconfig.get_paths(scheme)["include"], *(path for paths in named for path in paths.split(os.pathsep))]
+    more = os.pathsep.join(os.environ.get(name, "") for name in ("CPATH", "C_INCLUDE_PATH"))
+    folders = [sysconfig.get_paths(scheme)["include"], *more.split(os.pathsep)]
     if any(folder and Path(folder, "Python.h").is_file() for folder in folders):
         return None
     return f"Triton needs Python.h to launch kernels, it is not in {folders[0]}: install python3-dev"

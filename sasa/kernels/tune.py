@@ -26,7 +26,6 @@ A whole table takes one `count` with each version of triton, then `choose`:
 import itertools
 import json
 import re
-import sys
 import time
 
 import torch
@@ -321,4 +320,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    console.run_main(main)

@@ -34,7 +34,8 @@ class FolderLock:
     def __init__(self) -> None:
         self._descriptor: int | None = None
         self._folder = Path()
-        self._is_new = False  # the folder: made here
+        self._made: list[Path] = []  # folders, the deepest first
+        self._holds = False  # by a lock, so that nobody else can be in it
 
     def acquire(self, folder: Path) -> None:
         """Make the folder where there is none, and wait for it for up to WAIT_SECONDS.
@@ -45,8 +46,8 @@ class FolderLock:
             ConfigError: another run has it, on which host, as which process and since when; or the folder or the lock's
                 file cannot be made.
         """
-        self._folder, self._is_new = folder, not os.path.lexists(folder)
-        make_folder(folder)
+        self._folder = folder
+        self._make()
         if fcntl is None:
             return
         until, is_said = time.monotonic() + WAIT_SECONDS, False
@@ -63,6 +64,11 @@ class FolderLock:
             os.ftruncate(self._descriptor, 0)
             os.pwrite(self._descriptor, json.dumps(holder).encode(), 0)
 
+    def _make(self) -> None:
+        """Make the folder where there is none; a refused run's removal may take it away again meanwhile."""
+        self._made = [path for path in (self._folder, *self._folder.parents) if not os.path.lexists(path)] or self._made
+        make_folder(self._folder)
+
     def _try(self) -> bool:
         """Whether the folder is this process's now, or has no locks."""
         path = self._folder / NAME
@@ -70,6 +76,9 @@ class FolderLock:
         try:
             if self._descriptor is None:
                 self._descriptor = os.open(path, flags, 0o666)
+        except FileNotFoundError:  # a run that was refused has just removed it
+            self._make()
+            return False
         except OSError as error:  # something else has its name, or the folder lets nothing be made
             raise _not_lockable(self._folder, error) from error
         try:
@@ -83,11 +92,12 @@ class FolderLock:
                 raise _not_lockable(self._folder, error) from error
             return False
         with contextlib.suppress(OSError):
-            if os.path.samestat(os.fstat(self._descriptor), os.stat(path)):
-                return True
+            self._holds = os.path.samestat(os.fstat(self._descriptor), os.stat(path))
+        if self._holds:
+            return True
         os.close(self._descriptor)  # of a run that was refused and has removed it meanwhile: there is another, or none
         self._descriptor = None
-        make_folder(self._folder)
+        self._make()
         return False
 
     def _holder(self) -> str:
@@ -102,10 +112,11 @@ class FolderLock:
         """Give the folder back; of a run that was refused before it wrote anything, nothing stays."""
         if self._descriptor is None:
             return
-        with contextlib.suppress(OSError):
-            if os.listdir(self._folder) == [NAME]:
-                (self._folder / NAME).unlink()
-                if self._is_new:
-                    self._folder.rmdir()
+        if self._holds:  # else it is another's, and so is the lock's file
+            with contextlib.suppress(OSError):
+                if os.listdir(self._folder) == [NAME]:
+                    (self._folder / NAME).unlink()
+                    for made in self._made:
+                        made.rmdir()
         os.close(self._descriptor)
-        self._descriptor = None
+        self._descriptor, self._holds, self._made = None, False, []

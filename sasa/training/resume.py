@@ -339,7 +339,8 @@ def report_changes(
     saved, now = len(state["generators"]), distributed.world_size()
     rows = state["progress"]["rows"]  # of the epochs that are done; those of an older version have no environment
     known = rows[-1].get("environment") if rows else None
-    if state["torch"] == str(torch.__version__) and saved == now and known not in (None, environment()):
+    is_alike = state["torch"] == str(torch.__version__) and saved == now
+    if is_alike and known is not None and known != environment():
         print(
             "--resume: another processor, GPU, thread count, kernel or library version than that of the last whole "
             "epoch: no longer bitwise; `environment` of summary.json says what it ended with"

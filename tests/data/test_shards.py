@@ -209,8 +209,8 @@ def test_labels_that_are_no_class_are_refused(tmp_path, label):
 def test_what_is_neither_image_nor_label_is_left_out(tmp_path):
     """Captions, boxes and scores lie beside many published images; two images or labels of a key are no sample."""
     names = ("json", "jpg", "txt", "cls", "__key__")
-    found = [shards.write_index([str(foreign(tmp_path, split, names=names))]) for split in ("train", "val")]
-    assert found
+    for split in ("train", "val"):
+        shards.write_index([str(foreign(tmp_path, split, names=names))])
     info, train, _, test = read("WEBDATASET", tmp_path / "train-0.tar")
     assert (len(train), len(test), info.num_classes) == (2, 2, 4)
     ((images, labels),) = test.eval_batches(4)

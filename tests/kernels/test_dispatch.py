@@ -9,6 +9,7 @@ import torch
 from local_attention_cases import draw
 from sasa import kernels
 from sasa.kernels import dispatch, local_attention, reference
+from sasa.kernels.interface import CallKind
 
 
 @pytest.fixture
@@ -56,14 +57,16 @@ def test_auto_takes_the_first_backend_that_is_usable_and_takes_the_call(spy):
     assert spy.calls == ["forward", "backward"]
 
 
-def test_a_call_that_the_c_kernel_cannot_take_does_not_wait_for_its_build(spy, monkeypatch):
+def test_a_call_on_another_device_does_not_wait_for_the_build_of_the_c_kernel(spy, monkeypatch):
     def build():
         raise AssertionError("built")
 
-    spy.unusable, spy.refusal = build, "it takes CPU tensors"
+    spy.unusable = build
     monkeypatch.setattr(dispatch, "MODULES", {"cpu": "spy_backend", "reference": "sasa.kernels.reference"})
-    small_call()
-    assert not spy.calls
+    dispatch.forget()
+    assert dispatch.choose_for(CallKind(torch.device("cuda"), torch.float64, 8, 7)) == "reference"
+    with pytest.raises(AssertionError, match="built"):
+        dispatch.choose_for(CallKind(torch.device("cpu"), torch.float64, 8, 7))
 
 
 def test_a_named_backend_serves_the_call(spy):

@@ -46,6 +46,16 @@ def test_the_second_run_is_refused_and_names_the_first(tmp_path, holder, monkeyp
     assert f"process {holder.pid} on {socket.gethostname()}, started 20" in text and "\n" not in text
 
 
+def test_a_refused_run_leaves_the_lock_of_the_one_that_holds_the_folder(tmp_path, holder, monkeypatch):
+    monkeypatch.setattr(lock, "WAIT_SECONDS", 0.0)
+    for _ in range(2):
+        refused = FolderLock()
+        with pytest.raises(ConfigError):
+            refused.acquire(tmp_path)
+        refused.release()
+        assert [path.name for path in tmp_path.iterdir()] == [lock.NAME]
+
+
 def test_a_death_frees_the_folder_and_the_next_run_waits_for_it(tmp_path, holder, monkeypatch):
     waits = []
     monkeypatch.setattr(lock.time, "sleep", lambda _: waits.append(holder.kill()) or holder.wait())
@@ -102,8 +112,8 @@ def test_a_refused_run_leaves_no_folder_that_it_made(tmp_path):
     found.acquire(folder)
     assert [path.name for path in folder.iterdir()] == [lock.NAME]
     found.release()
-    assert not folder.exists()
-    folder.mkdir()  # the user's own
+    assert not (tmp_path / "runs").exists()
+    folder.mkdir(parents=True)  # the user's own
     found.acquire(folder)
     found.release()
     assert not [*folder.iterdir()]
@@ -116,7 +126,7 @@ def test_a_refused_run_leaves_no_folder_that_it_made(tmp_path):
 def test_a_lock_that_its_holder_has_removed_is_taken_anew(tmp_path, monkeypatch, capsys):
     """The waiting process has the removed file open: with it, two runs would be in the folder."""
     folder = tmp_path / "run"
-    first, second = FolderLock(), FolderLock()
+    first, second = FolderLock(), FolderLock()  # the one removes it between the other's two steps
     refused = [OSError(errno.EAGAIN, "held"), None]  # POSIX locks do not part two of one process
     lockf = lock.fcntl.lockf
 
@@ -132,4 +142,4 @@ def test_a_lock_that_its_holder_has_removed_is_taken_anew(tmp_path, monkeypatch,
     assert os.path.samestat(os.fstat(second._descriptor), os.stat(folder / lock.NAME))
     assert f"process {os.getpid()}" in capsys.readouterr().err
     second.release()
-    assert not folder.exists() or not [*folder.iterdir()]
+    assert not folder.exists()

@@ -96,7 +96,7 @@ def _is_lost(error: str) -> bool:
 
     Triton says "Triton Error [CUDA]: ..." of a launch that was refused too, after which the device is as it was.
     """
-    fatal = ("illegal", "misaligned", "launch failure", "uncorrectable")
+    fatal = ("illegal", "misaligned", "launch failure", "uncorrectable", "assert", "timed out", "hardware stack")
     return "CUDA error" in error or ("Error [CUDA]" in error and any(word in error for word in fatal))
 
 
