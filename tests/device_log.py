@@ -11,6 +11,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from sasa.kernels import plain
+
 META = torch.device("meta")
 _COPIES = ("aten::_to_copy", "aten::to", "aten::copy_")  # `to` is whole in inference mode
 # Operators that queue no kernel: views, and memory that is not written.
@@ -93,6 +95,15 @@ class Autocast(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self._narrowed: dict[torch.Tensor, torch.Tensor] = {}
+
+    def __enter__(self):
+        self._is_intercepted = plain._is_intercepted
+        plain._is_intercepted = lambda: False  # it stands for autocast, for which weights are used past their modules
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        plain._is_intercepted = self._is_intercepted
+        return super().__exit__(*error)
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if function in self.NARROW:

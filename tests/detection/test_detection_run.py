@@ -179,10 +179,9 @@ def test_evaluate_compares_categories_by_their_names(tmp_path, capsys):
     for split in ("train", "val"):
         file = Path(str(path).format(split))
         file.write_text(file.read_text().replace('"name": "3"', '"name": "three"'))
-    with pytest.raises(SystemExit) as ended:
-        train.main(command, task=detection.DETECTION)
+    assert train.main(command, task=detection.DETECTION) == 2
     error = capsys.readouterr().err
-    assert ended.value.code == 2 and "other classes" in error and error.count("\n") == 1
+    assert "other classes" in error and error.count("\n") == 1
 
 
 def classification_checkpoint(path: Path, network):

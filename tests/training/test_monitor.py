@@ -173,7 +173,7 @@ def test_an_output_that_fails_is_reported_once_and_costs_nothing(tmp_path, monke
             outputs.epoch(4 * epoch, row | {"epoch": epoch}, 3)
             outputs.attempt("picture.png", full)
     errors = capsys.readouterr().err.splitlines()
-    assert sorted(line.split()[1] for line in errors) == ["TensorBoard's", "log.jsonl", "picture.png"], errors
+    assert sorted(line.split()[0] for line in errors) == ["TensorBoard's", "log.jsonl", "picture.png"], errors
     outputs.epoch(12, row | {"epoch": 3}, 3)
     outputs.close()
     assert [json.loads(line)["epoch"] for line in (tmp_path / "log.jsonl").read_text().splitlines()] == [1, 2, 3]
