@@ -1,7 +1,7 @@
 """The two layers of Stand-Alone Self-Attention in Vision Models (Ramachandran et al. 2019, arXiv 1906.05909).
 
 `LocalAttention2d` takes the place of a 3x3 convolution (section 3.1); `AttentionStem` that of the first convolution
-(section 3.3). They own the parameters and check the arguments; the mathematics is in `kernels`.
+(section 3.3). They own the parameters and check the arguments; the mathematics is in `sasa.kernels`.
 
 Shapes: B batch, C channels, H x W map, N heads, D = C / N head width, K window side.
 
@@ -84,7 +84,7 @@ class LocalAttention2d(nn.Module):
         grouped: each head projects its own in_channels / N input channels only.
         share_embeddings: one pair of embedding tables for all heads: `rel_row`, `rel_col` of shape (1, D/2, K).
         scale: factor of the logits, above 0.
-        backend: of `kernels.local_attention`.
+        backend: of `sasa.kernels.local_attention`.
         embedding_std: standard deviation of the embeddings at initialisation; None: see `reset_parameters`.
 
     Parameters: `query`, `key`, `value` (1x1 convolutions, no bias), `rel_row`, `rel_col` (N, D/2, K).
@@ -263,8 +263,8 @@ class AttentionStem(nn.Module):
         num_mixtures: m, the number of value matrices.
         values: "mixture" (sum_m p(a, b, m) W_V^m), "plain" (one matrix) or "conv" (an S x S convolution) (Table 7).
         border: "mask" or "zero", for keys outside the image.
-        backend: of `kernels.local_attention`, which serves window="sliding" with values="conv"; for the other values
-            "cpu" is the C++ kernel and "triton" the fused one for CUDA (3 channels each), any other name plain
+        backend: of `sasa.kernels.local_attention`, which serves window="sliding" with values="conv"; for the other
+            values "cpu" is the C++ kernel and "triton" the fused one for CUDA (3 channels each), any other name plain
             PyTorch; "auto" takes the fastest.
 
     Parameters: `query`, `key`, `value` (convolutions without bias; `value` holds the m matrices one after the other),

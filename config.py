@@ -174,7 +174,7 @@ class Config(Settings):
     # Training
     recipe: str = option(
         "default", "fill in every flag whose default is \"the recipe's\", by data set",
-        choices=("default", "port", "paper", "rsb", "rsb-a3", "strong"),
+        choices=tuple(RECIPES),
         alias={"seed": "port"},
     )  # fmt: skip
     epochs: int | None = from_recipe("train for this many epochs", int, low=1)

@@ -20,12 +20,11 @@ from torch import Tensor, nn
 
 from attention import AttentionStem, LocalAttention2d
 from sasa.backbone import CheckpointedBlock, StagedNetwork
-from sasa.convert import convert, load_torchvision  # noqa: F401 : parts of this module's interface
+from sasa.convert import STAGES, convert, load_torchvision  # noqa: F401 : parts of this module's interface
 from sasa.initialise import he_weight, set_initialiser, zero_norm
 from sasa.kernels.plain import is_plain, is_plain_norm, is_plain_pool
 from sasa.kernels.tracing import CeilMaxPool2d, is_proxy
 
-STAGES = (1, 2, 3, 4)
 PLANES = (64, 128, 256, 512)  # channels of each stage's spatial layers
 MIN_SIZE = 8  # pixels: the smallest image side that the networks are built for and tested with
 

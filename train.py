@@ -228,7 +228,7 @@ def train_epochs(run: Run, monitor: Monitor, saver: Saver, stop: StopRequest, ta
                 saver.save_or_end(run)
             elif saver.due_by_epoch(progress.epoch + 1):  # before a long validation begins; a resume does it again
                 saver.save(run)
-            distributed.broadcast(run.batch_norm_buffers())
+            distributed.broadcast(run.buffers())
             found = task.validate(run, monitor, stop, progress.epoch + 1 == config.epochs or at_max_steps(run))
             if found is None:
                 saver.save_or_end(run)
@@ -244,7 +244,7 @@ def train_epochs(run: Run, monitor: Monitor, saver: Saver, stop: StopRequest, ta
                 break
             if has_stopped_rising(run):
                 monitor.say(f"ended early: no better top-1 on the held-out images since epoch {progress.best_epoch}")
-    distributed.broadcast(run.batch_norm_buffers())
+    distributed.broadcast(run.buffers())
     if progress.batch == 0:  # else cut by --max-steps, and saved as it was
         saver.save_or_end(run)
     return task.finish(run, monitor, saver, stop, result)

@@ -7,6 +7,7 @@ import select
 import sys
 import unicodedata
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import NoReturn
 
 USAGE_ERROR, READER_GONE = 2, 141  # exit codes: wrong usage or data; the shell's for a broken pipe
@@ -67,8 +68,16 @@ def show(content: str | bytes) -> None:
         _close_stdout()
 
 
-def _has_lost_its_reader() -> bool:
-    """Whether stdout is a pipe that nobody reads any more."""
+def raise_if_reader_is_gone(error: Exception) -> None:
+    """For whoever turns an OSError into a message: `run_main` ends a command whose reader of stdout has gone."""
+    if _reader_is_gone(error):
+        raise error
+
+
+def _reader_is_gone(error: Exception) -> bool:
+    """Whether stdout is a pipe that nobody reads any more: the error may be of a pipe to a process of our own."""
+    if not isinstance(error, BrokenPipeError):
+        return False
     try:
         poll = select.poll()
         poll.register(sys.stdout.fileno(), 0)
@@ -95,12 +104,26 @@ def run_main(main: Callable[[], int]) -> NoReturn:
             code = end.code
         if sys.stdout is not None:
             sys.stdout.flush()
-    except BrokenPipeError:
-        if not _has_lost_its_reader():
-            raise  # another pipe, to a process of the command's own
+    except BrokenPipeError as error:
+        if not _reader_is_gone(error):
+            raise
         code = READER_GONE
         _close_stdout()
     sys.exit(code)
+
+
+def as_path(text: str) -> Path:
+    """For `add_argument(type=...)`: a path, not empty as a shell variable that is not set is; a leading ~ is the home
+    folder (a shell leaves it as it is after = and in quotes).
+    """
+    return Path(as_path_text(text))
+
+
+def as_path_text(text: str) -> str:
+    """`as_path` for a path, or a pattern of paths, that is kept as text."""
+    if not text:
+        raise argparse.ArgumentTypeError("must not be empty")
+    return os.path.expanduser(text)
 
 
 def print_error(prog: str, message: object) -> None:

@@ -83,9 +83,8 @@ class Settings:
         ConfigError: a value of another type or out of its bounds.
     """
 
-    # Of the kinds of runs that have no such flags.
-    min_lr, layer_decay, early_stop, log_csv, keep_states = 0.0, 1.0, 0, False, 0
-    matmul_precision, cudnn_benchmark, compile_mode = "highest", False, "default"
+    # What shared code reads of runs whose kind has no such flags.
+    early_stop, log_csv, keep_states, cudnn_benchmark = 0, False, 0, False
 
     def __post_init__(self) -> None:
         for f in fields(self):
@@ -142,6 +141,8 @@ def parse_value(f: dataclasses.Field, text: str) -> Any:
         ConfigError: it is not of that type, or not allowed.
     """
     kind, rule = f.metadata["kind"], f.metadata["rule"]
+    if not text:  # a shell variable that is not set
+        raise ConfigError(f"{flag_of(f.name)}: must not be empty")
     value = _number(kind, text, f"{flag_of(f.name)} {text}") if kind in (int, float) else text
     if rule.get("is_path"):  # a shell leaves ~ as it is after =, and in quotes
         value = os.path.expanduser(text)
@@ -176,11 +177,9 @@ def _check_typed(f: dataclasses.Field, value: Any) -> None:
 def _check_rule(f: dataclasses.Field, value: Any) -> None:
     """A value of the right type against its field's bounds and choices. Raises ConfigError."""
     rule, given = f.metadata["rule"], f"{flag_of(f.name)} {str(value)[:60]}"
-    if value == "":  # a shell variable that is not set
-        raise ConfigError(f"{flag_of(f.name)}: must not be empty")
     if isinstance(value, str) and "\0" in value:
         raise ConfigError(f"{given!r}: must not hold a zero byte")
-    if rule.get("is_name") and (value in (".", "..") or any(sep in value for sep in (os.sep, os.altsep) if sep)):
+    if rule.get("is_name") and (value in ("", ".", "..") or any(sep in value for sep in (os.sep, os.altsep) if sep)):
         raise ConfigError(f"{given!r}: must be the name of one folder, without {os.sep} and not . or ..")
     if isinstance(value, float) and not math.isfinite(value):
         raise ConfigError(f"{given}: must be finite")

@@ -181,6 +181,14 @@ def test_an_empty_value_is_not_the_flags_absence(flag, capsys):
     assert error.value.code == 2 and f"{flag}: must not be empty" in capsys.readouterr().err
 
 
+def test_a_stored_configuration_may_hold_what_the_command_line_refuses_now():
+    """`--data-dir ""` was taken as the current folder."""
+    stored = Config().to_dict() | {"data_dir": "", "output_dir": ""}
+    assert Config.from_dict(stored).data_dir == ""
+    with pytest.raises(ConfigError, match=r"--name .*must be the name of one folder"):
+        Config(name="")
+
+
 def test_a_leading_tilde_is_the_home_folder_where_the_shell_has_left_it(monkeypatch):
     monkeypatch.setenv("HOME", "/home/of/me")
     flags = ["--data-dir=~/x", "--output-dir=~", "--index-dir=~/i", "--class-weights=~/w.json", "--resume=~/last.pt"]
@@ -193,7 +201,7 @@ def test_a_leading_tilde_is_the_home_folder_where_the_shell_has_left_it(monkeypa
     assert parse_command_line(["--name=~x", "--data-dir=a/~"]).given == {"name": "~x", "data_dir": "a/~"}
 
 
-# As DESIGN.md section 4 lists them, less those of later steps (--attention-every, --sync-bn).
+# The flags that must stay.
 CONTRACT = """
     --dataset --data-dir --epochs --batch-size --lr --weight-decay --momentum --label-smoothing --warmup-epochs
     --seed --recipe --model-name --kernel-size --num-heads --position --no-content --border --scale --grouped

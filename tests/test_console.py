@@ -1,5 +1,6 @@
 """sasa/console.py: messages are one printable line that names things exactly; wrong usage ends with exit code 2."""
 
+import argparse
 import os
 import subprocess
 import sys
@@ -7,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from sasa.console import Parser, one_line, print_error, printable
+from sasa.console import Parser, as_path, as_path_text, one_line, print_error, printable
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -110,3 +111,45 @@ def test_a_reader_that_has_gone_is_no_error():
     )
     process.stdout.close()
     assert process.stderr.read() == "" and process.wait(60) == 0
+
+
+def test_paths_of_a_command_line(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/of/me")
+    assert as_path("~/x") == Path("/home/of/me/x") and as_path_text("~/x/*.png") == "/home/of/me/x/*.png"
+    assert as_path("a/~") == Path("a/~") and as_path_text("~") == "/home/of/me"
+    for kind in (as_path, as_path_text):
+        with pytest.raises(argparse.ArgumentTypeError, match="must not be empty"):
+            kind("")
+
+
+def test_every_command_takes_its_paths_alike():
+    """train.py expands a leading ~: a tool that did not would look elsewhere for what train.py has written."""
+    files = [*ROOT.glob("*.py"), *ROOT.glob("tools/**/*.py"), *ROOT.glob("sasa/**/*.py")]
+    assert len(files) > 100
+    assert not [path for path in files if "type=Path" in path.read_text()]
+
+
+@pytest.mark.parametrize("closes", [True, False])
+def test_a_command_that_tells_of_errors_of_files_says_nothing_of_a_reader_that_has_gone(closes):
+    code = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from sasa.console import raise_if_reader_is_gone, run_main
+def main():
+    try:
+        if sys.argv[2] == "True":
+            print("x" * 10**6, flush=True)
+        raise BrokenPipeError("to a worker")
+    except OSError as error:
+        raise_if_reader_is_gone(error)
+        print(f"tool: error: {error}", file=sys.stderr)
+    return 2
+run_main(main)
+"""
+    command = [sys.executable, "-c", code, str(ROOT), str(closes)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        if closes:
+            process.stdout.close()
+            process.stdout = None
+        _, errors = process.communicate(timeout=60)
+    assert (process.returncode, errors) == ((141, "") if closes else (2, "tool: error: to a worker\n"))

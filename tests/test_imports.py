@@ -24,13 +24,14 @@ ALLOWED = {
     "sasa.convert": BASE | {"sasa.kernels", "attention"},
     "model": BASE | {"sasa.kernels", "sasa.initialise", "attention", "sasa.backbone", "sasa.convert"},
     "hubconf": BASE | {"model"},
-    "sasa.analysis": BASE | {"sasa.kernels", "attention", "model"},
+    "sasa.analysis": BASE | {"sasa.kernels", "attention", "sasa.backbone", "model"},
     "sasa.data": BASE | {"sasa.data.specs"},
     "preprocess": BASE | {"sasa.data", "sasa.data.specs"},
     "sasa.training": BASE
     | {
         "sasa.kernels",
         "attention",
+        "sasa.backbone",
         "model",
         "sasa.analysis",
         "sasa.data",

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 import small_runs
+from data_sets import write_idx
 from preprocess import FolderData, WorkerError
-from tiny_runs import BASE, Tiny, evaluated, go, make_tree, read, tree_flags, write_idx
+from tiny_runs import BASE, Tiny, evaluated, go, make_tree, read, tree_flags
 
 # ---- --evaluate -----------------------------------------------------------------------------------------------------
 
@@ -147,7 +148,7 @@ def test_failed_decoding_processes_ask_for_a_restart_only_after_a_step(
 
 
 def test_fashion_mnist_from_its_four_files(tmp_path, tiny):
-    write_idx(tmp_path / "files")
+    write_idx(tmp_path / "files", ".gz", train=60, test=20)
     folder = go(tmp_path, f"--dataset fashionmnist --data-dir {tmp_path / 'files'} --max-steps 3")
     assert read(folder)["test_images"] == 20 and read(folder)["steps"] == 3
     config = read(folder, "config.json")

@@ -1,6 +1,5 @@
 """Runs of train.py with a network of 300 weights in place of ResNet26, for what is about the loop around it."""
 
-import gzip
 import json
 from pathlib import Path
 
@@ -12,6 +11,19 @@ from torch import nn
 import small_runs
 
 BASE = "--dataset DIGITS --epochs 2 --batch-size 4 --name run --no-progress --device cpu --ema 0"
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing in the product catches it."""
+
+
+def refused(capsys, output: Path, *flags: str) -> str:
+    """The one line that such a run ends with."""
+    capsys.readouterr()
+    assert small_runs.run(output, *BASE.split(), *" ".join(flags).split()) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("train.py: error: ") and error.count("\n") == 1
+    return error
 
 
 class Tiny(nn.Sequential):
@@ -87,18 +99,6 @@ def make_tree(root: Path, classes=("ant", "bee", "cow"), train_images=8, val_ima
 
 def tree_flags(root: Path, workers: int = 2) -> str:
     return f"--dataset FOLDER --data-dir {root} --img-size 16 --num-workers {workers} --optimizer adamw --lr 0.02"
-
-
-def write_idx(folder: Path, train_images=60, test_images=20) -> None:
-    """FashionMNIST's four files as Debian has them."""
-    folder.mkdir()
-    rng = np.random.default_rng(0)
-    for split, count in (("train", train_images), ("t10k", test_images)):
-        sizes = np.array([count, 28, 28], ">u4").tobytes()
-        images = bytes((0, 0, 8, 3)) + sizes + rng.integers(0, 256, count * 784, dtype=np.uint8).tobytes()
-        labels = bytes((0, 0, 8, 1)) + sizes[:4] + (np.arange(count) % 10).astype(np.uint8).tobytes()
-        (folder / f"{split}-images-idx3-ubyte.gz").write_bytes(gzip.compress(images))
-        (folder / f"{split}-labels-idx1-ubyte.gz").write_bytes(gzip.compress(labels))
 
 
 def spoiled_loss(logits, call):

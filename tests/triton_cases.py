@@ -16,6 +16,7 @@ import pytest
 import torch
 
 import oracle
+from local_attention_cases import channels_innermost, sliced
 from sasa.kernels import choose_backend, local_attention, local_attention_packed
 from sasa.kernels import triton_backend as cuda
 from sasa.kernels import triton_tiles as tiles
@@ -98,10 +99,6 @@ def check(found, dtype):
             assert rms <= bound, f"{name}: off by {rms} (root mean square), plain types {plain}"
 
 
-def innermost(x):
-    return x.permute(0, 3, 4, 1, 2).contiguous().permute(0, 3, 4, 1, 2)
-
-
 def draw(case):
     """The inputs in fp64, channels innermost, and a direction; every number is one that fp16 and bf16 also have."""
     batch, heads, width, size, height, map_width, _, content, embeddings, _ = case
@@ -112,13 +109,13 @@ def draw(case):
 
     shape, std = (batch, heads, width, height, map_width), width**-0.25
     inputs = {
-        "query": innermost(numbers(*shape, std=std)),
-        "key": innermost(numbers(*shape, std=std)) if content else None,
-        "value": innermost(numbers(*shape)),
+        "query": channels_innermost(numbers(*shape, std=std)),
+        "key": channels_innermost(numbers(*shape, std=std)) if content else None,
+        "value": channels_innermost(numbers(*shape)),
         "rel_row": numbers(heads, width // 2, size, std=std) if embeddings else None,
         "rel_col": numbers(heads, width // 2, size, std=std) if embeddings else None,
     }
-    return inputs, innermost(numbers(*shape))
+    return inputs, channels_innermost(numbers(*shape))
 
 
 def gradients(function, inputs, direction):
@@ -412,16 +409,10 @@ def confined_and_not(case, dtype):
 # ---- layouts -------------------------------------------------------------------------------------------------------
 
 
-def _sliced(x):
-    room = x.new_full((2 * x.shape[0], *x.shape[1:4], 2 * x.shape[4]), float("nan"))
-    room[::2, ..., ::2] = x
-    return room[::2, ..., ::2]
-
-
 LAYOUTS = {
-    "channels innermost": innermost,
+    "channels innermost": channels_innermost,
     "contiguous": torch.Tensor.contiguous,
-    "every other column": _sliced,
+    "every other column": sliced,
     "columns before rows": lambda x: x.transpose(-2, -1).contiguous().transpose(-2, -1),
     "stride 0": lambda x: x[:1].expand(x.shape),
 }

@@ -28,13 +28,24 @@ from typing import Any, NoReturn
 
 from config import DATASETS, MODELS, SIDES, Config, ConfigError, idle_flags, nominal_batch, rate_factor, rate_for
 from sasa import console
-from sasa.console import Parser, one_line, print_error, printable, run_main, show
+from sasa.console import (
+    Parser,
+    as_path,
+    as_path_text,
+    one_line,
+    print_error,
+    printable,
+    raise_if_reader_is_gone,
+    run_main,
+    show,
+)
 from sasa.files import open_regular
-from sasa.settings import ADDED, renamed
+from sasa.settings import ADDED, flag_of, renamed
 from sasa.training import format2
 from sasa.training.cli import Command, parse_command_line
-from sasa.training.signals import StopRequest
-from tools.arguments import positive
+from sasa.training.files import BEST, CONFIG, LAST, PREVIOUS, SUMMARY
+from sasa.training.signals import STOPPED, StopRequest
+from tools.arguments import one_of, positive
 from tools.paper import DEPTHS, rows_for
 from tools.report import markdown, write_beside
 from tools.runs import RunsError, read, read_json, remember
@@ -42,11 +53,10 @@ from tools.trials import TABLES, Budget, Trial, in_words, table_name, unique, va
 
 PROG = "tools.ablate"
 HERE = Path(__file__).resolve().parents[1]
-STOPPED = 75  # train.py's, and this one's
 POLL_SECONDS = 0.1
 OWN = ("model_name", "dataset", "data_dir", "seed", "output_dir", "name")  # flags that this command sets
 SETTLED = ("form", "img_size", "eval_size", "amp", "ema")  # what a run fills in at its start where it is "auto" or None
-WEIGHTS = ("last.pt", "previous.pt", "best.pt")  # what train.py writes; other weights in a run's folder are not ours
+WEIGHTS = (LAST, PREVIOUS, BEST)  # what train.py writes; other weights in a run's folder are not ours
 OUTPUT, LOCK = "output.txt", ".ablate-lock"  # in a run's folder: what it has printed, and who is running it
 
 
@@ -55,7 +65,7 @@ OUTPUT, LOCK = "output.txt", ".ablate-lock"  # in a run's folder: what it has pr
 
 def is_done(folder: Path, config: Config) -> bool:
     """Whether the folder holds the whole summary of a run of this configuration."""
-    saved, summary = read_json(folder / "config.json"), read_json(folder / "summary.json")
+    saved, summary = read_json(folder / CONFIG), read_json(folder / SUMMARY)
     if saved is None or summary is None or saved.get("max_steps") != config.max_steps:
         return False
     return not differing(saved, config)
@@ -95,7 +105,7 @@ def is_lowered_rate(rate: Any, config: Config) -> bool:
 
 def other_run(folder: Path, config: Config) -> str | None:
     """Why the run in the folder is not continued, as train.py --resume keeps its values; None where it can be."""
-    names = differing(read_json(folder / "config.json") or config.to_dict(), config)
+    names = differing(read_json(folder / CONFIG) or config.to_dict(), config)
     if not names:
         return None
     return f"{folder} holds a run of another configuration ({', '.join(names)}): delete it, or --output-dir"
@@ -198,7 +208,7 @@ def finish(work: Work, trial: Trial, code: int) -> None:
     """Say what became of a run whose train.py has ended with `code`."""
     folder = work.folder / trial.name
     if code == 0:
-        summary = read_json(folder / "summary.json")
+        summary = read_json(folder / SUMMARY)
         if summary is None:
             work.fail(trial, "ended well, but its summary.json cannot be read")
             return
@@ -230,11 +240,6 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, Budget]:
         cut = arguments.index("--")
         own, shared = arguments[:cut], arguments[cut + 1 :]
 
-    def one_of(names: tuple[str, ...]):
-        """Any case, as train.py takes it."""
-        spelling = {name.lower(): name for name in names}
-        return lambda text: spelling.get(text.lower(), text)
-
     parser = Parser(
         f"python -m {PROG}",
         description="Run the rows of the paper's tables by train.py, resume what was interrupted, print the scores.",
@@ -243,7 +248,7 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, Budget]:
     tables = "tables whose rows are run: 1, 3 to 7 of the paper, the port's, the recipe's, the strong recipe's"
     parser.add_argument("--table", nargs="+", required=True, type=table_name, choices=TABLES, help=tables)
     parser.add_argument("--dataset", default="DIGITS", type=one_of(DATASETS), choices=DATASETS, help="default: DIGITS")
-    parser.add_argument("--data-dir", metavar="DIR", help="folder of the data sets")
+    parser.add_argument("--data-dir", type=as_path_text, metavar="DIR", help="folder of the data sets")
     parser.add_argument("--epochs", type=positive, metavar="N", help="of every run (default: the recipe's)")
     parser.add_argument("--seeds", type=positive, default=1, metavar="N", help="seeds 0 to N-1 (default: 1)")
     parser.add_argument("--model-name", type=one_of(MODELS), choices=DEPTHS,
@@ -251,14 +256,14 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, Budget]:
                         "(default: not cut; ResNet26, ResNet50 on image trees)")  # fmt: skip
     parser.add_argument("--jobs", type=positive, default=1, metavar="N", help="runs at a time (default: 1)")
     parser.add_argument("--threads", type=positive, metavar="N", help="threads of a run (default: OMP_NUM_THREADS)")
-    parser.add_argument("--output-dir", default="runs/ablate", metavar="DIR", help="default: runs/ablate")
+    parser.add_argument("--output-dir", type=as_path, default="runs/ablate", metavar="DIR", help="default: runs/ablate")
     parser.add_argument("--keep-weights", action="store_true", help="keep the checkpoints of runs that are done")
     parser.add_argument("--dry-run", action="store_true", help="print the train.py lines of what is not done, and end")
     args = parser.parse_args(own)
     command = parse_command_line(shared)
     taken = [name for name in OWN if name in command.given] + (["epochs"] if "epochs" in command.given else [])
     if taken or command != Command(command.given):
-        what = "--" + taken[0].replace("_", "-") if taken else "--resume, --init-from, --evaluate or --overwrite"
+        what = flag_of(taken[0]) if taken else "--resume, --init-from, --evaluate or --overwrite"
         fail(f"{what} after --: not for train.py here, this command has or sets it")
     return args, Budget(args.dataset, (*(["--epochs", str(args.epochs)] if args.epochs else []), *shared))
 
@@ -308,6 +313,7 @@ def main(arguments: list[str] | None = None) -> int:
         print("", *(markdown(done, *table) for table in tables), sep="\n")
         print(f"Tables and CSV: {printable(folder)}")
     except (RunsError, OSError) as error:
+        raise_if_reader_is_gone(error)
         if not work.failures and work.stop.received is None:
             fail(error)
         print_error(PROG, error)

@@ -23,7 +23,7 @@ from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
-from sasa.console import USAGE_ERROR, Parser, print_error, printable, run_main
+from sasa.console import USAGE_ERROR, Parser, as_path, print_error, printable, run_main
 from sasa.files import open_regular
 from tools.arguments import natural
 
@@ -173,9 +173,11 @@ def main(arguments: list[str] | None = None) -> int:
         description="Make a tree of the package elpv-dataset that train.py reads with --dataset FOLDER.",
         epilog="exit code: 0 done, 2 wrong usage or data",
     )
-    parser.add_argument("target", type=Path, metavar="DIR", help="a new or empty folder; gets train/, val/, split.csv")
+    parser.add_argument(
+        "target", type=as_path, metavar="DIR", help="a new or empty folder; gets train/, val/, split.csv"
+    )
     parser.add_argument("--seed", type=natural, default=0, metavar="N", help="of the split (default: 0)")
-    parser.add_argument("--source", type=Path, metavar="DIR",
+    parser.add_argument("--source", type=as_path, metavar="DIR",
                         help="folder with labels.csv and images/ (default: that of the installed package)")  # fmt: skip
     args = parser.parse_args(arguments)
     try:

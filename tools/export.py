@@ -15,7 +15,6 @@ import json
 import os
 import warnings
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +22,7 @@ from torch import Tensor, nn
 from config import Config, ConfigError
 from preprocess import DataInfo
 from sasa import files
-from sasa.console import Parser, one_line, print_error, printable, run_main
+from sasa.console import Parser, as_path, one_line, print_error, printable, run_main
 from sasa.training.checkpoint import CheckpointError
 from sasa.training.network import build_network, load_network
 
@@ -48,9 +47,9 @@ def parse(arguments: list[str] | None) -> tuple[Parser, argparse.Namespace]:
         description="Export a trained network, checked against the network.",
         epilog="exit code: 0 written and checked, 1 the export failed or is not the network, 2 wrong usage or data",
     )
-    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="best.pt or last.pt of a run")
+    parser.add_argument("checkpoint", type=as_path, metavar="CHECKPOINT", help="best.pt or last.pt of a run")
     parser.add_argument("--format", choices=PACKAGES, required=True, help="kind of file")
-    parser.add_argument("--output", type=Path, metavar="FILE",
+    parser.add_argument("--output", type=as_path, metavar="FILE",
                         help="file to write (default: the checkpoint's path with the format's ending)")  # fmt: skip
     parser.add_argument("--overwrite", action="store_true", help="replace a file that is there already")
     return parser, parser.parse_args(arguments)

@@ -10,11 +10,10 @@ Reads log.jsonl and the summaries only.
 from __future__ import annotations
 
 from itertools import cycle
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sasa.analysis import figures
-from sasa.console import USAGE_ERROR, Parser, print_error, printable, run_main
+from sasa.console import USAGE_ERROR, Parser, as_path, print_error, printable, raise_if_reader_is_gone, run_main
 from tools.paper import CONVOLUTION, Row, rows_for
 from tools.runs import Folder, RunsError, length, read, read_rows, record, seeds_of
 from tools.trials import TABLES, run_name
@@ -159,7 +158,7 @@ def draw_points(ax: Axes, points: list[tuple[Row, dict[str, Any]]], key: str) ->
 
 def main(arguments: list[str] | None = None) -> int:
     parser = Parser("python -m tools.plot", description="Pictures of folders of runs, as PNG beside the runs.")
-    parser.add_argument("folders", nargs="+", type=Path, metavar="DIR", help="such as results/digits")
+    parser.add_argument("folders", nargs="+", type=as_path, metavar="DIR", help="such as results/digits")
     for path in parser.parse_args(arguments).folders:
         try:
             folder = read(path)
@@ -172,6 +171,7 @@ def main(arguments: list[str] | None = None) -> int:
                 figures.save(figure, path / name)
                 print(f"wrote {printable(path / name)}")
         except (RunsError, OSError) as error:
+            raise_if_reader_is_gone(error)
             print_error("tools.plot", error)
             return USAGE_ERROR
     return 0

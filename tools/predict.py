@@ -17,7 +17,6 @@ import os
 import stat
 import sys
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,13 +27,13 @@ from tqdm import tqdm
 from config import FIELDS, Config, ConfigError
 from preprocess import DataError, DataInfo, FolderData, WorkerError
 from sasa import files
-from sasa.console import Parser, print_error, printable, run_main, show
+from sasa.console import Parser, as_path, as_path_text, print_error, printable, run_main, show
 from sasa.data.decode import EXTENSIONS
 from sasa.data.images import Evaluated, Files
 from sasa.data.trees import is_hidden
 from sasa.settings import parse_value
 from sasa.training.checkpoint import CheckpointError
-from sasa.training.device import amp_of_checkpoint, decoding_processes, pick_device, set_fp32_precision
+from sasa.training.device import amp_of_checkpoint, autocast_in, decoding_processes, pick_device, set_fp32_precision
 from sasa.training.network import load_network
 from tools.arguments import positive
 from tools.own_images import EVALUATION, as_in_the_set, evaluated
@@ -60,11 +59,12 @@ def parse(arguments: list[str] | None) -> tuple[Parser, argparse.Namespace]:
         epilog="exit code: 0 done; 1 the network gives NaN or infinity, or a decoding process died; "
         "2 wrong usage, or no image could be read",
     )
-    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="best.pt or last.pt of a run")
-    parser.add_argument("paths", nargs="+", metavar="PATH", help="image, folder of images, or quoted pattern")
+    parser.add_argument("checkpoint", type=as_path, metavar="CHECKPOINT", help="best.pt or last.pt of a run")
+    parser.add_argument("paths", nargs="+", type=as_path_text, metavar="PATH",
+                        help="image, folder of images, or quoted pattern")  # fmt: skip
     parser.add_argument("--top-k", type=positive, default=5, metavar="K", help="classes of each image (default: 5)")
     parser.add_argument("--format", choices=MARKS, default="csv", help="of the file (default: csv)")
-    parser.add_argument("--output", metavar="FILE",
+    parser.add_argument("--output", type=as_path_text, metavar="FILE",
                         help="file to write; -: stdout, without the table (default: predictions.FORMAT)")  # fmt: skip
     parser.add_argument("--batch-size", type=positive, default=64, metavar="B", help="images at a time (default: 64)")
     parser.add_argument("--num-workers", metavar="N",
@@ -94,7 +94,7 @@ def main(arguments: list[str] | None = None) -> int:
         (network, config, info), _ = load_network(args.checkpoint, backend="auto")
         device = pick_device(args.device)
         set_fp32_precision(config.matmul_precision)
-        amp = amp_of_checkpoint(config.amp, device, args.amp and parse_value(FIELDS["amp"], args.amp))
+        amp = amp_of_checkpoint(config.amp, device, None if args.amp is None else parse_value(FIELDS["amp"], args.amp))
         fed = evaluated(config, info, given)
         paths, skipped = find_images(args.paths)
         workers = decoding_processes(None, device) if len(paths) >= WORKERS_FROM else 0
@@ -102,7 +102,7 @@ def main(arguments: list[str] | None = None) -> int:
             workers = parse_value(FIELDS["num_workers"], args.num_workers)
         images = FolderData(Files(paths), [*range(len(paths))], info, device=device, num_workers=workers,
                             skip_bad_images=True, evaluated=fed)  # fmt: skip
-        autocast = partial(torch.autocast, device.type, dtype=amp, enabled=amp is not None)
+        autocast = autocast_in(amp, device)
         bar = args.progress and sys.stderr.isatty()
         predictions = predict(network.to(device), images, paths, args.batch_size, args.top_k, autocast, bar)
         skipped += images.bad_images

@@ -16,7 +16,8 @@ import shlex
 from pathlib import Path
 from urllib.parse import quote
 
-from sasa.console import USAGE_ERROR, Parser, print_error, printable, run_main
+from sasa.console import USAGE_ERROR, Parser, as_path, print_error, printable, raise_if_reader_is_gone, run_main
+from sasa.data.specs import SPECS
 from sasa.files import json_text, write_text
 from tools.runs import ABOUT, Folder, RunsError, length, read, read_rows, records, remember
 from tools.trials import TABLES, Budget
@@ -99,6 +100,7 @@ def command(budget: Budget, table: str, model: str | None, seeds: int) -> str:
     """The line that makes a table's runs."""
     words = ["python", "-m", "tools.ablate", "--table", table, "--dataset", budget.dataset, "--seeds", str(seeds)]
     words += ["--model-name", model] if model else []
+    words += ["--data-dir", "DIR"] if SPECS[budget.dataset].side is None else []  # of trees: there is no usual place
     shared = budget.words()
     if "--epochs" in shared:  # tools.ablate's own flag
         i = shared.index("--epochs")
@@ -223,10 +225,12 @@ def main(arguments: list[str] | None = None) -> int:
         description="Write the tables of results/ and docs/results.md from the runs in results/.",
         epilog="exit code: 0 done, 1 --check found something that is not up to date, 2 wrong usage or runs",
     )
-    parser.add_argument("--add", metavar="DIR", action="append", default=[], help="first take in a folder of ablate")
+    parser.add_argument(
+        "--add", type=as_path, metavar="DIR", action="append", default=[], help="first take in a folder of ablate"
+    )
     parser.add_argument("--check", action="store_true", help="write nothing, exit 1 where something is not up to date")
-    parser.add_argument("--results", default=RESULTS, type=Path, metavar="DIR", help="default: results")
-    parser.add_argument("--page", default=PAGE, type=Path, metavar="FILE", help="default: docs/results.md")
+    parser.add_argument("--results", default=RESULTS, type=as_path, metavar="DIR", help="default: results")
+    parser.add_argument("--page", default=PAGE, type=as_path, metavar="FILE", help="default: docs/results.md")
     args = parser.parse_args(arguments)
     if args.check and args.add:
         parser.error("--check writes nothing: it does not go with --add")
@@ -239,11 +243,12 @@ def main(arguments: list[str] | None = None) -> int:
         if args.page.exists() and MARK.encode() not in args.page.read_bytes():
             raise RunsError(f"{printable(args.page)}: {PROG} has not written it, and does not replace it")
         for source in args.add:
-            add(Path(source), args.results)
+            add(source, args.results)
         for path, text in generated(args.results, args.page).items():
             write_text(path, text)
             print(f"wrote {printable(path)}")
     except (RunsError, OSError) as error:
+        raise_if_reader_is_gone(error)
         print_error(PROG, error)
         return USAGE_ERROR
     return 0

@@ -45,11 +45,11 @@ STRONG = Table(
     source="",
 )
 TABLES = paper.TABLES | {"port": paper.PORT, "recipe": RECIPE, "strong": STRONG}
-OLD_NAMES = {"seed": "port"}  # of tables; stored results have them
+OLD_NAMES = {"seed": "port"}  # --table seed stays as an alias
 
 
 def table_name(text: str) -> str:
-    """The name of a table in `TABLES` for one that a person or a stored file gives: "seed" was the name of "port"."""
+    """The name of a table in `TABLES` for one that a person or a stored file gives; "seed" was once that of "port"."""
     return OLD_NAMES.get(text, text)
 
 

@@ -24,7 +24,7 @@ from tqdm import tqdm
 import train
 from config import Config, ConfigError
 from preprocess import DataError
-from sasa.console import Parser, fail, print_error, printable, run_main
+from sasa.console import Parser, as_path, as_path_text, fail, print_error, printable, raise_if_reader_is_gone, run_main
 from sasa.data.fingerprint import differences as data_differences
 from sasa.training import checkpoint, digests, distributed, environment
 from sasa.training.checkpoint import CheckpointError
@@ -193,7 +193,7 @@ def _replay(record: Record, segment: Segment, run: Run) -> str | None:
     saver, stop = Saver(run.config, Silent()), StopRequest()
     for epoch in range(segment.start + 1, segment.stop + 1):
         train.train_epoch(run, Silent(), saver, stop, tqdm(disable=True), train.CLASSIFICATION)
-        distributed.broadcast(run.batch_norm_buffers())
+        distributed.broadcast(run.buffers())
         wanted, found = record.rows[epoch - 1]["digests"], run.digests()
         groups = differing_groups(wanted, found)
         if groups:
@@ -240,12 +240,12 @@ def _first(one: Any, other: Any, path: str) -> str | None:
 
 def parse(arguments: list[str] | None) -> tuple[Parser, argparse.Namespace]:
     parser = Parser("python -m tools.verify", description=__doc__.splitlines()[0])
-    parser.add_argument("run", metavar="RUN", help="the folder of a finished run")
+    parser.add_argument("run", type=as_path, metavar="RUN", help="the folder of a finished run")
     parser.add_argument("--segments", type=positive, default=3, metavar="N",
                         help="replay this many stretches between kept states, evenly spread (default: 3)")  # fmt: skip
     parser.add_argument("--epochs", type=positive, nargs=2, metavar=("A", "B"),
                         help="replay epochs A to B instead, from the newest kept state before them")  # fmt: skip
-    parser.add_argument("--data-dir", help="read the data set from this folder (default: the run's)")
+    parser.add_argument("--data-dir", type=as_path_text, help="read the data set from this folder (default: the run's)")
     return parser, parser.parse_args(arguments)
 
 
@@ -253,12 +253,13 @@ def main(arguments: list[str] | None = None) -> int:
     """Returns the exit code."""
     _, args = parse(arguments)
     try:
-        return verify(Path(args.run), args.segments, tuple(args.epochs) if args.epochs else None, args.data_dir)
+        return verify(args.run, args.segments, tuple(args.epochs) if args.epochs else None, args.data_dir)
     except SharedError as shared:
         fail(PROG, shared.error)
     except Refused as error:
         print_error(PROG, f"not compared: {error}")
     except (CheckpointError, ConfigError, DataError, OSError) as error:
+        raise_if_reader_is_gone(error)
         print_error(PROG, error)
     return 2
 

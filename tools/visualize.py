@@ -36,13 +36,15 @@ from sasa.analysis.attention_maps import (
     rollout_layers,
 )
 from sasa.analysis.page import ImageAttention, NetworkAttention, StageProbe
-from sasa.console import Parser, one_line, print_error, printable, run_main
+from sasa.backbone import FEATURES
+from sasa.console import Parser, as_path, as_path_text, one_line, print_error, printable, run_main
 from sasa.data.errors import DataError, WorkerError
 from sasa.data.images import Files
 from sasa.training.checkpoint import CheckpointError
 from sasa.training.device import pick_device, set_fp32_precision
 from sasa.training.network import Trained, load_network
 from sasa.training.run import load_data, without_parts
+from tools.arguments import one_of
 from tools.own_images import as_in_the_set, evaluated
 
 if TYPE_CHECKING:
@@ -67,14 +69,13 @@ def parse(arguments: list[str] | None) -> tuple[Parser, argparse.Namespace]:
         "page. Two checkpoints are compared side by side.",
         epilog="exit code: 0 done, 2 wrong usage or data",
     )
-    parser.add_argument("checkpoints", type=Path, nargs="+", metavar="CHECKPOINT",
+    parser.add_argument("checkpoints", type=as_path, nargs="+", metavar="CHECKPOINT",
                         help="best.pt or last.pt of a run; a second one to compare it with")  # fmt: skip
     which = parser.add_mutually_exclusive_group()
-    which.add_argument("--images", nargs="+", metavar="FILE", help="images of your own")
-    names = {name.lower(): name for name in DATASETS}
-    which.add_argument("--dataset", type=lambda text: names.get(text.lower(), text), choices=DATASETS,
-                       metavar="NAME", help="a data set's test split (default: the checkpoint's own)")  # fmt: skip
-    parser.add_argument("--data-dir", help="folder of the data set (default: the checkpoint's own)")
+    which.add_argument("--images", nargs="+", type=as_path_text, metavar="FILE", help="images of your own")
+    which.add_argument("--dataset", type=one_of(DATASETS), choices=DATASETS, metavar="NAME",
+                       help="a data set's test split (default: the checkpoint's own)")  # fmt: skip
+    parser.add_argument("--data-dir", type=as_path_text, help="folder of the data set (default: the checkpoint's own)")
     parser.add_argument("--index", nargs="+", type=int, metavar="I",
                         help="images of the test split, from 0 (default: 0)")  # fmt: skip
     parser.add_argument("--pixel", nargs=2, type=int, metavar=("ROW", "COL"),
@@ -84,7 +85,9 @@ def parse(arguments: list[str] | None) -> tuple[Parser, argparse.Namespace]:
     parser.add_argument("--probe-images", type=int, default=PROBE_IMAGES, metavar="N",
                         help="training images that the linear probes are fitted on, 0: no probes "
                         f"(default: {PROBE_IMAGES})")  # fmt: skip
-    parser.add_argument("--output-dir", type=Path, help="folder of the files (default: attention/ by the checkpoint)")
+    parser.add_argument(
+        "--output-dir", type=as_path, help="folder of the files (default: attention/ by the checkpoint)"
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     args = parser.parse_args(arguments)
     if args.images and (args.index or args.data_dir):
@@ -145,9 +148,9 @@ def name_of(path: Path, others: list[Path]) -> str:
     return path.name if len(others) == 1 else f"{path.resolve().parent.name}/{path.name}"
 
 
-def bar(steps: Iterable, what: str, total: int | None = None) -> Iterator:
+def bar(steps: Iterable, what: str) -> Iterator:
     """A progress bar on a terminal, nothing elsewhere."""
-    return tqdm(steps, desc=what, total=total, leave=False, disable=not sys.stderr.isatty())
+    return tqdm(steps, desc=what, leave=False, disable=not sys.stderr.isatty())
 
 
 # ---- images ---------------------------------------------------------------------------------------------------------
@@ -201,7 +204,7 @@ def network_attention(
     args: argparse.Namespace, trained: Trained, info: DataInfo, images: list[NamedImage], path: Path
 ) -> NetworkAttention:
     """All that the page shows of one network."""
-    not_finite = page.weights_not_finite(trained.network)
+    not_finite = [name for name, value in trained.network.state_dict().items() if not value.isfinite().all()]
     if not_finite:
         print_error("tools.visualize", f"{path}: weights are not finite: {', '.join(not_finite[:3])}; the page says so")
     effects = args.effects and not not_finite
@@ -264,9 +267,7 @@ def stage_probes(
         )
     except (DataError, WorkerError) as error:
         return [], f"No linear probes: they need the training data ({one_line(error, 300)})."
-    fitted = {
-        stage: causal.fit_probe(features[stage], labels, known.num_classes) for stage in bar(causal.STAGES, "fit")
-    }
+    fitted = {stage: causal.fit_probe(features[stage], labels, known.num_classes) for stage in bar(FEATURES, "fit")}
     names, probes = data.info.class_names, []
     for stage, probe in fitted.items():
         shares = probe.probabilities(ours[stage])

@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sasa.analysis.attention_maps import attention_layers
+from sasa.backbone import FEATURES
 
-STAGES = ("stem", "layer1", "layer2", "layer3", "layer4")  # of `model.ResNet`
 PROBE_DECAY = 1e-2  # of a probe's weights: with features of unit variance, mild
 PROBE_STEPS = 200  # of L-BFGS, at most
 
@@ -151,7 +151,7 @@ def pooled_features(network: nn.Module, images: Tensor) -> dict[str, Tensor]:
 
     hooks = [
         getattr(network, stage).register_forward_hook(lambda _, __, output, stage=stage: keep(stage, output))
-        for stage in STAGES
+        for stage in FEATURES
     ]
     try:
         network(images)
@@ -204,4 +204,4 @@ def gather_features(network: nn.Module, batches: Iterable[tuple[Any, Any]]) -> t
     for images, of_images in batches:
         parts.append(pooled_features(network, images.to(device)))
         labels.append(torch.as_tensor(of_images).cpu())
-    return {stage: torch.cat([part[stage] for part in parts]) for stage in STAGES}, torch.cat(labels)
+    return {stage: torch.cat([part[stage] for part in parts]) for stage in FEATURES}, torch.cat(labels)

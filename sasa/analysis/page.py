@@ -257,11 +257,6 @@ def to_bytes(weights: Tensor) -> Tensor:
     return (255 * weights / weights.amax((-2, -1), keepdim=True)).nan_to_num(0.0).round().byte()
 
 
-def weights_not_finite(network: torch.nn.Module) -> list[str]:
-    """The names of the weights and statistics that hold a number that is not finite."""
-    return [name for name, value in network.state_dict().items() if not value.isfinite().all()]
-
-
 def _text(values: Tensor) -> str:
     return base64.b64encode(values.contiguous().numpy().tobytes()).decode("ascii")
 

@@ -1,11 +1,11 @@
 """Augmentation of whole batches on the device, and mixing: pure functions of images and of numbers drawn beforehand.
 
 Nothing here touches a global random state. `draw` makes every random number of one step, for the whole global batch,
-from a numpy generator on the CPU; `Draws.take` is one process's part; `augment` and `mix` apply it. What an image
-becomes is therefore the same on a CPU and on a GPU up to rounding, and bitwise the same whatever the number of
+from a numpy generator on the CPU; `Draws.take` is one process's part; `augment_images` and `mix` apply it. What an
+image becomes is therefore the same on a CPU and on a GPU up to rounding, and bitwise the same whatever the number of
 processes: every quantity is computed for the global batch before it is cut, and applied element by element.
 
-Shapes: B batch, C channels (1 for gray sets until `preprocess` expands them to 3), H x W image.
+Shapes: B batch, C channels (1 for gray sets: `batches.normalise` expands them to 3 afterwards), H x W image.
 """
 
 import math

@@ -76,10 +76,10 @@ def _read_mnist(name: str) -> Callable[[Path], SmallSet]:
 
         kind, other = getattr(datasets, name), getattr(datasets, {"MNIST": "FashionMNIST"}.get(name, "MNIST"))
         raw = data_dir / name / "raw"
-        paths = _find_idx(raw, data_dir, kind, other)
+        paths = _find_idx(raw, data_dir, other)
         if paths is None:
             download(kind, data_dir)
-            paths = _find_idx(raw, data_dir, kind, other)
+            paths = _find_idx(raw, data_dir, other)
         if paths is None:
             raise DataError(
                 f"{printable(raw)}: still not the four files of {name} after the download; delete it and start again"
@@ -102,10 +102,10 @@ def _read_mnist(name: str) -> Callable[[Path], SmallSet]:
     return read
 
 
-def _find_idx(raw: Path, data_dir: Path, kind: type, other: type) -> list[Path] | None:
-    """The four files of `kind`, each packed (first, as it carries a checksum) or not; None where they are not there.
+def _find_idx(raw: Path, data_dir: Path, other: type) -> list[Path] | None:
+    """The four files, each packed (first, as it carries a checksum) or not; None where they are not there.
 
-    Two sets have files of the same names: where torchvision's checksums say that a folder's are the other's, they are
+    Two sets have files of the same names: where torchvision's checksums say that a folder's are the `other`'s, they are
     not taken.
     """
     for folder in (raw, data_dir):

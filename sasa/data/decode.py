@@ -3,6 +3,7 @@
 By PIL: torchvision's decoder fills a truncated JPEG with gray silently.
 """
 
+from collections.abc import Mapping
 from functools import lru_cache
 from typing import BinaryIO
 
@@ -64,11 +65,21 @@ def decode(file: BinaryIO, upright: bool = True) -> Image.Image:
 
 
 def largest_of_16_bits(file: BinaryIO) -> int | None:
-    """The largest pixel of a 16-bit gray picture; None of any other, which is not decoded. Raises as `decode`."""
+    """The largest pixel of a 16-bit gray picture whose 0 is black; None of any other, which is not decoded.
+
+    Raises as `decode`.
+    """
     with Image.open(file, formats=readable_formats()) as image:
-        if not _is_gray_16(image):
+        tags = getattr(image, "tag_v2", {})
+        if not _is_gray_16(image) or _bits_of(tags) != 16 or tags.get(_TIFF_PHOTOMETRIC) == _WHITE_IS_ZERO:
             return None
         return int(np.asarray(image).max())
+
+
+def _bits_of(tags: Mapping) -> int:
+    """Of a pixel of gray, by a TIFF's tags; 16 where there are none."""
+    bits = tags.get(_TIFF_BITS, (16,))
+    return bits[0] if isinstance(bits, tuple) else bits
 
 
 def _is_gray_16(image: Image.Image) -> bool:
@@ -110,9 +121,9 @@ def _to_rgb(image: Image.Image, bits: int) -> Image.Image:
 def _from_16_bits(image: Image.Image) -> Image.Image:
     """Gray of 16 unsigned bits, in PIL's modes I;16 and, from PGM and old PNG readers, I."""
     tags = getattr(image, "tag_v2", {})
-    bits = tags.get(_TIFF_BITS, (16,))
-    if tuple(bits if isinstance(bits, tuple) else (bits,)) != (16,):
-        raise UnsupportedImageError(f"{bits[0]}-bit gray has no agreed range here: save it with 8 or 16 bits")
+    bits = _bits_of(tags)
+    if bits != 16:
+        raise UnsupportedImageError(f"{bits}-bit gray has no agreed range here: save it with 8 or 16 bits")
     if "transparency" in image.info:
         raise UnsupportedImageError("16-bit gray with a transparent value: save it with an alpha channel, or without")
     # Not left to Pillow, which inverts a TIFF's white-is-zero gray of 8 bits but not of 16.

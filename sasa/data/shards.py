@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from sasa.console import Parser, fail, print_error, printable, show
+from sasa.console import Parser, as_path, as_path_text, fail, print_error, printable, show
 from sasa.data.class_files import read_classes
 from sasa.data.errors import DataError
 from sasa.data.pack import IMAGES_A_SHARD, pack
@@ -107,8 +107,9 @@ def read_shards(pattern: str, index_dir: Path | None = None) -> Shards:
     named, source = read_classes(Path(pattern).parent)
     if named not in (None, classes):
         raise DataError(f"{printable(source)}: other classes than those of the index; {ANEW} TRAIN VAL")
-    if len(classes) == 1:  # every answer would be right
-        raise DataError(f"{shown}: all labels are 0, one class only, so there is nothing to tell apart")
+    labels = np.unique(of_train.labels)
+    if len(labels) == 1:  # every answer would be right
+        raise DataError(f"{shown}: all labels are {labels[0]}, one class only, so there is nothing to tell apart")
     parts = ((ShardFiles(shards, of.samples), of.labels.tolist()) for shards, of in ((train, of_train), (val, of_val)))
     return Shards(classes, *parts)
 
@@ -137,16 +138,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser = Parser("preprocess.py", description="Image sets in tar shards, for --dataset WEBDATASET.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="pack|index")
     packing = commands.add_parser("pack", help="write the shards of an ImageFolder tree, and their index")
-    packing.add_argument("tree", type=Path, metavar="TREE", help="folder with train/CLASS/* and val/CLASS/*")
-    packing.add_argument("folder", type=Path, metavar="SHARDS", help="folder of the shards")
+    packing.add_argument("tree", type=as_path, metavar="TREE", help="folder with train/CLASS/* and val/CLASS/*")
+    packing.add_argument("folder", type=as_path, metavar="SHARDS", help="folder of the shards")
     packing.add_argument("--images", type=int, default=IMAGES_A_SHARD, help="in a shard (default: %(default)s)")
     indexing = commands.add_parser("index", help="write the index of shards that came from elsewhere")
     indexing.add_argument(
-        "patterns", nargs="+", metavar="PATTERN",
+        "patterns", nargs="+", type=as_path_text, metavar="PATTERN",
         help="the shards of a split, such as 'shards/train-{000000..000999}.tar'; splits of one set in one command",
     )  # fmt: skip
     indexing.add_argument(
-        "--index-dir", type=Path, metavar="DIR",
+        "--index-dir", type=as_path, metavar="DIR",
         help="folder of the index (default: beside the shards; where that cannot be written to, the user's cache)",
     )  # fmt: skip
     args = parser.parse_args(arguments)

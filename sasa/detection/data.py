@@ -9,7 +9,6 @@ they are, which the detector itself resizes.
 import io
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,7 +20,7 @@ from torch.utils.data import Dataset
 
 from sasa.console import one_line, printable
 from sasa.data.augment import stream
-from sasa.data.batches import epoch_order, own_part, steps_per_epoch
+from sasa.data.batches import epoch_order, own_part, own_pieces, steps_per_epoch
 from sasa.data.decode import decode
 from sasa.data.errors import DataError
 from sasa.data.workers import Workers
@@ -55,17 +54,17 @@ def plan(
     Raises:
         DataError: a step has fewer images than accumulate * world_size.
     """
-    pieces, total = accumulate * world_size, min(global_batch, size)
-    if total < pieces:
-        raise DataError(f"{total} images a step are too few for {pieces} batches at a time")
-    bounds = [total * i // pieces for i in range(rank * accumulate, (rank + 1) * accumulate + 1)]
+    total = min(global_batch, size)
+    if total < accumulate * world_size:
+        raise DataError(f"{total} images a step are too few for {accumulate * world_size} batches at a time")
+    parts = own_pieces(total, accumulate, rank, world_size)
 
     def steps() -> Iterator[list[Key]]:
         order = epoch_order(size, seed, epoch).tolist()
         for step in range(start_step, steps_per_epoch(size, total)):
             draws = stream(seed, "augment", epoch, step).random((total, 4))
-            for first, stop in pairwise(bounds):
-                yield [Key(order[step * total + i], draws[i]) for i in range(first, stop)]
+            for part in parts:
+                yield [Key(order[step * total + i], draws[i]) for i in part]
 
     return steps()
 

@@ -30,12 +30,14 @@ from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
 import model
 from attention import LocalAttention2d
+from sasa.backbone import FEATURES
+from sasa.data.specs import SPECS
 
 KINDS = ("conv", "attention")
 NORMS = ("plain", "frozen", "sync")
 LEVELS = 5  # P3 to P7
 RATIOS = (0.5, 1.0, 2.0)  # height / width of the anchors
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+IMAGENET_MEAN, IMAGENET_STD = SPECS["IMAGENET"].mean, SPECS["IMAGENET"].std
 
 
 class Backbone(nn.Module):
@@ -48,7 +50,7 @@ class Backbone(nn.Module):
     def __init__(self, body: model.ResNet, fpn: FeaturePyramidNetwork, out_channels: int, frozen: int = 0) -> None:
         super().__init__()
         self.body, self.fpn, self.out_channels = body, fpn, out_channels
-        self.frozen = [body.stem, body.layer1, body.layer2, body.layer3, body.layer4][:frozen]
+        self.frozen = [getattr(body, name) for name in FEATURES[:frozen]]
         for part in self.frozen:
             part.requires_grad_(False)
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -27,6 +26,7 @@ from sasa.training.cli import Command
 from sasa.training.device import AMP_NAMES, check_bf16_gradients
 from sasa.training.image_list import Listed
 from sasa.training.lock import FolderLock
+from sasa.training.network import as_flags
 from sasa.training.resume import RunSpec, specify_run
 from sasa.training.run import Run, assemble, check_last_map, prepare_machine, seeded
 
@@ -52,7 +52,6 @@ class DetectionData:
     info: DetectionInfo
     train: DetectionSplit
     val: DetectionSplit
-    holdout: None = None
 
     @property
     def splits(self) -> list[DetectionSplit]:
@@ -162,8 +161,7 @@ def build_detector(config: DetectionConfig, num_classes: int) -> nn.Module:
         return retinanet(num_classes=num_classes, mean=mean, std=std, **options)
     except ValueError as error:
         known = {*FIELDS_HERE, "scales", "backbone", "image_size"}
-        message = re.sub(r"\b([a-z_]+)=", lambda m: f"{as_flag(m[1])} " if m[1] in known else m[0], str(error))
-        raise ConfigError(message) from error
+        raise ConfigError(as_flags(str(error), known, as_flag)) from error
 
 
 def initial_weights(weights: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -38,7 +38,7 @@ from sasa.detection.flops import detector_flops
 from sasa.detection.run import DetectionRun, build_detector, describe, initial_weights, load_data, set_up, specify
 from sasa.files import replacing
 from sasa.training import checkpoint, distributed
-from sasa.training.device import amp_of_checkpoint, peak_memory_mib, pick_device, set_fp32_precision
+from sasa.training.device import amp_of_checkpoint, autocast_in, peak_memory_mib, pick_device, set_fp32_precision
 from sasa.training.files import BEST, SUMMARY, write_json
 from sasa.training.monitor import Monitor
 from sasa.training.resume import changed_keys, refuse_other_task, settled
@@ -199,7 +199,7 @@ def evaluate_checkpoint(command: Command) -> int:
         checkpoint.load_weights(model, checkpoint.weights_of(state))
         batch = config.batch_size if "batch_size" in given else EVAL_BATCH
         batches = data.val.eval_batches(batch, distributed.rank(), distributed.world_size())
-        autocast = partial(torch.autocast, device.type, dtype=amp, enabled=amp is not None)
+        autocast = autocast_in(amp, device)
         result = evaluate(model.to(device), truth, batches, autocast)
     finally:
         data.close()

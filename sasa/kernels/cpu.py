@@ -27,7 +27,7 @@ from sasa.kernels.interface import (
     empty_map,
 )
 
-MAX_KERNEL_SIZE = 13  # kMaxWindow of cpu.cpp
+MAX_KERNEL_SIZE = 13  # kMaxWindow of csrc/frame.h
 STEM_CHANNELS = 3  # C of stem.cpp
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -227,7 +227,7 @@ _Embedding = _Int * 4  # address, strides in elements of (N, D/2, K)
 
 
 class AttentionCall(ctypes.Structure):
-    """struct AttentionCall of cpu.cpp, field by field; an address of 0 stands for an absent tensor."""
+    """struct AttentionCall of csrc/frame.h, field by field; an address of 0 stands for an absent tensor."""
 
     _fields_ = (
         *((name, _Int) for name in ("batch", "heads", "width", "height", "columns", "window", "zero_border")),

@@ -1,6 +1,7 @@
-"""Local attention as a function of query, key, value and embeddings: the one way in.
+"""Local attention as a function of query, key, value and embeddings.
 
-Arguments are checked here and brought to autocast's dtype; sasa/kernels/operators.py does the rest.
+Arguments are checked here and brought to autocast's dtype; sasa/kernels/operators.py does the rest. (Where a layer's
+projections are made inside the kernel, projected_operator.py is the way in.)
 
 Shapes: B batch, N heads, D head width, H x W map, K window side, P = 3 maps of a fused projection (query, key, value; 2
 without key).

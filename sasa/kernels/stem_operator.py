@@ -1,11 +1,11 @@
-"""Attention of the stem: the one way in, `attend`, and the registered operator of its kernels.
+"""Attention of the stem: `attend`, which takes the fastest way there is, and the registered operator of its kernels.
 
 The C++ kernel (cpu.py) serves CPU tensors, the Triton kernel (triton_stem.py) CUDA tensors, PyTorch everything else.
 
 The operator `sasa::stem_attention` keeps the image and the weights between the passes and nothing else.
 
 Shapes: B batch, C image channels, H x W image, N heads, D head width, S window side, M mixtures, P = S * S positions of
-a window. Source: Ramachandran et al. 2019, section 3.3; the mathematics is in kernels/stem.py.
+a window. Source: Ramachandran et al. 2019, section 3.3; the mathematics is in sasa/kernels/stem.py.
 """
 
 import functools

@@ -5,13 +5,12 @@ Read without torch.
 
 import argparse
 import dataclasses
-import os
 from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any
 
 from config import Config
-from sasa.console import Parser, fail
+from sasa.console import Parser, as_path_text, fail
 from sasa.settings import ConfigError, Settings, flag_of, parse_value
 
 PROG = "train.py"
@@ -69,23 +68,16 @@ def _parser(settings: type[Settings], prog: str, about: str) -> Parser:
     parser = Parser(prog, description=about, argument_default=argparse.SUPPRESS)
     for f in fields(settings):
         _add_flag(parser, f)
-    parser.add_argument("--resume", nargs="?", const=_NEWEST, type=_path, metavar="PATH",
+    parser.add_argument("--resume", nargs="?", const=_NEWEST, type=as_path_text, metavar="PATH",
                         help="go on from PATH, or from the newest whole checkpoint of the run's folder")  # fmt: skip
-    parser.add_argument("--init-from", type=_path, metavar="PATH",
+    parser.add_argument("--init-from", type=as_path_text, metavar="PATH",
                         help="start from the weights of a checkpoint, nothing else; with --resume, only where the run "
                         "has no checkpoint yet")  # fmt: skip
-    parser.add_argument("--evaluate", type=_path, metavar="PATH", help="evaluate a checkpoint and end")
+    parser.add_argument("--evaluate", type=as_path_text, metavar="PATH", help="evaluate a checkpoint and end")
     parser.add_argument("--overwrite", action="store_true", help="replace a run that the folder already holds")
     parser.add_argument("--allow-changed-data", action="store_true",
                         help="resume although the data set's files have changed; summary.json tells so")  # fmt: skip
     return parser
-
-
-def _path(text: str) -> str:
-    """A checkpoint's path. An empty one (a shell variable that is not set) is none, nor the flag without a value."""
-    if not text:
-        raise argparse.ArgumentTypeError("must not be empty")
-    return os.path.expanduser(text)
 
 
 def _add_flag(parser: Parser, f: dataclasses.Field) -> None:

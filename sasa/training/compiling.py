@@ -5,7 +5,7 @@ import tempfile
 
 import torch
 
-from config import ConfigError, Settings
+from config import Config, ConfigError
 from sasa.kernels import private_folder
 
 CACHE = "TORCHINDUCTOR_CACHE_DIR"
@@ -30,7 +30,7 @@ def keep_builds() -> str:
     return os.environ[CACHE]
 
 
-def check_accumulation(config: Settings, micro_batches: int, device: torch.device) -> None:
+def check_accumulation(config: Config, micro_batches: int, device: torch.device) -> None:
     """Refuses gradients that are summed over several batches where CUDA graphs write each into the same memory.
 
     The second batch's backward would overwrite the first one's gradients, which then count wrong without an error

@@ -6,6 +6,8 @@ import ctypes
 import os
 import resource
 import sys
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import nn
@@ -68,6 +70,11 @@ def pick_amp(name: str, device: torch.device) -> torch.dtype | None:
     if name == "bf16" and not has_bf16:
         raise ConfigError("--amp bf16: this GPU has no bfloat16; allowed here are off, fp16")
     return next(dtype for dtype, amp_name in AMP_NAMES.items() if amp_name == name)
+
+
+def autocast_in(amp: torch.dtype | None, device: torch.device) -> Callable[[], torch.autocast]:
+    """Makes the context that a forward pass in mixed precision runs in; with `amp` None one that changes nothing."""
+    return partial(torch.autocast, device.type, dtype=amp, enabled=amp is not None)
 
 
 def set_fp32_precision(name: str) -> None:

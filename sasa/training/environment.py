@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from sasa.kernels import triton_backend
 from sasa.kernels.build import library
 from sasa.training import distributed
 
@@ -75,11 +76,11 @@ def _cpu_build() -> str:
 
 
 def _triton_build() -> str:
-    """Triton's version and a digest of the kernels' sources."""
-    try:
-        import triton
-    except ImportError:
+    """Triton's version and a digest of the kernels' sources; "none" where they cannot run, so that others do."""
+    if triton_backend.unusable() is not None:
         return "none"
+    import triton
+
     sources = sorted((Path(__file__).parents[1] / "kernels").glob("triton_*"))
     content = b"".join(path.read_bytes() for path in sources if path.is_file())
     return f"triton {triton.__version__}, {hashlib.sha256(content).hexdigest()[:24]}"

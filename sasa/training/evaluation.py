@@ -61,7 +61,7 @@ def evaluate(
     keep_wrong: int = 0,
     stop: StopRequest | None = None,
 ) -> Evaluation | None:
-    """Score `model` in eval mode (its mode is put back) on every image of `split` (see preprocess.py) once.
+    """Score `model` in eval mode (its mode is put back) on every image of `split` once.
 
     On several ranks every one must call it, with the same weights and buffers. Nothing waits for the device before the
     last batch, but while wrong predictions are collected.

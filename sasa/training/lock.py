@@ -54,10 +54,10 @@ class FolderLock:
         while not self._try():
             if time.monotonic() >= until:
                 raise ConfigError(f"{folder}: another run is in it, {self._holder()}; --name names another")
-            if not is_said:
+            if not is_said and self._descriptor is not None:
                 print(f"{folder}: another run is in it, {self._holder()}: waiting for its end, {WAIT_SECONDS:.0f} s at "
                       "most", file=sys.stderr)  # fmt: skip
-            is_said = True
+                is_said = True
             time.sleep(POLL_SECONDS)
         holder = {"host": socket.gethostname(), "process": os.getpid(), "started": time.strftime("%Y-%m-%d %H:%M:%S")}
         with contextlib.suppress(OSError):  # a full disk: the lock holds, only its holder stays unnamed
@@ -67,7 +67,12 @@ class FolderLock:
     def _make(self) -> None:
         """Make the folder where there is none; a refused run's removal may take it away again meanwhile."""
         self._made = [path for path in (self._folder, *self._folder.parents) if not os.path.lexists(path)] or self._made
-        make_folder(self._folder)
+        try:
+            make_folder(self._folder)
+        except ConfigError:
+            if os.path.lexists(self._folder):
+                raise
+            make_folder(self._folder)  # it went between being made and being tried
 
     def _try(self) -> bool:
         """Whether the folder is this process's now, or has no locks."""

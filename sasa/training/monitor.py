@@ -47,10 +47,10 @@ class Monitor:
         # epoch whose steps are done, its end, whose figures stand at this step too.
         ended = progress.batch >= steps_per_epoch
         self._purge_step = progress.step + (not ended)
-        self._guard(LOG, self._write_log)
+        self.attempt(LOG, self._write_log)
         if self._has_csv:
-            self._guard(LOG_CSV, self._write_csv)
-        self._guard(EVENT_FILES, lambda: self.board)
+            self.attempt(LOG_CSV, self._write_csv)
+        self.attempt(EVENT_FILES, lambda: self.board)
         if ended:
             self.step(progress.step, progress.figures)
 
@@ -61,8 +61,8 @@ class Monitor:
             self._board = Board(self.folder, self._purge_step)
         return self._board
 
-    def _guard(self, what: str, action: Callable[[], Any]) -> None:
-        """Do what writes one output; a failure is reported and survived."""
+    def attempt(self, what: str, action: Callable[[], Any]) -> None:
+        """Draw or write one output; where that fails, a line says so and the run goes on."""
         try:
             action()
             self._failing.discard(what)
@@ -73,10 +73,6 @@ class Monitor:
                       file=sys.stderr, flush=True)  # fmt: skip
             if what == EVENT_FILES and isinstance(error, OSError):
                 self._drop_board()
-
-    def attempt(self, what: str, action: Callable[[], Any]) -> None:
-        """Draw or write an output of its own; where that fails, a line says so and the run goes on."""
-        self._guard(what, action)
 
     def _drop_board(self) -> None:
         board, self._board = self._board, None
@@ -118,7 +114,7 @@ class Monitor:
 
     def step(self, step: int, values: dict[str, float]) -> None:
         if step % SCALAR_EVERY == 0:
-            self._guard(EVENT_FILES, lambda: self.board.step(step, values))
+            self.attempt(EVENT_FILES, lambda: self.board.step(step, values))
 
     def epoch(self, step: int, row: dict[str, Any], epochs: int) -> None:
         """`row` of a classification run."""
@@ -138,10 +134,10 @@ class Monitor:
         """An epoch's row: one line on the terminal, one in log.jsonl, the epoch's scalars."""
         self.rows.append(row)
         self._purge_step = step + 1  # of a new event file, should this one fail
-        self._guard(LOG, self._write_log)
+        self.attempt(LOG, self._write_log)
         if self._has_csv:
-            self._guard(LOG_CSV, self._write_csv)
-        self._guard(EVENT_FILES, lambda: self.board.epoch(step, row))
+            self.attempt(LOG_CSV, self._write_csv)
+        self.attempt(EVENT_FILES, lambda: self.board.epoch(step, row))
         self.say(line)
 
     def preview(self, result: Evaluation, images: list[Tensor], class_names: tuple[str, ...]) -> None:
@@ -149,23 +145,23 @@ class Monitor:
         names = [(class_names[label], class_names[guess]) for _, label, guess in result.wrong]
         mistakes = [(image, *pair) for image, pair in zip(images, names, strict=True)]
         draw = partial(figures.progress_figure, list(self.rows), mistakes)
-        self._guard(PREVIEW, lambda: figures.save(draw(), self.folder / PREVIEW))
+        self.attempt(PREVIEW, lambda: figures.save(draw(), self.folder / PREVIEW))
 
     def start(self, step: int, config: Config, summary: str, batch: Tensor) -> None:
         """The first augmented batch (B, 3, H, W in [0, 1]), the configuration and the network as text."""
-        self._guard(EVENT_FILES, lambda: self.board.start(step, config, summary, batch))
+        self.attempt(EVENT_FILES, lambda: self.board.start(step, config, summary, batch))
 
     def evaluated(self, step: int, result: Evaluation, images: list[Tensor], class_names: tuple[str, ...]) -> None:
         """Wrong predictions with their labels (`images`: those of result.wrong in [0, 1]) and the confusion matrix."""
-        self._guard(EVENT_FILES, lambda: self.board.evaluated(step, result, images, class_names))
+        self.attempt(EVENT_FILES, lambda: self.board.evaluated(step, result, images, class_names))
 
     def attention(self, step: int, layers: list[LayerAttention]) -> None:
         """TensorBoard's attention panels."""
-        self._guard(EVENT_FILES, lambda: self.board.attention(step, layers))
+        self.attempt(EVENT_FILES, lambda: self.board.attention(step, layers))
 
     def hparams(self, step: int, config: Config, result: Evaluation) -> None:
         """The settings beside the test scores."""
-        self._guard(EVENT_FILES, lambda: self.board.hparams(step, config, result))
+        self.attempt(EVENT_FILES, lambda: self.board.hparams(step, config, result))
 
     def picture(self, name: str, image: Tensor, step: int) -> None:
         """(3, H, W) in [0, 1]."""
@@ -173,11 +169,11 @@ class Monitor:
 
     def flush(self) -> None:
         """Before a checkpoint: what it will purge from must be on the disk."""
-        self._guard(EVENT_FILES, lambda: self.board.flush())
+        self.attempt(EVENT_FILES, lambda: self.board.flush())
 
     def close(self) -> None:
         if self._board is not None:
-            self._guard(EVENT_FILES, lambda: self.board.flush())
+            self.attempt(EVENT_FILES, lambda: self.board.flush())
         self._drop_board()
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from collections.abc import Callable, Container
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -93,6 +94,6 @@ def build_network(config: Config, num_classes: int) -> nn.Module:
         raise ConfigError(as_flags(str(error))) from error
 
 
-def as_flags(message: str) -> str:
-    """A layer's "num_heads=7" as the flag that sets it."""
-    return re.sub(r"\b([a-z_]+)=", lambda m: f"{flag_of(m[1])} " if m[1] in FIELDS else m[0], message)
+def as_flags(message: str, known: Container[str] = FIELDS, flag: Callable[[str], str] = flag_of) -> str:
+    """A layer's "num_heads=7" as the `flag` that sets it, where the name is `known`."""
+    return re.sub(r"\b([a-z_]+)=", lambda m: f"{flag(m[1])} " if m[1] in known else m[0], message)

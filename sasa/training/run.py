@@ -29,6 +29,7 @@ from sasa.training.checkpoint import Identity, Progress
 from sasa.training.compiling import check_accumulation, keep_builds
 from sasa.training.device import (
     AMP_NAMES,
+    autocast_in,
     check_bf16_gradients,
     decoding_processes,
     keep_freed,
@@ -55,7 +56,10 @@ from sasa.training.sync_batchnorm import sync_batch_norms
 
 
 class RunData(Protocol):
-    """What a run needs of its data, whatever the task."""
+    """What a run needs of its data, whatever the task: `Data`, `DetectionData`."""
+
+    train: Any  # a split: its length, `steps_per_epoch`, `batches`
+    splits: list[Any]  # all of them, with the `bad_images` of each
 
     def identity(self) -> dict[str, Any]:
         """What a checkpoint keeps of the data: class names, normalisation, and a fingerprint of every split."""
@@ -171,7 +175,7 @@ class Run:
         own = own_pieces(total, self.micro_batches, distributed.rank(), distributed.world_size())[piece]
         self.drop_path.keep = to_device(keep[own.start : own.stop], self.device)
 
-    def batch_norm_buffers(self) -> list[Tensor]:
+    def buffers(self) -> list[Tensor]:
         """The buffers of the network and of its moving average."""
         models = [self.model] if self.ema is None else [self.model, self.ema]  # in the same order on every rank
         return [buffer for model in models for buffer in model.buffers()]
@@ -284,7 +288,7 @@ def assemble(
         scaler=torch.amp.GradScaler() if amp is torch.float16 else None,
         ema=build_ema(model, config.ema),
         guard=Guard(model, device),
-        autocast=partial(torch.autocast, device.type, dtype=amp, enabled=amp is not None),
+        autocast=autocast_in(amp, device),
         progress=Progress(global_batch=nominal),
     )  # fmt: skip
 

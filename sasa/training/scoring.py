@@ -15,7 +15,7 @@ from sasa.console import print_error, printable
 from sasa.data.fingerprint import class_differences, class_order
 from sasa.training import checkpoint, distributed
 from sasa.training.cli import PROG, Command
-from sasa.training.device import amp_of_checkpoint, pick_device, set_fp32_precision
+from sasa.training.device import amp_of_checkpoint, autocast_in, pick_device, set_fp32_precision
 from sasa.training.evaluation import EVAL_BATCH, evaluate
 from sasa.training.network import network_of
 from sasa.training.resume import changed_keys, refuse_other_task, settled
@@ -44,7 +44,7 @@ def evaluate_checkpoint(command: Command) -> int:
     set_fp32_precision(config.matmul_precision)
     amp = amp_of_checkpoint(trained.config.amp, device, given.get("amp"))
     network, classes = trained.network.to(device), trained.info.num_classes
-    autocast = partial(torch.autocast, device.type, dtype=amp, enabled=amp is not None)
+    autocast = autocast_in(amp, device)
     batch_size = config.batch_size if "batch_size" in given else EVAL_BATCH
     data = load_data(without_parts(config), device)
     try:

@@ -5,11 +5,10 @@ import math
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import oracle
 from attention import AttentionStem, LocalAttention2d
+from dispatch_modes import LargestStorage
 from model import ResNet26
 from sasa.analysis import attention_maps as heads
 from sasa.analysis.attention_maps import LayerAttention, attention_layers, every_pixel, lattice, record_attention
@@ -111,19 +110,6 @@ def test_wrong_inputs_are_refused_as_in_forward():
 # ---- collection ----------------------------------------------------------------------------------------------------
 
 
-class LargestTensor(TorchDispatchMode):
-    """The bytes of the largest tensor that was made while it is on."""
-
-    bytes = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **kwargs or {})
-        for leaf in tree_leaves(out):
-            if isinstance(leaf, torch.Tensor):
-                self.bytes = max(self.bytes, leaf.untyped_storage().nbytes())
-        return out
-
-
 @pytest.fixture(scope="module")
 def network(small_network):
     torch.manual_seed(0)
@@ -181,10 +167,10 @@ def test_memory_is_that_of_the_chosen_pixels():
     padded = 64 * 46 * 46 * 4
     largest = {}
     for name, pixels in (("three", lattice(4)), ("all", every_pixel)):
-        with torch.no_grad(), record_attention(network, pixels=pixels), LargestTensor() as mode:
+        with torch.no_grad(), record_attention(network, pixels=pixels), LargestStorage() as mode:
             network(x)
         largest[name] = mode.bytes
-    with torch.no_grad(), LargestTensor() as alone:
+    with torch.no_grad(), LargestStorage() as alone:
         network(x)
     assert largest["three"] <= max(padded, alone.bytes)
     assert largest["all"] > 49 * 4 * 64 * heads.PIXELS_AT_ONCE // 2  # the measure sees what it should

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from model import ResNet26
 from sasa.analysis import causal
 from sasa.analysis.attention_maps import attention_layers
+from sasa.backbone import FEATURES
 
 
 @pytest.fixture(scope="module", params=["small", "imagenet"])
@@ -141,7 +142,7 @@ def test_features_are_the_means_of_the_stages_maps(case):
     assert torch.allclose(features["stem"].double(), x.mean((-2, -1)), atol=1e-5)
     x = network.layer4(network.layer3(network.layer2(network.layer1(x))))
     assert torch.allclose(features["layer4"].double(), x.mean((-2, -1)), rtol=1e-5, atol=1e-5)
-    assert list(features) == list(causal.STAGES)
+    assert list(features) == list(FEATURES)
     assert torch.allclose(network.fc(features["layer4"].double()), network(images), rtol=1e-4, atol=1e-4)
 
 

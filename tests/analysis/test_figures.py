@@ -40,7 +40,7 @@ def layers(small_network):
 # ---- sheets ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_sheets_tiles_keep_their_pixels_and_captions_stand_below(monkeypatch):
+def test_a_sheets_tiles_keep_their_pixels_and_captions_stand_below():
     random_tile = np.random.default_rng(0).integers(0, 255, (10, 20, 3), np.uint8)
     tiles = [Cell(random_tile + i, f"c{i}\nwrong") for i in range(3)]
     found = pixels(figures.sheet([Strip("a name", tiles), Strip("", tiles[:1])], "heading", columns=2))

@@ -96,7 +96,7 @@ def test_draws_stay_in_their_ranges_and_apart():
 
 
 @pytest.mark.parametrize(("height", "width"), [(375, 500), (60, 40), (1, 1), (3, 900), (900, 3)])
-def test_crops_are_distributed_as_torchvisions(height, width, monkeypatch):
+def test_crops_are_distributed_as_torchvisions(height, width):
     uniform = aug.draw_crops(aug.stream(2, "sample"), 4000)
     assert uniform.shape == (4000, aug.CROP_TRIES, 4) and uniform.min() >= 0 and uniform.max() < 1
     ours = torch.tensor([aug.crop_box(numbers, height, width) for numbers in uniform.numpy()])

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-from sasa.data.decode import UnsupportedImageError, decode
+from sasa.data.decode import UnsupportedImageError, decode, largest_of_16_bits
 from sasa.data.images import Evaluated, Files, ImageFiles, Key, resize_tensor
 
 SIDE = 16
@@ -68,6 +68,22 @@ def pixels(file: io.BytesIO) -> np.ndarray:
 )
 def test_16_bit_gray_is_scaled_by_its_full_range(file):
     assert np.array_equal(pixels(file), GRAY)
+
+
+def test_the_largest_16_bit_pixel_where_it_is_read_as_it_is_stored():
+    """Of 12 bits a TIFF is refused, and with white as 0 it would be nearly white."""
+    dark = np.full((16, 16), 4000, np.uint16)
+    packed = np.frombuffer(bytes(16 * 24), np.uint8).reshape(16, 24)  # 16 pixels of 12 bits a row
+    twelve = (
+        tiff(packed, 12).getvalue().replace(struct.pack("<HHII", 256, 4, 1, 24), struct.pack("<HHII", 256, 4, 1, 16))
+    )
+    assert largest_of_16_bits(tiff(dark.astype("<u2"), 16)) == 4000
+    assert largest_of_16_bits(png(16, 0, dark.astype(">u2"))) == 4000
+    assert largest_of_16_bits(io.BytesIO(twelve)) is None
+    assert largest_of_16_bits(tiff(dark.astype("<u2"), 16, photometric=0)) is None
+    assert largest_of_16_bits(png(8, 0, RAMP)) is None
+    with pytest.raises(UnsupportedImageError, match="12-bit gray has no agreed range"):
+        decode(io.BytesIO(twelve))
 
 
 def test_16_bit_colour_and_8_bit_inverted_gray():

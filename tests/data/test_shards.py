@@ -132,15 +132,15 @@ def test_names_that_come_after_an_index_of_numbers_are_not_ignored(tmp_path):
     assert "other classes than those of the index" in message(shards.read_shards, str(tmp_path / "train-0.tar"))
 
 
-def foreign(folder: Path, split: str, names=("jpg", "cls"), label=b"3") -> Path:
-    """A shard of two samples that another program might have written."""
+def foreign(folder: Path, split: str, names=("jpg", "cls"), label=b"3", second=b"0") -> Path:
+    """A shard of two samples that another program might have written, with a label each."""
     path = folder / f"{split}-0.tar"
     with tarfile.open(path, "w") as tar:
-        for key in ("n01/a", "n01/b.c"):
+        for key, of_key in (("n01/a", label), ("n01/b.c", second)):
             for name in names:
                 content = io.BytesIO()
                 Image.new("RGB", (9, 9), "red").save(content, "jpeg")
-                data = label if name == "cls" else content.getvalue()
+                data = of_key if name == "cls" else content.getvalue()
                 member = tarfile.TarInfo(f"{key.partition('.')[0]}.{name}")
                 member.size = len(data)
                 tar.addfile(member, io.BytesIO(data))
@@ -155,7 +155,7 @@ def test_shards_from_elsewhere_are_indexed_by_the_command(tmp_path, capsys):
     info, train, _, test = read("WEBDATASET", tmp_path / "train-0.tar")
     assert info.class_names == tuple("0123") and len(train) == len(test) == 2
     ((images, labels),) = test.eval_batches(4)
-    assert labels.tolist() == [3, 3] and images.shape == (2, 3, 16, 16)
+    assert labels.tolist() == [3, 0] and images.shape == (2, 3, 16, 16)
 
 
 def test_an_image_that_cannot_be_read_is_named(packed, tmp_path):
@@ -214,15 +214,20 @@ def test_what_is_neither_image_nor_label_is_left_out(tmp_path):
     info, train, _, test = read("WEBDATASET", tmp_path / "train-0.tar")
     assert (len(train), len(test), info.num_classes) == (2, 2, 4)
     ((images, labels),) = test.eval_batches(4)
-    assert labels.tolist() == [3, 3] and images.shape[0] == 2
+    assert labels.tolist() == [3, 0] and images.shape[0] == 2
     for names in (("jpg", "cls", "seg.png"), ("jpg", "cls", "CLS"), ("jpg", "json")):
         assert "one each" in message(shards.write_index, [str(foreign(tmp_path, "x", names=names))])
 
 
-def test_shards_of_one_class_are_refused(tmp_path):
-    shards.write_index([str(foreign(tmp_path, "train", label=b"0"))])
-    shards.write_index([str(foreign(tmp_path, "val", label=b"0"))])
-    assert "one class only" in message(shards.read_shards, str(tmp_path / "train-0.tar"))
+@pytest.mark.parametrize("label", [b"0", b"1"])
+@pytest.mark.parametrize("names", [None, b"a\nb\nc\n"])
+def test_shards_of_one_class_are_refused(tmp_path, label, names):
+    """Whatever number it has, and however many classes have names: every answer would be right."""
+    if names:
+        (tmp_path / "classes.txt").write_bytes(names)
+    shards.write_indexes([[str(foreign(tmp_path, split, label=label, second=label))] for split in ("train", "val")])
+    found = message(shards.read_shards, str(tmp_path / "train-0.tar"))
+    assert f"all labels are {label.decode()}, one class only" in found
 
 
 def test_labels_beyond_the_named_classes_are_refused(tmp_path):
@@ -263,7 +268,7 @@ def test_wrong_files_of_classes_are_named(tmp_path):
         assert words in message(shards.write_index, [shard])
 
 
-def test_class_folders_of_any_name_are_packed_exactly(tree, tmp_path, capsys):
+def test_class_folders_of_any_name_are_packed_exactly(tree, tmp_path):
     """A line break, U+2028, bytes that are not UTF-8: as many classes in the shards, of the same names."""
     odd = shutil.copytree(tree, tmp_path / "tree")
     for split in ("train", "val"):
@@ -339,7 +344,7 @@ def test_a_rewritten_shard_is_noticed_and_a_touched_one_is_not_refused(tmp_path)
     train = tmp_path / "train-0.tar"
     size = train.stat().st_size
     os.utime(train, (0, 0))
-    assert shards.read_shards(str(train)).train[1] == [1, 1]
+    assert shards.read_shards(str(train)).train[1] == [1, 0]
     foreign(tmp_path, "train", label=b"0")
     os.utime(train, (0, 0))
     assert train.stat().st_size == size

@@ -255,7 +255,7 @@ def test_names_of_a_detector_stay():
     assert list(run.initial_weights({"fc.weight": 1})) == ["backbone.body.fc.weight"]
 
 
-def test_the_canvases_statistics(monkeypatch):
+def test_the_canvases_statistics():
     """Of 200 training canvases, a tenth of the set: close to the rounded figures of all."""
     from preprocess import load
 

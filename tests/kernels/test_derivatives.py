@@ -241,7 +241,7 @@ def test_compiled_transforms_are_those_that_are_not_compiled(which, transform):
     torch.testing.assert_close(compiled(x), TRANSFORMS[transform](layer, x))
 
 
-def test_a_compiled_call_without_a_transform_is_that_of_the_operator(monkeypatch):
+def test_a_compiled_call_without_a_transform_is_that_of_the_operator():
     """Also in the graph that a transform was compiled before: each has its own answer."""
     layer, x = build("layer")
     torch._dynamo.reset()

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrize, prune
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from attention import AttentionStem, LocalAttention2d
+from dispatch_modes import Operators
 from fused_paths import PATHS, TARGETS, build
 from sasa.kernels import cpu, plain
 from sasa.kernels.plain import is_plain_norm, is_plain_pool, is_plain_projection
@@ -390,16 +390,6 @@ def test_pools_of_aligned_blocks(pool):
 
 
 # And where nothing was changed, they are fused ------------------------------------------------------------------------
-
-
-class Operators(TorchDispatchMode):
-    def __init__(self):
-        super().__init__()
-        self.seen = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.seen.append(function.__name__.partition(".")[0])
-        return function(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("path", PATHS)

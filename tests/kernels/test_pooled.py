@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.autograd import gradcheck, gradgradcheck
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from attention import LocalAttention2d
+from dispatch_modes import Operators
 from sasa import kernels
 from sasa.kernels import cpu, local_attention_pooled, projected_operator, reference
 from sasa.kernels.interface import AttentionOptions
@@ -177,18 +177,6 @@ def test_odd_sides_are_refused(size):
 @pytest.fixture(autouse=True)
 def projects_outside(monkeypatch):
     monkeypatch.setattr(projected_operator, "serves", lambda *call: False)
-
-
-class Operators(TorchDispatchMode):
-    """The names of the operators that run."""
-
-    def __init__(self):
-        super().__init__()
-        self.seen = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.seen.append(function.__name__.partition(".")[0])
-        return function(*args, **(kwargs or {}))
 
 
 def run(layer, x):

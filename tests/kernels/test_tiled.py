@@ -1,15 +1,14 @@
 """kernels/tiled.py beside the reference: forced chunks and bands, NaN and inf, and the memory that it takes.
 
-tests/test_kernels.py holds every backend against the equations as loops; what is here is about tiles.
+tests/kernels/test_local_attention.py holds every backend against the equations as loops; what is here is about tiles.
 """
 
 import itertools
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+from dispatch_modes import LargestStorage
 from sasa.kernels import local_attention, reference, tiled
 from sasa.kernels.interface import AttentionOptions
 
@@ -132,26 +131,11 @@ def test_what_is_not_finite_stays_where_the_reference_has_it(which, number, bord
 # ---- memory --------------------------------------------------------------------------------------------------------
 
 
-class LargestMade(TorchDispatchMode):
-    """The bytes of the largest storage that any operator returned."""
-
-    def __init__(self):
-        super().__init__()
-        self.bytes = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for x in tree_leaves(result):
-            if isinstance(x, torch.Tensor):
-                self.bytes = max(self.bytes, x.untyped_storage().nbytes())
-        return result
-
-
 def memory(backend, side, size):
     """(bytes of the largest tensor made, bytes kept for backward), both over the bytes of one input map."""
     inputs, direction = draw(2, 4, 8, size, side, side, dtype=torch.float32)
     one_map = inputs[0].numel() * 4
-    with LargestMade() as made:
+    with LargestStorage() as made:
         run(backend, inputs, direction, size, "mask")
     kept = {}
 

@@ -224,6 +224,7 @@ def test_on_the_gpu_a_call_is_captured_by_a_cuda_graph():
         return out, *torch.autograd.grad(out, leaves, direction)
 
     side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())  # for the inputs
     with torch.cuda.stream(side):
         wanted = run()  # builds the kernels
     torch.cuda.current_stream().wait_stream(side)

@@ -267,6 +267,15 @@ def test_a_run_that_another_process_is_at_is_left_to_it(stubbed, capsys):
     assert stubbed("--table", "6") == 0 and stubbed.calls == TABLE_6[1:]
 
 
+def test_a_leading_tilde_is_the_home_folder_as_in_train(monkeypatch, capsys):
+    """train.py expands it: the runs would be elsewhere than where they are looked for."""
+    monkeypatch.setenv("HOME", "/home/of/me")
+    assert ablate.main(["--table", "6", "--dry-run", "--output-dir=~/ablate", "--data-dir=~/sets"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines and all("--output-dir /home/of/me/ablate/digits" in line for line in lines)
+    assert all("--data-dir /home/of/me/sets" in line for line in lines)
+
+
 def test_dry_run_prints_the_lines_of_what_is_left_and_changes_nothing(stubbed, capsys):
     assert stubbed("--table", "6", "--dry-run", "--data-dir", "here") == 0
     assert not (stubbed.folder / "out").exists()

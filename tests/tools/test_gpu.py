@@ -1,6 +1,7 @@
 """tools.gpu: a walk through every stage without a GPU, its limits of time, and the arithmetic behind its figures."""
 
 import json
+import math
 import subprocess
 import sys
 import time
@@ -10,8 +11,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._utils import _get_device_index
 
-from sasa.kernels import triton_tiles
+from sasa.kernels import triton_backend, triton_tiles
 from sasa.training.cli import parse_command_line
 from sasa.training.optim import learning_rate
 from sasa.training.saving import TrainingError
@@ -65,7 +67,7 @@ def test_a_dry_run_walks_all_stages(walked):
 
 def test_its_commands_are_ones_that_train_py_takes(walked):
     _, commands, _ = walked
-    assert commands[0][1:6] == ["-m", "pytest", "-q", "-m", "gpu"]
+    assert any(command[1:6] == ["-m", "pytest", "-q", "-m", "gpu"] for command in commands)
     runs = [command[next(i for i, x in enumerate(command) if x.endswith("train.py")) + 1 :]
             for command in commands if any(x.endswith("train.py") for x in command)]  # fmt: skip
     parsed = [parse_command_line(run) for run in runs]
@@ -265,6 +267,21 @@ def test_the_chosen_gpu_is_the_first_one_of_what_a_stage_starts(monkeypatch):
     assert gpu.chosen_first("cuda:1") == "5,GPU-a"
 
 
+@pytest.mark.parametrize("name", ["cuda", "cuda:0"])
+def test_a_stages_own_process_finds_its_gpu(monkeypatch, tmp_path, name):
+    """PyTorch's set_device refuses a device without a number."""
+    chosen = []
+    monkeypatch.setattr(gpu.torch.cuda, "set_device", lambda device: chosen.append(_get_device_index(device)))
+    monkeypatch.setattr(gpu.torch.cuda, "get_device_properties", lambda _: SimpleNamespace(L2_cache_size=1))
+    monkeypatch.setattr(gpu, "CudaTimer", lambda cache_bytes: cache_bytes)
+    assert gpu.make_lab(torch.device(name), False).device == torch.device(name)
+    assert chosen == [0] * (name == "cuda:0")
+    command = gpu.stage_command("times", tmp_path / "r.json", 9.5, ["--again"])
+    _, args = gpu.parse(command[3:])
+    assert command[:3] == [sys.executable, "-m", "tools.gpu"] and args.here and args.again
+    assert (args.device, args.stages, args.results, args.seconds) == ("cuda:0", ["times"], tmp_path / "r.json", 9.5)
+
+
 def test_a_stage_that_hangs_is_ended_with_what_it_started(tmp_path):
     mark = tmp_path / "late"
     child = f"import time; time.sleep(3); open({str(mark)!r}, 'w')"
@@ -275,6 +292,49 @@ def test_a_stage_that_hangs_is_ended_with_what_it_started(tmp_path):
     time.sleep(3)
     assert not mark.exists()
     assert gpu.run_group([sys.executable, "-c", "raise SystemExit(7)"], 60) == 7
+
+
+def test_inputs_are_those_of_a_layer():
+    """Slices of one projection, for which the kernels have builds of their own: copies would measure others."""
+    _, query, key, value, *_ = kernels.make_inputs(kernels.DRY_FORMS[0], 2, torch.float32, CPU)
+    assert triton_backend._follow(query, key, value) and triton_backend._follow(*kernels.gradient_maps(query))
+    assert all(x.stride() == query.stride() for x in (key, value, *kernels.gradient_maps(query)))
+    assert triton_backend._alike(query, key, value)[0] is query
+    assert key.std().item() == pytest.approx(value.std().item() * query.shape[2] ** -0.25, rel=0.05)
+
+
+def test_nvidia_smi_is_asked_for_the_chosen_gpu(monkeypatch):
+    asked = []
+
+    def shell(command, seconds):
+        asked.append(command[1])
+        return subprocess.CompletedProcess(command, 0, "1980, 580.1, 700\n", "")
+
+    lab = Lab(torch.device("cuda", 0), "triton", StubTimer(), shell)
+    for visible, wanted in ((None, "--id=0"), ("", "--id=0"), ("2,0", "--id=2"), ("GPU-a", "--id=GPU-a")):
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        if visible is not None:
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        assert kernels.ask_nvidia_smi(lab) == (1980.0, "580.1", "700")
+        assert asked.pop() == wanted
+
+
+def test_a_figure_that_is_no_number_ends_no_stage(tmp_path):
+    path = tmp_path / "r.json"
+    lab = Lab(CPU, "reference", StubTimer(), gpu.stub_shell, dry=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(gpu.STAGES, "machine", lambda lab, stage: stage.unit("copy", lambda: {"gb_per_s": math.nan}))
+        _, args = gpu.parse(["--stages", "machine"])
+        gpu.run_stage("machine", lab, {}, path, args)
+    assert gpu.read(path)["machine"]["units"]["copy"]["gb_per_s"] is None
+
+
+def test_the_page_is_there_after_every_stage(tmp_path):
+    _, args = gpu.parse(["--write", str(tmp_path / "new" / "page.md"), "--dry-run"])
+    results = {"machine": {"units": {"copy": {"gb_per_s": 1.0}}, "seconds": 1.0}}
+    assert gpu.write_page(results, args, "x") == tmp_path / "new" / "page.md"
+    assert "| copy | 1 |" in args.write.read_text()
+    assert gpu.write_page(results, gpu.parse([])[1], "x") is None
 
 
 def test_a_wrong_kernel_is_found(monkeypatch):

@@ -38,7 +38,7 @@ def test_runs_of_other_moving_averages_make_no_table(made):
 
 
 @pytest.mark.parametrize("change", [{"epochs": 2}, {"test_images": 12}])
-def test_runs_of_other_lengths_or_test_sets_make_no_table(made, change, capsys):
+def test_runs_of_other_lengths_or_test_sets_make_no_table(made, change):
     make_run(made, rows_for(TABLES["5"], "ResNet26")[2], 9, 90.0, **change)
     with pytest.raises(runs.RunsError, match=r"cannot be compared.*resnet26-seed9"):
         runs.read(made)

@@ -18,6 +18,7 @@ from sasa.analysis import attention_maps as heads
 from sasa.analysis import causal, figures, page
 from sasa.analysis.attention_maps import record_attention
 from sasa.analysis.page import NetworkAttention
+from sasa.backbone import FEATURES
 from sasa.training import checkpoint
 from tools import visualize
 from tools.visualize import NamedImage
@@ -175,7 +176,7 @@ def test_the_probes_are_fitted_on_training_images_spread_over_the_split(written,
     tests = causal.pooled_features(network, images)
     data = data_of(written)
     stages, note = data["networks"][0]["probes"]["stages"], data["networks"][0]["probes"]["note"]
-    assert [name for name, _ in stages] == list(causal.STAGES) and "60 training" in note and "360 test" in note
+    assert [name for name, _ in stages] == list(FEATURES) and "60 training" in note and "360 test" in note
     for place, (stage, top1) in enumerate(stages):
         probe = causal.fit_probe(features[stage], torch.tensor([label for _, label in of_train]), 10)
         shares = probe.probabilities(tests[stage])
@@ -201,7 +202,7 @@ def test_without_training_data_a_line_stands_in_place_of_the_probes(tmp_path, ne
 
 
 @pytest.mark.parametrize("skip", [False, True])
-def test_a_damaged_training_image_costs_the_probes_and_not_the_page(tmp_path, network, tree, monkeypatch, skip):
+def test_a_damaged_training_image_costs_the_probes_and_not_the_page(tmp_path, network, tree, skip):
     """With --skip-bad-images of the run, that image alone."""
     narrow = ResNet26(2, stem=True, small_images=True).eval()
     saved = save(tmp_path, narrow, "FOLDER", stem=True, data_dir=str(tree), img_size=24, skip_bad_images=skip)

@@ -13,7 +13,8 @@ import torch
 import model
 import preprocess
 import small_runs
-from tiny_runs import BASE, Tiny, go, make_tree, tree_flags, write_idx
+from data_sets import truncate, write_idx
+from tiny_runs import BASE, Tiny, go, make_tree, tree_flags
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -57,11 +58,6 @@ def tree(tmp_path):
     return make_tree(tmp_path / "tree")
 
 
-def truncate(path: Path) -> Path:
-    path.write_bytes(path.read_bytes()[:-200])
-    return path
-
-
 # ---- data -----------------------------------------------------------------------------------------------------------
 
 
@@ -98,7 +94,7 @@ def test_a_truncated_jpeg_is_skipped_only_when_asked_then_named_and_counted(tmp_
 
 
 def test_a_corrupt_download(tmp_path, tiny, capsys):
-    write_idx(tmp_path / "files")
+    write_idx(tmp_path / "files", ".gz", train=60, test=20)
     flags = f"--dataset FashionMNIST --data-dir {tmp_path / 'files'}"
     for name, cut in (("train-images-idx3-ubyte.gz", 100), ("t10k-labels-idx1-ubyte.gz", 5)):
         path = tmp_path / "files" / name

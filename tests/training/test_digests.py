@@ -119,6 +119,15 @@ def test_the_environment_names_what_differs():
     assert environment.digest(other) != environment.digest(now)
 
 
+@pytest.mark.parametrize("reason", [None, "no C compiler"])
+def test_the_environment_names_a_kernel_only_where_it_runs(monkeypatch, reason):
+    """Without a compiler a GPU's attention is computed by other code: with other bits."""
+    monkeypatch.setattr(environment.torch.cuda, "get_device_name", lambda _: "a GPU")
+    monkeypatch.setattr(environment.triton_backend, "unusable", lambda: reason)
+    build = environment.describe(torch.device("cuda"), "auto")["kernel_build"]
+    assert build.startswith("triton ") if reason is None else build == "none"
+
+
 @pytest.mark.slow
 def test_the_digests_of_resnet26_take_less_than_a_fifth_of_a_second():
     """Weights, AdamW's two moments and the moving average: 133 MB. The best of a few, since others use the machine."""

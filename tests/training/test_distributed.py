@@ -111,7 +111,7 @@ def test_without_sync_bn_the_ranks_still_end_equal(tmp_path, alone):
     assert max(abs(a - b) for a, b in zip(held(tmp_path)["losses"], held(alone)["losses"], strict=True)) > 1e-3
 
 
-def test_one_rank_writes_and_prints(pair, tmp_path):
+def test_one_rank_writes_and_prints(pair):
     out, other = ((pair / f"rank{rank}.txt").read_text() for rank in range(2))
     assert other == ""
     assert "ranks     2, each 1 x 6 images a step; batch norm over all ranks" in out

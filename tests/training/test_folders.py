@@ -15,20 +15,7 @@ from sasa.training import files
 from sasa.training.cli import parse_command_line
 from sasa.training.files import make_folder
 from sasa.training.lock import NAME
-from tiny_runs import BASE, go, read
-
-
-class Killed(BaseException):
-    """Stands for SIGKILL: nothing in the product catches it."""
-
-
-def refused(capsys, output: Path, *flags: str) -> str:
-    """The one line that the run ends with."""
-    capsys.readouterr()
-    assert small_runs.run(output, *BASE.split(), *" ".join(flags).split()) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("train.py: error: ") and error.count("\n") == 1
-    return error
+from tiny_runs import Killed, go, read, refused
 
 
 @pytest.mark.parametrize("flags", ["", "--resume", "--overwrite"])
@@ -67,7 +54,7 @@ def test_two_starts_at_a_time_do_not_trip_over_each_other(tmp_path, monkeypatch)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_overwrite_that_is_cut_short_can_be_repeated(tmp_path, tiny, monkeypatch, capsys):
+def test_an_overwrite_that_is_cut_short_can_be_repeated(tmp_path, tiny, monkeypatch):
     """Killed before each of the files that it removes."""
     old, cuts = go(tmp_path / "old"), 0
     unlink = Path.unlink

@@ -86,7 +86,7 @@ def test_a_tensor_set(tmp_path):
     assert len(set(names)) == len(names) == 1797  # of training, held-out and test images alike
 
 
-def test_relabelled_shards(tree, tmp_path, capsys):
+def test_relabelled_shards(tree, tmp_path):
     """The same names of the same sizes."""
     shards = tmp_path / "shards"
     assert pack_and_index(["pack", str(tree), str(shards)]) == 0

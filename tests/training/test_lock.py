@@ -143,3 +143,24 @@ def test_a_lock_that_its_holder_has_removed_is_taken_anew(tmp_path, monkeypatch,
     assert f"process {os.getpid()}" in capsys.readouterr().err
     second.release()
     assert not folder.exists()
+
+
+def test_a_folder_that_goes_while_it_is_tried_is_made_again(tmp_path, monkeypatch, capsys):
+    """A refused run removes what it has made: between our making it and our trying it, and before our lock's file."""
+    folder, make, left = tmp_path / "run", lock.make_folder, [2]
+
+    def made(path):
+        make(path)
+        if left[0]:
+            left[0] -= 1
+            path.rmdir()
+            if left[0]:
+                raise ConfigError("cannot be written to")
+
+    monkeypatch.setattr(lock, "make_folder", made)
+    monkeypatch.setattr(lock, "POLL_SECONDS", 0.0)
+    ours = FolderLock()
+    ours.acquire(folder)
+    assert (folder / lock.NAME).exists() and left == [0]
+    assert not capsys.readouterr().err  # nobody is waited for
+    ours.release()

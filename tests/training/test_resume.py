@@ -20,6 +20,7 @@ import train
 from sasa.training import board, checkpoint, classification
 from sasa.training.signals import StopRequest
 from small_runs import FLAGS
+from tiny_runs import Killed
 
 STRAIGHT = FLAGS.split()
 KILL_RESUME = Path(__file__).parents[1] / "kill_resume.py"
@@ -49,10 +50,6 @@ def stopped_at_6(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def _few_digits(monkeypatch):
     small_runs.few_digits(monkeypatch)
-
-
-class Killed(BaseException):
-    """Stands for SIGKILL: nothing in the product catches it."""
 
 
 def kill_at_step(monkeypatch, step, what=None):

@@ -8,20 +8,7 @@ import torch
 import config
 import small_runs
 import train
-from tiny_runs import BASE, go, read
-
-
-class Killed(BaseException):
-    """Stands for SIGKILL: nothing in the product catches it."""
-
-
-def refused(capsys, output, *flags: str) -> str:
-    """The one line that the run ends with."""
-    capsys.readouterr()
-    assert small_runs.run(output, *BASE.split(), *" ".join(flags).split()) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("train.py: error: ") and error.count("\n") == 1
-    return error
+from tiny_runs import BASE, Killed, go, read, refused
 
 
 @pytest.fixture

@@ -62,7 +62,7 @@ def parse(argv: list[str] | None) -> tuple[Parser, argparse.Namespace]:
                         "fits) and --step-memory")  # fmt: skip
     parser.add_argument("--models", nargs="+", choices=benchmark_network.DEPTHS, help="of --network and --step-memory")
     parser.add_argument("--form", type=one_of(benchmark_network.FORMS), choices=benchmark_network.FORMS,
-                        default="ImageNet", help="of --step-memory, ImageNet or CIFAR (default: ImageNet)")  # fmt: skip
+                        help="of --step-memory, ImageNet or CIFAR (default: ImageNet)")  # fmt: skip
     parser.add_argument("--quick", action="store_true", help="few shapes and rounds")
     parser.add_argument("--backends", nargs="+", metavar="NAME", help="without it, all that are usable here")
     parser.add_argument("--rounds", type=positive, help="without it 5, or 2 with --quick")
@@ -84,6 +84,12 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("--step-memory: does not go with --network")
     if args.shapes and (args.step_memory or args.network):
         parser.error(f"--shapes: of the layers, does not go with {'--network' if args.network else '--step-memory'}")
+    if args.form and not args.step_memory:
+        parser.error(f"--form {args.form}: goes with --step-memory; the other networks are timed in both forms")
+    if args.models and args.shapes:
+        parser.error("--models: of the networks, does not go with --shapes")
+    if args.rounds and args.step_memory:
+        parser.error(f"--rounds {args.rounds}: --step-memory counts bytes, once")
     device = usable_device(parser, args.device)
     set_fp32_precision("highest")  # PyTorch by itself has the convolutions beside ours in TF32
     usable = kernels.backends()
@@ -111,7 +117,7 @@ def main(argv: list[str] | None = None) -> int:
             result["scaling"] = benchmark_layers.scaling(bench)
     if args.step_memory:
         names = args.models or ["ResNet50"]
-        result["step_memory"] = [step_memory(bench, args.batch_size, args.form, name) for name in names]
+        result["step_memory"] = [step_memory(bench, args.batch_size, args.form or "ImageNet", name) for name in names]
     elif args.network or not args.shapes:
         names = tuple(args.models or (benchmark_network.DEPTHS if args.network else ("ResNet26",)))
         result["network"] = benchmark_network.network(bench, names, args.batch_size)

@@ -22,7 +22,8 @@ from pathlib import Path
 import torch
 
 from sasa import files
-from sasa.console import Parser, printable, run_main
+from sasa.console import Parser, as_path, printable, raise_if_reader_is_gone, run_main
+from sasa.training.device import make_current
 from tools.arguments import usable_device
 from tools.gpu import kernels, page, training
 from tools.gpu.predictions import PREDICTIONS, verdict
@@ -32,13 +33,13 @@ from tools.gpu.timer import CudaTimer, StubTimer
 ROOT = Path(__file__).resolve().parents[2]
 STAGES = {
     "machine": kernels.machine,
-    "tests": training.tests,
     "right": kernels.right,
     "times": kernels.times,
-    "counters": kernels.counters,
     "steps": training.steps,
+    "counters": kernels.counters,
     "compiled": training.compiled,
     "runs": training.runs,
+    "tests": training.tests,  # last: hundreds of builds, and what matters most of them is in "right"
 }
 STAGE_MINUTES = 8.5  # a unit that has begun is waited for: nine with the longest
 GRACE = 30.0  # seconds more until a stage's process is ended
@@ -57,8 +58,8 @@ def parse(arguments: list[str] | None) -> tuple[Parser, argparse.Namespace]:
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES), metavar="STAGE",
                         help="which, in this order (default: all)")  # fmt: skip
     parser.add_argument("--again", action="store_true", help="do anew what an earlier run has done")
-    parser.add_argument("--results", type=Path, help="the file of results (default: runs/gpu/<device>.json)")
-    parser.add_argument("--write", nargs="?", const="", metavar="FILE",
+    parser.add_argument("--results", type=as_path, help="the file of results (default: runs/gpu/<device>.json)")
+    parser.add_argument("--write", nargs="?", const="", type=as_path, metavar="FILE",
                         help="make a page of the results (default: docs/gpu/<device>.md)")  # fmt: skip
     parser.add_argument("--device", default="cuda", help="cuda or cuda:N (default: cuda)")
     parser.add_argument("--dry-run", action="store_true", help="walk all stages on the CPU with a stub timer")
@@ -91,20 +92,21 @@ def main(arguments: list[str] | None = None) -> int:
                 run_stage(name, make_lab(device, args.dry_run), results, path, args)
         else:
             print_predictions(results)
+            signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # with the stage's process
             for name in args.stages:
                 start_stage(name, args, path)
-            results = read(path)
+                results = read(path)
+                write_page(results, args, slug)
         if args.here:
             return 0
         print_predictions(results)
-        if args.write is not None:
-            target = Path(args.write or ROOT / "docs" / "gpu" / f"{slug}.md")
-            target.parent.mkdir(parents=True, exist_ok=True)
-            files.write_text(target, page.render(results, args.dry_run))
+        target = write_page(results, args, slug)
+        if target is not None:
             print(f"page: {printable(target)}")
     except DeviceLost:
         return DEVICE_LOST
     except OSError as error:
+        raise_if_reader_is_gone(error)
         parser.error(str(error))
     failed = [
         f"{stage}: {unit}" for stage in args.stages for unit, result in results[stage]["units"].items()
@@ -112,6 +114,16 @@ def main(arguments: list[str] | None = None) -> int:
     ]  # fmt: skip
     print(f"results: {printable(path)}; failed: {', '.join(failed) or 'none'}")
     return 1 if failed else 0
+
+
+def write_page(results: dict[str, dict], args: argparse.Namespace, slug: str) -> Path | None:
+    """The page of --write, where it is asked for: after each stage, so that what comes later costs none of it."""
+    if args.write is None:
+        return None
+    target = args.write or ROOT / "docs" / "gpu" / f"{slug}.md"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    files.write_text(target, page.render(results, args.dry_run))
+    return target
 
 
 def name_of(device: str) -> str:
@@ -143,7 +155,7 @@ def make_lab(device: torch.device, is_dry: bool) -> Lab:
     """What the stages share, on a GPU or on a dry run."""
     if is_dry:
         return Lab(device, "tiled", StubTimer(), stub_shell, dry=True)
-    torch.cuda.set_device(device)
+    make_current(device)
     return Lab(device, "triton", CudaTimer(torch.cuda.get_device_properties(device).L2_cache_size), run_command)
 
 
@@ -155,12 +167,18 @@ def run_stage(name: str, lab: Lab, results: dict[str, dict], path: Path, args: a
 
     def keep() -> None:
         results[name] = {"units": units, "seconds": round(time.monotonic() - start, 1)}
-        files.write_text(path, json.dumps(results, indent=1, allow_nan=False) + "\n")
+        files.write_text(path, files.json_text(results, indent=1) + "\n")
 
     keep()
     print(f"{name}: {of_doc(STAGES[name])}", flush=True)
     STAGES[name](lab, Stage(units, start + args.seconds, keep, args.keep_errors))
     keep()
+
+
+def stage_command(name: str, results: Path, seconds: float, more: list[str]) -> list[str]:
+    """The command of a stage's own process, for which the chosen GPU is the first one."""
+    command = [sys.executable, "-m", "tools.gpu", "--here", "--device", "cuda:0", "--stages", name]
+    return [*command, "--results", str(results.absolute()), "--seconds", str(seconds), *more]
 
 
 def start_stage(name: str, args: argparse.Namespace, path: Path) -> None:
@@ -172,9 +190,8 @@ def start_stage(name: str, args: argparse.Namespace, path: Path) -> None:
     until, more = time.monotonic() + args.seconds, ["--again"] if args.again else []
     while True:
         left = max(until - time.monotonic(), 0.0)
-        command = [sys.executable, "-m", "tools.gpu", "--here", "--stages", name, "--results", str(path.absolute())]
         environment = os.environ | {"CUDA_VISIBLE_DEVICES": chosen_first(args.device)}
-        code = run_group([*command, "--seconds", str(left), *more], left + GRACE, environment)
+        code = run_group(stage_command(name, path, left, more), left + GRACE, environment)
         if code != DEVICE_LOST:
             break
         more = ["--keep-errors"]
@@ -186,7 +203,7 @@ def start_stage(name: str, args: argparse.Namespace, path: Path) -> None:
         problem = {"error": f"its process ended with exit code {code}"}
     results = read(path)
     results.setdefault(name, {"units": {}, "seconds": args.seconds})["units"][ENDED] = problem
-    files.write_text(path, json.dumps(results, indent=1, allow_nan=False) + "\n")
+    files.write_text(path, files.json_text(results, indent=1) + "\n")
     print(f"  {name}: {next(iter(problem.values()))}")
 
 
@@ -221,5 +238,14 @@ def print_predictions(results: dict[str, dict]) -> None:
         print(f"  {where:<45} {row['low']:>7g} to {row['high']:<7g} {measured}")
 
 
+def command() -> int:
+    """`main` as a process: one whose device is lost ends at once, since CUDA's own end could hang."""
+    code = main()
+    if code == DEVICE_LOST:
+        sys.stdout.flush()
+        os._exit(code)
+    return code
+
+
 if __name__ == "__main__":
-    run_main(main)
+    run_main(command)

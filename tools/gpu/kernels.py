@@ -5,6 +5,7 @@ Shapes: B batch, N heads, D head width, H x W map, K window side.
 
 import csv
 import io
+import os
 import platform
 import shutil
 import subprocess
@@ -94,7 +95,10 @@ def versions(lab: Lab) -> dict:
 
 def ask_nvidia_smi(lab: Lab) -> tuple[float | None, str | None, str | None]:
     """The highest clock in MHz, the driver's version and the limit of power in W; None where it is not told."""
-    query = ["nvidia-smi", f"--id={lab.device.index or 0}", "--format=csv,noheader,nounits"]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")  # numbers or names, which nvidia-smi takes too
+    index = lab.device.index or 0
+    which = visible[index] if index < len(visible) and visible[index] else index
+    query = ["nvidia-smi", f"--id={which}", "--format=csv,noheader,nounits"]
     try:
         output = checked(lab.shell([*query, "--query-gpu=clocks.max.sm,driver_version,power.limit"], 30))
         clock, driver, power = output.strip().split(", ")
@@ -130,22 +134,35 @@ def product_rate(lab: Lab) -> dict:
 
 
 def make_inputs(form: Form, batch: int, dtype: torch.dtype, device: torch.device, seed: int = 0) -> list[Tensor]:
-    """grad_out, query, key, value, rel_row, rel_col: slices of a fused projection, channels innermost."""
+    """grad_out, query, key, value, rel_row, rel_col: the maps are slices of one projection, channels innermost, as in a
+    layer, for which the kernels have builds of their own.
+    """
     generator = torch.Generator(device).manual_seed(seed)
     n, d, h = HEADS, form.width, form.side
     options = {"device": device, "dtype": dtype, "generator": generator}
-    maps = torch.randn(batch, h, h, 3, n, d, **options).unbind(3)
-    query, key, value = (x.permute(0, 3, 4, 1, 2) for x in maps)  # (B, N, D, H, W)
+    maps = torch.randn(batch, h, h, 3, n, d, **options)
+    maps[:, :, :, :2] *= d**-0.25  # in place: a product would be a map of its own
     grad = torch.randn(batch, h, h, n, d, **options).permute(0, 3, 4, 1, 2)
     rows, cols = (torch.randn(n, d // 2, WINDOW, **options) * d**-0.25 for _ in range(2))
-    return [grad, query * d**-0.25, key * d**-0.25, value, rows, cols]
+    return [grad, *slices(maps), rows, cols]
+
+
+def slices(maps: Tensor) -> tuple[Tensor, ...]:
+    """(B, H, W, 3, N, D) -> query, key, value or their gradients, each (B, N, D, H, W)."""
+    return tuple(x.permute(0, 3, 4, 1, 2) for x in maps.unbind(3))
+
+
+def gradient_maps(query: Tensor) -> tuple[Tensor, ...]:
+    """Where a layer's backward writes the gradients of query, key and value: slices of one map."""
+    b, n, d, h, w = query.shape
+    return slices(query.new_empty(b, h, w, 3, n, d))
 
 
 def both_ways(backend: str, inputs: list[Tensor]) -> list[Tensor]:
     """out and the five gradients."""
     kernel, (grad, *rest) = dispatch.module(backend), inputs
     out, lse = kernel.forward(*rest, OPTIONS)
-    return [out, *kernel.backward(grad, *rest, out, lse, OPTIONS)]
+    return [out, *kernel.backward(grad, *rest, out, lse, OPTIONS, gradient_maps(rest[0]))]
 
 
 def right(lab: Lab, stage: Stage) -> None:
@@ -212,7 +229,8 @@ def time_form(lab: Lab, form: Form, about: dict) -> dict:
     def backward():
         grad, *inputs = make_inputs(form, batch, dtype, lab.device)
         out, lse = kernel.forward(*inputs, OPTIONS)
-        return lambda: kernel.backward(grad, *inputs, out, lse, OPTIONS)
+        into = gradient_maps(inputs[0])
+        return lambda: kernel.backward(grad, *inputs, out, lse, OPTIONS, into)
 
     found = {
         "forward_ms": 1e3 * lab.timer.seconds(forward, 4 * bytes_map),
@@ -274,14 +292,15 @@ def counters(lab: Lab, stage: Stage) -> None:
 
 
 def count_form(lab: Lab, stage: Stage, form: Form) -> dict:
-    """A form's counters.
+    """A form's counters, at the clocks that the GPU has by itself.
 
     Raises:
         Unmet: ncu is missing, or this user may not read the counters.
     """
     if not lab.dry and shutil.which("ncu") is None:
         raise Unmet("ncu is not installed")
-    command = ["ncu", "--csv", "--metrics", ",".join(COUNTERS), sys.executable, "-m", "tools.gpu.probe"]
+    options = ["--csv", "--print-units", "base", "--clock-control", "none", "--metrics", ",".join(COUNTERS)]
+    command = ["ncu", *options, sys.executable, "-m", "tools.gpu.probe"]
     done = lab.shell([*command, str(form.width), str(form.side)], stage.left)
     if "ERR_NVGPUCTRPERM" in done.stdout + done.stderr:
         raise Unmet("this user may not read the GPU's counters (ERR_NVGPUCTRPERM)")

@@ -14,6 +14,11 @@ NOT_REACHED = "not reached in the stage's time: run the stage again, it goes on 
 OUTPUT_TAIL = 600  # characters of a failed command that its result keeps
 
 
+def print_at_once(line: str) -> None:
+    """A process that is ended has then told what it found."""
+    print(line, flush=True)
+
+
 class DeviceLost(Exception):
     """The CUDA device answers no more in this process."""
 
@@ -48,7 +53,7 @@ class Stage:
     until: float  # time.monotonic()
     keep: Callable[[], None]
     keeps_errors: bool = False
-    report: Callable[[str], None] = print
+    report: Callable[[str], None] = print_at_once
     clock: Callable[[], float] = time.monotonic
     has_run: bool = False  # a unit has, and so the next one has not the whole time
 

@@ -98,7 +98,7 @@ def measure_step(lab: Lab, name: str, kind: str, ema: float, is_compiled: bool) 
 
 
 class SameBatch:
-    """The data of a run (`RunData`) whose training set, as long as ImageNet's, is one batch on the device repeated."""
+    """Data whose training set, as long as ImageNet's, is one batch on the device repeated."""
 
     def __init__(self, batch: int, side: int, classes: int, device: torch.device) -> None:
         images = torch.randn(batch, 3, side, side, device=device).contiguous(memory_format=torch.channels_last)
