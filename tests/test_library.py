@@ -1,4 +1,4 @@
-"""Each block of docs/library.md runs, in its order, each section with the names of those before."""
+"""Each block of docs/library.md runs, in its order, each section with the names of those before; and visualize.md's."""
 
 import re
 import warnings
@@ -43,6 +43,14 @@ def test_every_block_that_is_not_marked_runs(tmp_path, monkeypatch):
     assert names["flops"] > 4e9
     if skipped:
         pytest.skip(f"the blocks of {', '.join(skipped)} were not run: not installed")
+
+
+def test_the_block_on_attention_maps_runs(capsys):
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "visualize.md").read_text(), flags=re.S)
+    names = {}
+    exec(compile(code, "docs/visualize.md", "exec"), names)
+    assert names["weights"].shape == (1, 8, 16, 16, 7, 7) and len(names["layers"]) == 8
+    assert len(capsys.readouterr().out.splitlines()) == 6
 
 
 def installed(name: str) -> bool:

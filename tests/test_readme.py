@@ -202,7 +202,7 @@ def test_the_attention_stem_is_level_with_the_convolution_stem_on_digits():
 def test_the_layers_speed_is_the_benchmarks():
     found = load("cpu-2-threads.json")
     means = found["geometric_means"]
-    assert table("/ 3x3 convolution") == [
+    assert table("time / the 3x3 convolution's") == [
         ["`cpu`, attention alone", f"{means['core cpu / conv']:.2f}", f"{means['unfold / core cpu']:.0f}"],
         ["`cpu`, layer with its projections", f"{means['layer cpu / conv']:.2f}", ""],
         ["`tiled`, attention alone", f"{means['core tiled / conv']:.2f}", f"{means['unfold / core tiled']:.0f}"],
@@ -282,8 +282,9 @@ def test_a_steps_memory_is_the_benchmarks():
     ]  # fmt: skip
     assert table("ResNet50, 4 images of 224x224, fp32, MiB | convolution keeps") == wanted
     sentence = (
-        f"With {found['state_mib']:.1f} MiB of weights, gradients and momentum a step takes {total['convolution']:.0f} "
-        f"MiB (convolution), {total['cpu']:.0f} (`cpu`) or {total['tiled']:.0f} (`tiled`)."
+        f"Weights, gradients and momentum are {found['state_mib']['convolution']:.1f} MiB (convolution) or "
+        f"{found['state_mib']['attention']:.1f} (attention), so that a step takes at most {total['convolution']:.0f} "
+        f"MiB (convolution), {total['cpu']:.0f} (`cpu`) or {total['tiled']:.0f} (`tiled`)"
     )
     assert sentence in " ".join(OURS.split())
 
@@ -323,6 +324,6 @@ def test_no_other_figure_is_in_the_text():
     for known in (*(entry["text"] for entry in MEASURED), *SETTINGS, score_of_the_main_command()):
         assert known in text, known
         text = text.replace(known, "")
-    tested = r"made \S+ and \S+ points|MiB of weights.*?\(`tiled`\)|\(\S+ to \S+ times its time\)"  # above
+    tested = r"made \S+ and \S+ points|momentum are .*?\(`tiled`\)|\(\S+ to \S+ times its time\)"  # above
     text = re.sub(tested, "", text)
     assert [text[max(0, match.start() - 30) : match.end()] for match in WITH_UNIT.finditer(text)] == []

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from model import VARIANTS, build
+from sasa.backbone import FEATURES
 from tools.benchmark.layers import WINDOW, peak_memory
 from tools.benchmark.measure import Bench
 from tools.benchmark.network import FORMS
@@ -18,13 +19,11 @@ from tools.benchmark.network import FORMS
 
 def kept_by_stage(name: str, options: dict, form: str, batch: int, side: int, dtype: torch.dtype) -> dict[str, int]:
     """Bytes that a forward keeps for its backward, by stage; each storage once, weights not. On the meta device."""
-    small = form == "CIFAR"
-    with torch.device("meta"):
-        model = build(name, 10 if small else 1000, small_images=small, **options).to(dtype)
-        x = torch.randn(batch, 3, side, side, dtype=dtype)
+    model = on_meta(name, options, form, dtype)
+    x = torch.randn(batch, 3, side, side, dtype=dtype, device="meta")
     weights = {x.untyped_storage()._cdata for x in (*model.parameters(), *model.buffers())}
     stage, seen, alive = ["stem"], set(), []
-    kept = dict.fromkeys(("stem", "layer1", "layer2", "layer3", "layer4", "head"), 0)
+    kept = dict.fromkeys((*FEATURES, "head"), 0)
 
     def keep(tensor):
         storage = tensor.untyped_storage()
@@ -52,11 +51,14 @@ def largest_layers(name: str, form: str, side: int) -> dict[str, tuple[int, int]
 
 
 def step_memory(bench: Bench, batch_size: int | None = None, form: str = "ImageNet", name: str = "ResNet50") -> dict:
-    """Prints and returns MiB by stage of a training step; `total` is what a real step's peak is held against."""
+    """Prints and returns MiB by stage of a training step; `total` is what a real step's peak is held against.
+
+    It is an upper bound: what is kept is freed while the gradients are made, and a first step has no momentum yet.
+    """
     batch, side = batch_size or FORMS[form][0], FORMS[form][1]
-    weights = 3 * sum(p.numel() for p in on_meta(name, form).parameters())  # gradient and momentum, too
-    element, mib = torch.empty(0, dtype=bench.dtype).element_size(), 2**20
+    mib = 2**20
     nets = {"convolution": {"attention_stages": ()}, "attention": {}}
+    state = {net: state_bytes(name, options, form, bench.dtype) / mib for net, options in nets.items()}
     kept = {
         net: {stage: size / mib for stage, size in kept_by_stage(name, options, form, batch, side, bench.dtype).items()}
         for net, options in nets.items()
@@ -80,18 +82,24 @@ def step_memory(bench: Bench, batch_size: int | None = None, form: str = "ImageN
             found = work[backend].get(stage)
             text += f" {'' if found is None else f'{found:.1f}':>16}"
         bench.print(text)
-    state = weights * element / mib
-    total = {"convolution": state + sum(kept["convolution"].values())}
+    total = {"convolution": state["convolution"] + sum(kept["convolution"].values())}
     for backend, stages in work.items():
-        total[backend] = state + sum(kept["attention"].values()) + max(found or 0 for found in stages.values())
+        work_at_most = max(found or 0 for found in stages.values())
+        total[backend] = state["attention"] + sum(kept["attention"].values()) + work_at_most
     bench.print(
-        f"weights, gradients, momentum {state:.1f}; in all: " + ", ".join(f"{k} {v:.0f}" for k, v in total.items())
-    )
+        "weights, gradients, momentum: " + ", ".join(f"{net} {size:.1f}" for net, size in state.items())
+        + "; in all at most: " + ", ".join(f"{k} {v:.0f}" for k, v in total.items())
+    )  # fmt: skip
     return {"model": name, "form": form, "batch": batch, "image": side, "state_mib": state, "kept_mib": kept,
             "work_mib": work, "total_mib": total}  # fmt: skip
 
 
-def on_meta(name: str, form: str) -> nn.Module:
+def state_bytes(name: str, options: dict, form: str, dtype: torch.dtype) -> int:
+    """Of the weights, their gradients and their momentum."""
+    return 3 * sum(p.numel() * p.element_size() for p in on_meta(name, options, form, dtype).parameters())
+
+
+def on_meta(name: str, options: dict, form: str, dtype: torch.dtype) -> nn.Module:
     """The network without its numbers."""
     with torch.device("meta"):
-        return build(name, 10 if form == "CIFAR" else 1000, small_images=form == "CIFAR")
+        return build(name, 10 if form == "CIFAR" else 1000, small_images=form == "CIFAR", **options).to(dtype)
