@@ -109,7 +109,9 @@ def read_shards(pattern: str, index_dir: Path | None = None) -> Shards:
         raise DataError(f"{printable(source)}: other classes than those of the index; {ANEW} TRAIN VAL")
     labels = np.unique(of_train.labels)
     if len(labels) == 1:  # every answer would be right
-        raise DataError(f"{shown}: all labels are {labels[0]}, one class only, so there is nothing to tell apart")
+        raise DataError(
+            f"{shown}: all labels of these training shards are {labels[0]}, one class only: nothing to tell apart"
+        )
     parts = ((ShardFiles(shards, of.samples), of.labels.tolist()) for shards, of in ((train, of_train), (val, of_val)))
     return Shards(classes, *parts)
 

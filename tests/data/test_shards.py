@@ -227,7 +227,7 @@ def test_shards_of_one_class_are_refused(tmp_path, label, names):
         (tmp_path / "classes.txt").write_bytes(names)
     shards.write_indexes([[str(foreign(tmp_path, split, label=label, second=label))] for split in ("train", "val")])
     found = message(shards.read_shards, str(tmp_path / "train-0.tar"))
-    assert f"all labels are {label.decode()}, one class only" in found
+    assert f"all labels of these training shards are {label.decode()}, one class only" in found
 
 
 def test_labels_beyond_the_named_classes_are_refused(tmp_path):

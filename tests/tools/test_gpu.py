@@ -308,10 +308,11 @@ def test_nvidia_smi_is_asked_for_the_chosen_gpu(monkeypatch):
 
     def shell(command, seconds):
         asked.append(command[1])
-        return subprocess.CompletedProcess(command, 0, "1980, 580.1, 700\n", "")
+        return subprocess.CompletedProcess(command, "MIG" in command[1], "1980, 580.1, 700\n", "")
 
     lab = Lab(torch.device("cuda", 0), "triton", StubTimer(), shell)
-    for visible, wanted in ((None, "--id=0"), ("", "--id=0"), ("2,0", "--id=2"), ("GPU-a", "--id=GPU-a")):
+    for visible, wanted in ((None, "--id=0"), ("", "--id=0"), (" 2, 0", "--id=2"), ("GPU-a", "--id=GPU-a"),
+                            ("MIG-a", "--id=0")):  # fmt: skip
         monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
         if visible is not None:
             monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
@@ -329,12 +330,45 @@ def test_a_figure_that_is_no_number_ends_no_stage(tmp_path):
     assert gpu.read(path)["machine"]["units"]["copy"]["gb_per_s"] is None
 
 
-def test_the_page_is_there_after_every_stage(tmp_path):
-    _, args = gpu.parse(["--write", str(tmp_path / "new" / "page.md"), "--dry-run"])
-    results = {"machine": {"units": {"copy": {"gb_per_s": 1.0}}, "seconds": 1.0}}
-    assert gpu.write_page(results, args, "x") == tmp_path / "new" / "page.md"
-    assert "| copy | 1 |" in args.write.read_text()
-    assert gpu.write_page(results, gpu.parse([])[1], "x") is None
+@pytest.mark.parametrize("page_is_in_the_way", [False, True])
+@pytest.mark.parametrize("named", [True, False])
+def test_the_page_is_there_after_every_stage(tmp_path, monkeypatch, capsys, named, page_is_in_the_way):
+    """Also where --write names no file; one that cannot be written ends no stage."""
+    target = tmp_path / "new" / "page.md" if named else tmp_path / "docs" / "gpu" / "nvidia-x.md"
+    monkeypatch.setattr(gpu, "ROOT", tmp_path)
+    monkeypatch.setattr(gpu.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu.torch.cuda, "get_device_name", lambda _: "NVIDIA X")
+    monkeypatch.setattr(gpu, "usable_device", lambda parser, name: torch.device(name))
+    monkeypatch.setattr(gpu.signal, "signal", lambda *_: None)
+    if page_is_in_the_way:
+        target.mkdir(parents=True)
+    seen = []
+
+    def start_stage(name, args, path):
+        results = gpu.read(path)
+        seen.append((name, target.is_file() and sorted(results)))
+        results[name] = {"units": {"copy": {"gb_per_s": 1.0}}, "seconds": 1.0}
+        path.write_text(json.dumps(results))
+
+    monkeypatch.setattr(gpu, "start_stage", start_stage)
+    flags = ["--stages", "machine", "times", "--results", str(tmp_path / "r.json"), "--write", *[str(target)] * named]
+    if page_is_in_the_way:
+        with pytest.raises(SystemExit):
+            gpu.main(flags)
+        assert [name for name, _ in seen] == ["machine", "times"] and "no page" in capsys.readouterr().out
+        return
+    assert gpu.main(flags) == 0
+    assert seen == [("machine", False), ("times", ["machine"])]
+    assert "| copy | 1 |" in target.read_text()
+
+
+def test_a_device_that_is_lost_ends_its_process_at_once(monkeypatch):
+    codes = iter([gpu.DEVICE_LOST, 1])
+    monkeypatch.setattr(gpu, "main", lambda: next(codes))
+    ended = []
+    monkeypatch.setattr(gpu.os, "_exit", ended.append)
+    assert gpu.command() == gpu.DEVICE_LOST and ended == [gpu.DEVICE_LOST]
+    assert gpu.command() == 1 and ended == [gpu.DEVICE_LOST]
 
 
 def test_a_wrong_kernel_is_found(monkeypatch):

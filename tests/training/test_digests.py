@@ -122,6 +122,7 @@ def test_the_environment_names_what_differs():
 @pytest.mark.parametrize("reason", [None, "no C compiler"])
 def test_the_environment_names_a_kernel_only_where_it_runs(monkeypatch, reason):
     """Without a compiler a GPU's attention is computed by other code: with other bits."""
+    pytest.importorskip("triton")
     monkeypatch.setattr(environment.torch.cuda, "get_device_name", lambda _: "a GPU")
     monkeypatch.setattr(environment.triton_backend, "unusable", lambda: reason)
     build = environment.describe(torch.device("cuda"), "auto")["kernel_build"]

@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 
 from sasa import files
-from sasa.console import Parser, as_path, printable, raise_if_reader_is_gone, run_main
+from sasa.console import Parser, as_path, one_line, printable, raise_if_reader_is_gone, run_main
 from sasa.training.device import make_current
 from tools.arguments import usable_device
 from tools.gpu import kernels, page, training
@@ -59,7 +59,7 @@ def parse(arguments: list[str] | None) -> tuple[Parser, argparse.Namespace]:
                         help="which, in this order (default: all)")  # fmt: skip
     parser.add_argument("--again", action="store_true", help="do anew what an earlier run has done")
     parser.add_argument("--results", type=as_path, help="the file of results (default: runs/gpu/<device>.json)")
-    parser.add_argument("--write", nargs="?", const="", type=as_path, metavar="FILE",
+    parser.add_argument("--write", nargs="?", const=False, type=as_path, metavar="FILE",
                         help="make a page of the results (default: docs/gpu/<device>.md)")  # fmt: skip
     parser.add_argument("--device", default="cuda", help="cuda or cuda:N (default: cuda)")
     parser.add_argument("--dry-run", action="store_true", help="walk all stages on the CPU with a stub timer")
@@ -96,7 +96,10 @@ def main(arguments: list[str] | None = None) -> int:
             for name in args.stages:
                 start_stage(name, args, path)
                 results = read(path)
-                write_page(results, args, slug)
+                try:
+                    write_page(results, args, slug)
+                except OSError as error:  # told again at the end; the stages are worth more
+                    print(f"  no page: {one_line(error)}", flush=True)
         if args.here:
             return 0
         print_predictions(results)

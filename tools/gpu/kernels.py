@@ -95,16 +95,17 @@ def versions(lab: Lab) -> dict:
 
 def ask_nvidia_smi(lab: Lab) -> tuple[float | None, str | None, str | None]:
     """The highest clock in MHz, the driver's version and the limit of power in W; None where it is not told."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")  # numbers or names, which nvidia-smi takes too
     index = lab.device.index or 0
-    which = visible[index] if index < len(visible) and visible[index] else index
-    query = ["nvidia-smi", f"--id={which}", "--format=csv,noheader,nounits"]
-    try:
-        output = checked(lab.shell([*query, "--query-gpu=clocks.max.sm,driver_version,power.limit"], 30))
-        clock, driver, power = output.strip().split(", ")
-    except (OSError, RuntimeError, ValueError, subprocess.TimeoutExpired):  # not there, not allowed, another form
-        return None, None, None
-    return float(clock) if clock.replace(".", "").isdigit() else None, driver, power  # or [N/A], of a part of a GPU
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")  # numbers, or names of which it knows the long ones
+    for which in [name.strip() for name in visible[index : index + 1] if name.strip()] + [str(index)]:
+        query = ["nvidia-smi", f"--id={which}", "--format=csv,noheader,nounits"]
+        try:
+            output = checked(lab.shell([*query, "--query-gpu=clocks.max.sm,driver_version,power.limit"], 30))
+            clock, driver, power = output.strip().split(", ")
+        except (OSError, RuntimeError, ValueError, subprocess.TimeoutExpired):  # not there, not allowed, another form
+            continue
+        return float(clock) if clock.replace(".", "").isdigit() else None, driver, power  # or [N/A], of a part of one
+    return None, None, None
 
 
 def copy_bandwidth(lab: Lab) -> dict:
