@@ -94,10 +94,13 @@ def summary(folder: Path, name: str) -> dict:
 
 
 def difference(folder: Path, row: dict) -> str:
-    """To the base, paired by seed; Student's 0.975 for 2, 3 and 8 seeds by hand."""
+    """To the base, paired by seed, where it was run; Student's 0.975 for 2, 3 and 8 seeds by hand."""
     if not row["base"]:
         return "base"
     pairs = [(name, f"{row['base']}-seed{name[-1]}") for name in row["runs"].split()]
+    pairs = [(name, base) for name, base in pairs if (folder / base).exists()]
+    if not pairs:
+        return "-"
     gaps = [summary(folder, name)["test_top1_pct"] - summary(folder, base)["test_top1_pct"] for name, base in pairs]
     if len(gaps) == 1:
         return f"{gaps[0]:+.2f}"
