@@ -98,12 +98,12 @@ def _size(path: bytes) -> int:
 def note_on_range(files: Source) -> str:
     """A line where 16-bit gray pictures hold 12 bits or so, as cameras write them, and would be read as nearly black.
 
-    Some files, evenly spread, are looked at; empty where all is well, or nothing can be read.
+    It looks at a few files, evenly spread. The line is empty where all is well or nothing can be read.
     """
     looked = min(len(files), _LOOKED_AT)
     found = []
     for i in range(looked):
-        # Decoders raise anything; when the file is read for use, its error is told.
+        # A decoder may raise any error here. It is reported later, when the file is read for training.
         with contextlib.suppress(Exception), files.open(i * len(files) // looked) as file:
             found.append(largest_of_16_bits(file))
     found = [largest for largest in found if largest is not None]

@@ -268,7 +268,7 @@ def test_a_run_that_another_process_is_at_is_left_to_it(stubbed, capsys):
 
 
 def test_a_leading_tilde_is_the_home_folder_as_in_train(monkeypatch, capsys):
-    """train.py expands it: the runs would be elsewhere than where they are looked for."""
+    """train.py expands ~, so this command must too: else it does not find the runs that train.py has written."""
     monkeypatch.setenv("HOME", "/home/of/me")
     assert ablate.main(["--table", "6", "--dry-run", "--output-dir=~/ablate", "--data-dir=~/sets"]) == 0
     lines = capsys.readouterr().out.splitlines()

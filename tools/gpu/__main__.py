@@ -120,7 +120,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def write_page(results: dict[str, dict], args: argparse.Namespace, slug: str) -> Path | None:
-    """The page of --write, where it is asked for: after each stage, so that what comes later costs none of it."""
+    """Write the page that --write asks for, if it does: after each stage, so that a later failure cannot lose it."""
     if args.write is None:
         return None
     target = args.write or ROOT / "docs" / "gpu" / f"{slug}.md"
